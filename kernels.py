@@ -1,32 +1,72 @@
-"""Exact full-vocabulary losses: token log-probability (with entropy) and KL between two models, from hidden states.
+"""Exact full-vocabulary losses from hidden states: token log-probability (with entropy) and KL between two models.
 
-Letters: N response tokens packed together, V vocabulary size, D hidden size (Ds student, Dt teacher).
+Letters: N response tokens packed together, V vocabulary, D hidden size (Ds of the student, Dt of the teacher).
 
-Why this file exists. One logits matrix of N=16384 tokens over V=151936 tokens (Qwen3) is 10 GB in fp32, and naive full-vocabulary
-KL keeps four to five of them alive: 44-51 GB. Yet the answer is N numbers and two gradients. So no function here ever holds
-an (N, V) matrix of its own making; each works through pieces of about a gigabyte on a GPU, 16 MiB on a CPU.
+Why this file. Logits of N=16384 tokens over V=151936 (Qwen3) are 10 GB in fp32, and naive full-vocabulary KL keeps four to
+five such matrices alive: 44-51 GB, for an answer of N numbers and the two gradients dH (N, Ds) and dW (V, Ds). Nothing here
+holds an (N, V) matrix of its own making. Two different algorithms follow from counting FLOPs and bytes (Ds=2048, Dt=4096):
+
+KL, in training: chunks of tokens, logits materialised (`fused_linear_kl`).
+  Products: 2 N V (Ds + Dt) for both logits, 4 N V Ds for dH and dW: 51 TFLOP, 64 ms at an H100's 800 TFLOP/s. Computing logits a
+  second time in the backward would make that 102 ms, so the gradient is formed in the forward, while logits are at hand.
+  Then nothing is gained by keeping logits out of memory: the vendor's GEMM writes a chunk of fp32 logits of each model, one
+  row kernel reads both twice (statistics, then gradient, written in bf16 over the student's logits: 18 bytes an entry,
+  45 GB, about 16 ms), and two GEMMs turn that into dH and dW. Both directions need one pass for their statistics: max and
+  sum e of each model and sum e (p - q) of the first, with e = exp(logit - max), p and q the logits in KL(p || q).
+
+Token log-probability: fused (`fused_linear_logprob`).
+  Policy gradients need its forward without any backward too (old and reference policies), and there the traffic of
+  logits is pure loss. A tile kernel multiplies 128 tokens with 256 vocabulary rows, keeps the logits in registers and writes
+  three numbers a row: 13 ms of products for 10 TFLOP. One tile a program: looping over V inside it spills 1.4 KB of registers
+  a thread. The upstream gradient is not known in the forward, so the backward recomputes logits, by slices of the
+  vocabulary rather than of the tokens: every slice of dW is then final, and only dH (N, D) accumulates.
+
+Numerics. Logits, statistics and all accumulation are fp32 (fp64 for fp64 inputs, in PyTorch); only operands, and the
+gradient of the logits that enters dH and dW, are bf16. It matters most where distillation ends: logits rounded to bf16 cost
+9 % of the gradient at KL = 0.1, 35 % at 4e-3 and 120 % at 4e-4; bf16 rounding of the gradient alone costs 0.2 % everywhere.
+
+Reading order: the references are the formulas; the PyTorch row operations do the same in place (this is what runs on a
+CPU); the Triton kernels are those row operations, and the tile kernel, for a GPU. `backend` forces either.
+Equations are those of arXiv 2605.12483 v1. No generalised JSD: it needs a second pass over both rows before its gradient.
 """
 
 import math
+import os
 
 import torch
 from torch.autograd.function import once_differentiable
 
-CPU_LOGIT_BYTES = 16 << 20  # one piece of logits; 128 rows of a 32k vocabulary: smaller pieces starve the matrix products
-GPU_LOGIT_BYTES = 5 << 28  # 2048 rows of Qwen3's vocabulary: dW (V, D) in fp32 is read and written once per piece
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a laptop without a GPU: everything works, in PyTorch
+    triton = None
+
+    class tl:  # what the signatures below name
+        constexpr = None
+
+# Triton fixes this when it is imported; the kernels then run in Python on CPU tensors, for tests.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+CPU_LOGIT_BYTES = 8 << 20  # of logits at a time: 65 rows of a 32k vocabulary; tiny problems are one piece
+GPU_LOGIT_BYTES = 5 << 28  # 2048 rows of Qwen3's: fewer would read and write dW (V, Ds), 1.2 GB in fp32, too often
+
+TILE = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, GROUP=16, num_warps=8, num_stages=3)  # 144 KB shared: sm_80, sm_90, ...
+SMALL_TILE = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, GROUP=16, num_warps=4, num_stages=2)  # fp32 operands, smaller GPUs
+ROW = dict(BLOCK=2048, num_warps=8)
 
 
-# ---------------------------------------------------------------- references
+# References: the formulas on whole logits, under plain autograd.
 
 def logprob_from_logits_reference(logits, target_ids, temperature=1.0):
-    """log_softmax(logits / temperature)[target] and its entropy, by the formulas. Any float dtype -> fp32 (fp64)."""
+    """log_softmax(logits / temperature)[target] and its entropy: (N, V), (N,) -> (N,), (N,)."""
     logp = torch.log_softmax(_wide(logits) / temperature, dim=-1)  # (N, V)
     entropy = -(logp.exp() * logp).sum(-1)  # (N,)
     return logp.gather(-1, target_ids[:, None]).squeeze(-1), entropy.detach()
 
 
 def kl_from_logits_reference(student_logits, teacher_logits, direction="reverse", temperature=1.0, token_weight=None):
-    """sum(token_weight * KL) and KL per token, by the formulas: Eq. 4 (reverse) and Eq. 5 (forward)."""
+    """sum(token_weight * KL) and KL (N,): of the student from the teacher (reverse, Eq. 4) or the other way (Eq. 5)."""
     student = torch.log_softmax(_wide(student_logits) / temperature, dim=-1)  # (N, V)
     teacher = torch.log_softmax(_wide(teacher_logits).detach() / temperature, dim=-1)  # (N, V)
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
@@ -36,92 +76,91 @@ def kl_from_logits_reference(student_logits, teacher_logits, direction="reverse"
 
 
 def fused_linear_logprob_reference(hidden, weight, target_ids, temperature=1.0, vocab_size=None):
+    """What `fused_linear_logprob` computes, with (N, V) logits in the dtype of the inputs."""
     return logprob_from_logits_reference(hidden @ weight[:vocab_size].T, target_ids, temperature)
 
 
 def fused_linear_kl_reference(student_hidden, student_weight, teacher_hidden, teacher_weight, direction="reverse",
                               temperature=1.0, token_weight=None, vocab_size=None):
+    """What `fused_linear_kl` computes, with (N, V) logits of both models in the dtype of the inputs."""
     student_logits = student_hidden @ student_weight[:vocab_size].T  # (N, V)
     teacher_logits = teacher_hidden @ teacher_weight[:vocab_size].T  # (N, V)
     return kl_from_logits_reference(student_logits, teacher_logits, direction, temperature, token_weight)
 
 
-# ---------------------------------------------------------------- matrix products with wide results
+# Precision, products and pieces.
+
+def _wide_dtype(x):
+    """Of logits, statistics and accumulation."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
 
 def _wide(x):
-    """fp32, or fp64 where the input is: the precision of logits, statistics and accumulation."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_wide_dtype(x))
 
 
 def _operand(x):
-    """bf16 stays for the tensor cores; a CPU has no bf16 product with an fp32 result, so there it is widened (exactly)."""
+    """bf16 stays for the tensor cores; a CPU has no bf16 product with an fp32 result, so there it is widened, exactly."""
     return x.detach() if x.is_cuda else _wide(x.detach())
 
 
 def _mm(a, b, out=None):
-    """a @ b with fp32 (fp64) result, whatever the operands: rounding logits to bf16 would ruin small KLs."""
+    """a @ b with an fp32 (fp64) result whatever the operands."""
     if a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out=out)
 
 
 def _add_mm(total, a, b):
-    """total += a @ b in total's fp32 (fp64)."""
+    """total += a @ b, total being fp32 (fp64) whatever the operands."""
     if a.dtype == torch.bfloat16:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a, b)
 
 
-def _spans(total, row_bytes, device):
-    """Equal pieces [start, stop) of `total` rows whose logits fit the budget; one piece where the problem is tiny."""
+def _pieces(total, row_bytes, device):
+    """Near-equal slices of range(total) with row_bytes each row within the budget; one slice for tiny problems."""
     budget = GPU_LOGIT_BYTES if device.type == "cuda" else CPU_LOGIT_BYTES
     count = max(1, math.ceil(total * row_bytes / budget))
     step = math.ceil(total / count)
     if count > 1:
-        step += -step % 128  # whole tiles, aligned slices
-    return [(start, min(start + step, total)) for start in range(0, total, max(step, 1))]
+        step += -step % 64  # whole tiles in the products
+    return [slice(start, min(start + step, total)) for start in range(0, total, max(step, 1))]
 
 
-# ---------------------------------------------------------------- row operations
+# Row operations in PyTorch. They overwrite their logits: each pass over a piece costs as much as a tenth of its products.
 
 def _logprob_rows(logits, target_ids, temperature):
-    """Logits (n, V), overwritten -> logprob, entropy, logsumexp (n,), the last in units of logits / temperature."""
-    if temperature != 1.0:
-        logits.mul_(1 / temperature)
+    """Logits (n, V) -> logprob, entropy, logsumexp, stacked (3, n)."""
+    logits.mul_(1 / temperature)
     target = logits.gather(1, target_ids[:, None]).squeeze(1)
     top = logits.amax(1)
-    logits.sub_(top[:, None])
-    weight = logits.exp()
-    total = weight.sum(1)
-    mean = weight.mul_(logits).sum(1) / total
+    exp = logits.sub_(top[:, None]).exp()
+    total = exp.sum(1)
     log_total = total.log()
-    return target - top - log_total, log_total - mean, top + log_total
+    entropy = log_total - exp.mul_(logits).sum(1) / total
+    return torch.stack((target - top - log_total, entropy, top + log_total))
 
 
 def _logprob_grad_rows(logits, first, target_ids, lse, upstream, temperature):
-    """Logits of columns [first, first + n) -> gradient in place: upstream * (onehot - softmax) / temperature."""
-    if temperature != 1.0:
-        logits.mul_(1 / temperature)
+    """Logits of columns [first, first + v) (n, v) -> in place their gradient, upstream * (onehot - softmax) / temperature."""
     scale = upstream / temperature
-    grad = logits.sub_(lse[:, None]).exp_().mul_(-scale[:, None])
+    grad = logits.mul_(1 / temperature).sub_(lse[:, None]).exp_().mul_(-scale[:, None])
     column = target_ids - first
-    inside = (column >= 0) & (column < logits.shape[1])
-    column = column.clamp(0, logits.shape[1] - 1)
-    grad.scatter_add_(1, column[:, None], torch.where(inside, scale, 0)[:, None])
-    return grad
+    inside = (column >= 0) & (column < grad.shape[1])
+    return grad.scatter_add_(1, column.clamp(0, grad.shape[1] - 1)[:, None], (scale * inside)[:, None])
 
 
 def _kl_rows(student, teacher, token_weight, reverse, temperature, with_grad):
-    """Logits (n, V) x 2, overwritten -> KL (n,) and d sum(token_weight * KL) / d student logits, in one of the buffers.
+    """Logits (n, V) of both -> KL (n,) and the gradient of sum(token_weight * KL) by the student's logits (n, V) or None.
 
-    With e = exp(x - max x) and d = p - q on logits: KL = sum(e_p d) / sum(e_p) - lse_p + lse_q, and the gradient is
-    softmax(p) (d - mean_p d) for p = student (reverse), softmax(student) - softmax(teacher) for p = teacher (forward).
+    With d = p - q and mean = sum(e_p d) / sum(e_p): KL = mean - logsumexp(p) + logsumexp(q), and its gradient is
+    softmax(p) (d - mean) if the student is p (reverse), softmax(student) - softmax(teacher) if it is q (forward).
     """
-    if temperature != 1.0:
-        student.mul_(1 / temperature), teacher.mul_(1 / temperature)
-    student.sub_(student.amax(1, keepdim=True))
-    teacher.sub_(teacher.amax(1, keepdim=True))
+    for logits in (student, teacher):
+        logits.mul_(1 / temperature)
+        logits.sub_(logits.amax(1, keepdim=True))
     p, q = (student, teacher) if reverse else (teacher, student)
     q_exp = q.exp()
     q_total = q_exp.sum(1, keepdim=True)
@@ -129,98 +168,368 @@ def _kl_rows(student, teacher, token_weight, reverse, temperature, with_grad):
     p_exp = p.exp_()
     p_total = p_exp.sum(1, keepdim=True)
     scale = token_weight[:, None] / temperature
+    grad = None
     if reverse:
         mean = torch.mul(p_exp, diff, out=q_exp).sum(1, keepdim=True) / p_total
-        grad = diff.sub_(mean).mul_(p_exp).mul_(scale / p_total) if with_grad else None
+        if with_grad:
+            grad = diff.sub_(mean).mul_(p_exp).mul_(scale / p_total)
     else:
         mean = diff.mul_(p_exp).sum(1, keepdim=True) / p_total
-        grad = q_exp.mul_(scale / q_total).sub_(p_exp.mul_(scale / p_total)) if with_grad else None
+        if with_grad:
+            grad = q_exp.mul_(scale / q_total).sub_(p_exp.mul_(scale / p_total))
     return (mean - p_total.log() + q_total.log()).squeeze(1), grad
 
 
-# ---------------------------------------------------------------- token log-probability
+# The same in Triton. One program has one row and walks its columns BLOCK at a time. Every lane of the block keeps a running
+# maximum and sums of its own, so the loop needs no reduction across warps; the lanes meet once, at the end of the row.
+# Columns past V read as -1e30, far below the -1e20 at which maxima start: their exp is 0 without a mask of its own.
+# V is a compile-time constant: one per model. Row offsets are int64: N * V exceeds 2**31.
 
-def _logprob_forward(hidden, weight, target_ids, temperature):
-    hidden, weight = _operand(hidden), _operand(weight)
-    pieces = []
-    spans = _spans(hidden.shape[0], weight.shape[0] * weight.element_size(), hidden.device)
-    for start, stop in spans:
-        logits = _mm(hidden[start:stop], weight.T)  # (n, V)
-        pieces.append(_logprob_rows(logits, target_ids[start:stop], temperature))
-    if not pieces:
-        return tuple(hidden.new_zeros(0, dtype=_wide(hidden).dtype) for _ in range(3))
-    return pieces[0] if len(pieces) == 1 else tuple(torch.cat(column) for column in zip(*pieces))
+def _jit(function):
+    return function if triton is None else triton.jit(function)
+
+
+@_jit
+def _merge_lanes(top, total, dot):
+    """Lanes of (max, sum e, sum e * something) with e relative to each lane's max -> the same three of the row."""
+    row_top = tl.max(top, 0)
+    scale = tl.exp(top - row_top)
+    return row_top, tl.sum(total * scale, 0), tl.sum(dot * scale, 0)
+
+
+@_jit
+def _kl_row_kernel(
+    student_ptr, teacher_ptr, token_weight_ptr,  # in: (N, V), (N, V), (N,)
+    kl_ptr, grad_ptr,  # out: (N,), (N, V); a bf16 grad may lie over the first half of each fp32 student row
+    student_stride, teacher_stride, grad_stride,  # between rows
+    inv_temperature,
+    V: tl.constexpr, REVERSE: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * student_stride
+    teacher_ptr += row * teacher_stride
+    lanes = tl.arange(0, BLOCK)
+    p_top = tl.full((BLOCK,), -1e20, tl.float32)
+    q_top = tl.full((BLOCK,), -1e20, tl.float32)
+    p_total = tl.zeros((BLOCK,), tl.float32)
+    q_total = tl.zeros((BLOCK,), tl.float32)
+    dot = tl.zeros((BLOCK,), tl.float32)  # sum of e_p (p - q)
+    for start in range(0, V, BLOCK):
+        columns = start + lanes
+        student = tl.load(student_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
+        teacher = tl.load(teacher_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
+        p, q = (student, teacher) if REVERSE else (teacher, student)
+        top = tl.maximum(p_top, p)
+        shrink = tl.exp(p_top - top)
+        p_exp = tl.exp(p - top)
+        p_total = p_total * shrink + p_exp
+        dot = dot * shrink + p_exp * (p - q)
+        p_top = top
+        top = tl.maximum(q_top, q)
+        q_total = q_total * tl.exp(q_top - top) + tl.exp(q - top)
+        q_top = top
+    p_max, p_sum, p_dot = _merge_lanes(p_top, p_total, dot)
+    q_max, q_sum, _ = _merge_lanes(q_top, q_total, q_total)
+    mean = p_dot / p_sum
+    token_weight = tl.load(token_weight_ptr + row)
+    live = token_weight != 0  # dead rows may hold anything, NaN too
+    kl = mean - (p_max - q_max) - tl.log(p_sum) + tl.log(q_sum)
+    tl.store(kl_ptr + row, tl.where(live, kl, 0.0))
+
+    if WITH_GRAD:
+        grad_ptr += row * grad_stride
+        p_scale = token_weight * inv_temperature / p_sum
+        q_scale = token_weight * inv_temperature / q_sum
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            student = tl.load(student_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
+            teacher = tl.load(teacher_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
+            if REVERSE:
+                grad = tl.exp(student - p_max) * p_scale * (student - teacher - mean)
+            else:
+                grad = tl.exp(student - q_max) * q_scale - tl.exp(teacher - p_max) * p_scale
+            # In place, bf16 block j covers bytes of fp32 blocks <= j. All warps must have read theirs before one writes.
+            tl.debug_barrier()
+            tl.store(grad_ptr + columns, tl.where(live, grad, 0.0).to(grad_ptr.dtype.element_ty), columns < V)
+
+
+@_jit
+def _logprob_row_kernel(
+    logits_ptr, target_ptr,  # in: (N, V), (N,)
+    logprob_ptr, entropy_ptr, lse_ptr,  # out: (N,) each
+    logits_stride,  # between rows
+    inv_temperature,
+    V: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), -1e20, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    dot = tl.zeros((BLOCK,), tl.float32)  # sum of e (x - top)
+    for start in range(0, V, BLOCK):
+        columns = start + lanes
+        x = tl.load(logits_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
+        new_top = tl.maximum(top, x)
+        shrink = tl.exp(top - new_top)
+        exp = tl.exp(x - new_top)
+        # The old sum was relative to the old maximum; a lane's first -1e20 meets a sum of 0.
+        dot = (dot + (top - new_top) * total) * shrink + tl.where(columns < V, exp * (x - new_top), 0.0)
+        total = total * shrink + exp
+        top = new_top
+    row_top, row_total, row_dot = _merge_lanes(top, total, dot + (top - tl.max(top, 0)) * total)
+    log_total = tl.log(row_total)
+    target = tl.load(logits_ptr + tl.load(target_ptr + row)).to(tl.float32) * inv_temperature
+    tl.store(logprob_ptr + row, target - row_top - log_total)
+    tl.store(entropy_ptr + row, log_total - row_dot / row_total)
+    tl.store(lse_ptr + row, row_top + log_total)
+
+
+@_jit
+def _logprob_grad_kernel(
+    logits_ptr, target_ptr, lse_ptr, upstream_ptr,  # in: columns [first, first + V) of logits (N, V), then (N,) each
+    grad_ptr,  # out: (N, V); as in _kl_row_kernel it may lie over the logits
+    logits_stride, grad_stride,  # between rows
+    first, inv_temperature,
+    V: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    grad_ptr += row * grad_stride
+    target = tl.load(target_ptr + row) - first
+    lse = tl.load(lse_ptr + row)
+    upstream = tl.load(upstream_ptr + row)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
+        onehot = tl.where(columns == target, 1.0, 0.0)
+        grad = tl.where(upstream != 0, upstream * inv_temperature * (onehot - tl.exp(x - lse)), 0.0)
+        tl.debug_barrier()  # as in _kl_row_kernel
+        tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), columns < V)
+
+
+@_jit
+def _logprob_tile_kernel(
+    hidden_ptr, weight_ptr, target_ptr,  # in: (N, D), (V, D), (N,)
+    top_ptr, total_ptr, dot_ptr, target_logit_ptr,  # out: (tiles of V, N) x 3, (N,)
+    N, V, hidden_stride, weight_stride,  # between rows
+    inv_temperature,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """One (BLOCK_N, BLOCK_V) tile of logits, reduced over its columns to max, sum e and sum e (x - max) for every row."""
+    # Neighbours in time share operands: GROUP row tiles against one tile of the vocabulary, then against the next.
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(V, BLOCK_V)
+    group = program // (GROUP * column_tiles)
+    height = tl.minimum(tl.cdiv(N, BLOCK_N) - group * GROUP, GROUP)
+    within = program - group * GROUP * column_tiles
+    row_tile = group * GROUP + within % height
+    column_tile = within // height
+
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    depth = tl.arange(0, BLOCK_D)
+    # Rows and columns past the end wrap around to ones that exist; their logits are masked below, their loads need no mask.
+    hidden_ptrs = hidden_ptr + (rows % N).to(tl.int64)[:, None] * hidden_stride + depth[None, :]
+    weight_ptrs = weight_ptr + (columns % V).to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            a = tl.load(hidden_ptrs)
+            b = tl.load(weight_ptrs)
+        else:
+            a = tl.load(hidden_ptrs, depth[None, :] < D - start, other=0.0)
+            b = tl.load(weight_ptrs, depth[:, None] < D - start, other=0.0)
+        if WIDEN:  # the interpreter multiplies the bits of bf16
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        x = tl.dot(a, b, x, input_precision="ieee")
+        hidden_ptrs += BLOCK_D
+        weight_ptrs += BLOCK_D
+
+    x = tl.where(columns[None, :] < V, x * inv_temperature, -1e30)  # a padded column must not count as a token of logit 0
+    top = tl.max(x, 1)
+    exp = tl.exp(x - top[:, None])
+    out = column_tile.to(tl.int64) * N + rows
+    tl.store(top_ptr + out, top, rows < N)
+    tl.store(total_ptr + out, tl.sum(exp, 1), rows < N)
+    tl.store(dot_ptr + out, tl.sum(exp * (x - top[:, None]), 1), rows < N)  # 0 * -1e30 = 0 past V
+    target = tl.load(target_ptr + rows, rows < N, other=-1)
+    logit = tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
+    here = (target >= column_tile * BLOCK_V) & (target < tl.minimum(column_tile * BLOCK_V + BLOCK_V, V))
+    tl.store(target_logit_ptr + rows, logit, here & (rows < N))  # of all tiles, one has the row's target
+
+
+# Launches.
+
+def _use_triton(backend, x):
+    """The dispatcher: Triton for CUDA tensors, PyTorch elsewhere, unless the caller says which."""
+    possible = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
+    if backend is None:
+        backend = "triton" if possible and x.is_cuda else "torch"
+    if backend not in ("torch", "triton"):
+        raise ValueError(f'backend is {backend!r}; pass "torch", "triton", or None to choose by device.')
+    if backend == "triton" and not possible:
+        raise ValueError(f'backend is "triton" for a {x.dtype} tensor on {x.device}; that needs the triton package, float32 or '
+                         'bfloat16, and CUDA (or TRITON_INTERPRET=1 in the environment): pass backend="torch".')
+    return backend == "triton" and len(x) > 0  # a grid of no programs cannot be launched
+
+
+def _launch(kernel, programs, *args, **constants):
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device; on a CPU this does nothing
+        kernel[(programs,)](*args, **constants)
+
+
+def _rows(x):
+    """x with contiguous rows, as the kernels address it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _grad_space(logits, dtype):
+    """Where the gradient of fp32 logits (n, V) goes: over them; in bf16, over the first half of every row."""
+    return logits.view(torch.bfloat16)[:, :logits.shape[1]] if dtype == torch.bfloat16 else logits
+
+
+def _launch_kl_rows(student, teacher, token_weight, kl, grad, reverse, temperature):
+    with_grad = grad is not None
+    grad = student if grad is None else grad
+    _launch(_kl_row_kernel, len(student), student, teacher, token_weight, kl, grad, student.stride(0), teacher.stride(0),
+            grad.stride(0), 1 / temperature, V=student.shape[1], REVERSE=reverse, WITH_GRAD=with_grad, **ROW)
+
+
+def _launch_logprob_grad(logits, first, target_ids, lse, upstream, grad, temperature):
+    _launch(_logprob_grad_kernel, len(logits), logits, target_ids, lse, upstream, grad, logits.stride(0), grad.stride(0),
+            first, 1 / temperature, V=logits.shape[1], **ROW)
+
+
+def _tile_config(x):
+    if x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None:
+        shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        if shared >= (TILE["BLOCK_N"] + TILE["BLOCK_V"]) * TILE["BLOCK_D"] * 2 * TILE["num_stages"]:
+            return TILE
+    return SMALL_TILE
+
+
+def _logprob_tiles(hidden, weight, target_ids, temperature, config):
+    """The tile kernel, and the merge of its statistics: logprob, entropy, logsumexp, stacked (3, n)."""
+    hidden, weight = _rows(hidden), _rows(weight)
+    (n, depth), vocabulary = hidden.shape, len(weight)
+    row_tiles, column_tiles = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(vocabulary, config["BLOCK_V"])
+    top, total, dot = hidden.new_empty((3, column_tiles, n), dtype=torch.float32)
+    target = hidden.new_full((n,), math.nan, dtype=torch.float32)  # remains, visibly, where a target id is out of range
+    _launch(_logprob_tile_kernel, row_tiles * column_tiles, hidden, weight, target_ids, top, total, dot, target,
+            n, vocabulary, hidden.stride(0), weight.stride(0), 1 / temperature, D=depth, WIDEN=INTERPRETED, **config)
+    row_top = top.amax(0)
+    shift = top - row_top
+    scale = shift.exp()
+    row_total = (total * scale).sum(0)
+    row_dot = ((dot + shift * total) * scale).sum(0)
+    log_total = row_total.log()
+    return torch.stack((target - row_top - log_total, log_total - row_dot / row_total, row_top + log_total))
+
+
+# Token log-probability.
+
+def _logprob_forward(hidden, weight, target_ids, temperature, kernel):
+    """-> logprob, entropy, logsumexp (3, N)."""
+    if kernel:
+        config = _tile_config(hidden)
+        row_bytes = 3 * 4 * triton.cdiv(len(weight), config["BLOCK_V"])
+        pieces = [_logprob_tiles(hidden[rows].detach(), weight.detach(), target_ids[rows], temperature, config)
+                  for rows in _pieces(len(hidden), row_bytes, hidden.device)]
+    else:
+        hidden, weight = _operand(hidden), _operand(weight)
+        pieces = [_logprob_rows(_mm(hidden[rows], weight.T), target_ids[rows], temperature)
+                  for rows in _pieces(len(hidden), len(weight) * _wide_dtype(hidden).itemsize, hidden.device)]
+    return torch.cat(pieces or [hidden.new_zeros((3, 0), dtype=_wide_dtype(hidden))], 1)
 
 
 class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target_ids, temperature, vocab_size):
-        logprob, entropy, lse = _logprob_forward(hidden, weight[:vocab_size], target_ids, temperature)
+    def forward(ctx, hidden, weight, target_ids, temperature, vocab_size, kernel):
+        logprob, entropy, lse = _logprob_forward(hidden, weight[:vocab_size], target_ids, temperature, kernel)
         ctx.save_for_backward(hidden, weight, target_ids, lse)
-        ctx.temperature, ctx.vocab_size = temperature, vocab_size
+        ctx.settings = temperature, vocab_size, kernel
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        """Recomputes the logits by slices of the vocabulary: each slice of dW is complete, and written, once."""
         hidden_in, weight_in, target_ids, lse = ctx.saved_tensors
-        # Tokens without upstream gradient (clipped, or in a group without reward spread) cost nothing and poison nothing.
+        temperature, vocab_size, kernel = ctx.settings
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        hidden, weight = _operand(hidden_in), _operand(weight_in[:vocab_size])
+        # Tokens without upstream gradient (clipped, or of a group without reward spread) cost no products and, whatever their
+        # hidden states hold, cannot poison dW.
         keep = upstream.nonzero().squeeze(1)
         partial = len(keep) < len(upstream)
-        hidden, weight = _operand(hidden_in), _operand(weight_in[:ctx.vocab_size])
         if partial:
             hidden, target_ids, lse, upstream = (x.index_select(0, keep) for x in (hidden, target_ids, lse, upstream))
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None  # (n, D)
         d_weight = torch.zeros_like(weight_in) if need_weight else None  # (V, D)
-        for first, last in _spans(len(weight), max(len(hidden), 1) * lse.element_size(), weight.device):
-            logits = _mm(hidden, weight[first:last].T)  # (n, slice)
-            grad = _logprob_grad_rows(logits, first, target_ids, lse, upstream, ctx.temperature)
+        for part in _pieces(len(weight), max(len(hidden), 1) * lse.element_size(), weight.device):
+            logits = _mm(hidden, weight[part].T)  # (n, v)
+            if kernel and len(hidden):
+                grad = _grad_space(logits, hidden.dtype)
+                _launch_logprob_grad(logits, part.start, target_ids, lse, upstream.contiguous(), grad, temperature)
+            else:
+                grad = _logprob_grad_rows(logits, part.start, target_ids, lse, upstream, temperature).to(hidden.dtype)
             if need_hidden:
-                _add_mm(d_hidden, grad, weight[first:last])
+                _add_mm(d_hidden, grad, weight[part])
             if need_weight:
-                d_weight[first:last] = grad.T @ hidden
+                d_weight[part] = grad.T @ hidden
         if need_hidden and partial:
             d_hidden = d_hidden.new_zeros(hidden_in.shape).index_copy_(0, keep, d_hidden)
-        return d_hidden.to(hidden_in.dtype) if need_hidden else None, d_weight, None, None, None
+        return d_hidden.to(hidden_in.dtype) if need_hidden else None, d_weight, None, None, None, None
 
 
-def fused_linear_logprob(hidden, weight, target_ids, temperature=1.0, vocab_size=None):
-    """log_softmax(hidden @ weight[:vocab_size].T / temperature)[target] per token, without the (N, V) logits.
+def fused_linear_logprob(hidden, weight, target_ids, temperature=1.0, vocab_size=None, backend=None):
+    """Log-probability of one token a row, log_softmax(hidden @ weight.T / temperature)[target], without (N, V) logits.
 
-    hidden (N, D) and weight (V, D) of one dtype: float32, bfloat16 or float64; target_ids (N,) int64.
-    Returns logprob (N,) and entropy (N,), fp32 (fp64 for fp64 inputs). The entropy is for logging and carries no gradient.
+    hidden (N, D) and weight (V, D) share a dtype, float32, bfloat16 or float64; target_ids (N,) int64. Rows of weight from
+    vocab_size on are padding: probability and gradient 0. backend: "torch", "triton", or None to choose by device.
+    Returns logprob (N,), differentiable in hidden and weight, and entropy (N,), for logging, which carries no gradient;
+    both float32 (float64 for float64). Rows whose upstream gradient is 0 reach no gradient. Nothing is saved for a
+    backward where none can come. Raises ValueError on shapes, dtypes or values that do not fit.
     """
+    vocab_size = _check_linear(hidden, weight, vocab_size, temperature)
+    _check_targets(target_ids, len(hidden), vocab_size)
+    kernel = _use_triton(backend, hidden)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _FusedLinearLogprob.apply(hidden, weight, target_ids, temperature, vocab_size)
-    return _logprob_forward(hidden, weight[:vocab_size], target_ids, temperature)[:2]
+        return _FusedLinearLogprob.apply(hidden, weight, target_ids, temperature, vocab_size, kernel)
+    return tuple(_logprob_forward(hidden, weight[:vocab_size], target_ids, temperature, kernel)[:2])
 
 
-# ---------------------------------------------------------------- full-vocabulary KL
+# Full-vocabulary KL.
 
 def _kl_forward(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, reverse, temperature,
-                vocab_size, need_hidden, need_weight):
-    weight_shape = student_weight.shape
-    student_hidden, teacher_hidden = _operand(student_hidden), _operand(teacher_hidden)
-    student_weight, teacher_weight = _operand(student_weight[:vocab_size]), _operand(teacher_weight[:vocab_size])
-    dtype = _wide(student_hidden).dtype
-    kl = token_weight.new_zeros(len(student_hidden), dtype=dtype)
-    d_hidden = torch.zeros_like(student_hidden, dtype=dtype) if need_hidden else None  # (N, Ds)
-    d_weight = student_weight.new_zeros(weight_shape, dtype=dtype) if need_weight else None  # (V, Ds)
-    spans = _spans(len(student_hidden), len(student_weight) * kl.element_size(), kl.device)
-    rows = spans[0][1] if spans else 0
-    student_buffer, teacher_buffer = kl.new_empty(2, rows, len(student_weight))
-    for start, stop in spans:
-        student = _mm(student_hidden[start:stop], student_weight.T, out=student_buffer[:stop - start])  # (n, V)
-        teacher = _mm(teacher_hidden[start:stop], teacher_weight.T, out=teacher_buffer[:stop - start])  # (n, V)
-        kl[start:stop], grad = _kl_rows(student, teacher, token_weight[start:stop], reverse, temperature,
-                                        need_hidden or need_weight)
+                vocab_size, kernel, need_hidden, need_weight):
+    """-> loss, KL (N,), d loss / d student hidden (N, Ds), d loss / d student weight (V, Ds); None where not needed."""
+    d_weight = (student_weight.new_zeros(student_weight.shape, dtype=token_weight.dtype) if need_weight else None)
+    student_hidden, student_weight = _operand(student_hidden), _operand(student_weight[:vocab_size])
+    teacher_hidden, teacher_weight = _operand(teacher_hidden), _operand(teacher_weight[:vocab_size])
+    d_hidden = torch.empty_like(student_hidden, dtype=token_weight.dtype) if need_hidden else None
+    kl = torch.empty_like(token_weight)
+    with_grad = need_hidden or need_weight
+    pieces = _pieces(len(kl), vocab_size * kl.element_size(), kl.device)
+    # One pair of buffers for all pieces: fresh ones cost a page fault each 4 KB on a CPU.
+    buffers = kl.new_empty((2, pieces[0].stop if pieces else 0, vocab_size))
+    for rows in pieces:
+        student, teacher = buffers[:, :rows.stop - rows.start]
+        _mm(student_hidden[rows], student_weight.T, out=student)
+        _mm(teacher_hidden[rows], teacher_weight.T, out=teacher)
+        if kernel:
+            grad = _grad_space(student, student_hidden.dtype) if with_grad else None
+            _launch_kl_rows(student, teacher, token_weight[rows], kl[rows], grad, reverse, temperature)
+        else:
+            kl[rows], grad = _kl_rows(student, teacher, token_weight[rows], reverse, temperature, with_grad)
+            grad = grad.to(student_hidden.dtype) if with_grad else None
         if need_hidden:
-            _mm(grad, student_weight, out=d_hidden[start:stop])
+            _mm(grad, student_weight, out=d_hidden[rows])
         if need_weight:
-            _add_mm(d_weight[:vocab_size], grad.T, student_hidden[start:stop])
+            _add_mm(d_weight[:vocab_size], grad.T, student_hidden[rows])
     return (token_weight * kl).sum(), kl, d_hidden, d_weight
 
 
@@ -231,9 +540,8 @@ def _scaled(gradient, upstream, dtype):
 
 class _FusedLinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, student_weight, teacher_hidden, teacher_weight, *rest):
-        loss, kl, *gradients = _kl_forward(student_hidden, student_weight, teacher_hidden, teacher_weight, *rest,
-                                           *ctx.needs_input_grad[:2])
+    def forward(ctx, student_hidden, *args):
+        loss, kl, *gradients = _kl_forward(student_hidden, *args, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
         ctx.dtype = student_hidden.dtype
         ctx.mark_non_differentiable(kl)
@@ -242,28 +550,38 @@ class _FusedLinearKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        d_hidden, d_weight = (_scaled(g, upstream, ctx.dtype) for g in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return *(_scaled(gradient, upstream, ctx.dtype) for gradient in ctx.saved_tensors), *[None] * 7
 
 
 def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, direction="reverse", temperature=1.0,
-                    token_weight=None, vocab_size=None):
-    """sum(token_weight * KL) over the whole vocabulary, gradient to the student only.
+                    token_weight=None, vocab_size=None, backend=None):
+    """sum(token_weight * KL) over the whole vocabulary, exact; the gradient goes to the student only.
 
-    direction "reverse": KL(student || teacher), Eq. 4 of arXiv 2605.12483 v1; "forward": KL(teacher || student), Eq. 5.
-    student_hidden (N, Ds), student_weight (V, Ds), teacher_hidden (N, Dt), teacher_weight (Vt, Dt); token_weight (N,).
-    Returns loss (scalar) and kl (N,), fp32 (fp64 for fp64 inputs); kl carries no gradient and is 0 where token_weight is.
+    direction: "reverse" is KL(student || teacher), Eq. 4; "forward" is KL(teacher || student), Eq. 5.
+    student_hidden (N, Ds), student_weight (V, Ds), teacher_hidden (N, Dt), teacher_weight (Vt, Dt), all of one dtype, float32,
+    bfloat16 or float64; token_weight (N,), all ones if None. Rows of either weight from vocab_size on are padding:
+    probability and gradient 0; where V differs from Vt, vocab_size (the tokenizer's) must be given.
+    Returns loss (scalar) and kl (N,), unweighted and without gradient, 0 where token_weight is 0: such rows are dropped before
+    the products, so whatever they hold, NaN included, is harmless. Both float32 (float64 for float64).
+    backend: as in `fused_linear_logprob`. Raises ValueError on shapes, dtypes or values that do not fit.
     """
-    reverse = direction == "reverse"
     count = len(student_hidden)
-    token_weight = (torch.ones(count, device=student_hidden.device) if token_weight is None else token_weight.detach())
-    token_weight = token_weight.to(_wide(student_hidden).dtype)
+    if vocab_size is None and len(student_weight) != len(teacher_weight):
+        raise ValueError(f"student_weight has {len(student_weight)} rows, teacher_weight {len(teacher_weight)}; pass vocab_size, "
+                         "the size of the tokenizer they share.")
+    vocab_size = _check_linear(student_hidden, student_weight, vocab_size, temperature, "student_")
+    _check_linear(teacher_hidden, teacher_weight, vocab_size, temperature, "teacher_")
+    if len(teacher_hidden) != count or teacher_hidden.dtype != student_hidden.dtype:
+        raise ValueError(f"teacher_hidden is {tuple(teacher_hidden.shape)} {teacher_hidden.dtype}, student_hidden "
+                         f"{tuple(student_hidden.shape)} {student_hidden.dtype}; pass the same tokens in the same dtype.")
+    reverse, token_weight = _check_kl(direction, token_weight, student_hidden)
     keep = token_weight.nonzero().squeeze(1)
     partial = len(keep) < count
-    if partial:  # before the products: 0 * NaN from a padded row would reach every gradient
+    if partial:
         student_hidden, teacher_hidden, token_weight = (x.index_select(0, keep)
                                                         for x in (student_hidden, teacher_hidden, token_weight))
-    args = (student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, reverse, temperature, vocab_size)
+    args = (student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, reverse, temperature, vocab_size,
+            _use_triton(backend, student_hidden))
     if torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad):
         loss, kl = _FusedLinearKL.apply(*args)
     else:
@@ -271,14 +589,14 @@ def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weig
     return loss, (kl.new_zeros(count).index_copy_(0, keep, kl) if partial else kl)
 
 
-# ---------------------------------------------------------------- the same on logits that already exist
+# The same on logits that exist already.
 
 class _LogprobFromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target_ids, temperature):
-        logprob, entropy, lse = _logits_forward(logits, target_ids, temperature)
+    def forward(ctx, logits, target_ids, temperature, kernel):
+        logprob, entropy, lse = _logits_logprob(logits, target_ids, temperature, kernel)
         ctx.save_for_backward(logits, target_ids, lse)
-        ctx.temperature = temperature
+        ctx.settings = temperature, kernel
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
 
@@ -286,35 +604,45 @@ class _LogprobFromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, _):
         logits, target_ids, lse = ctx.saved_tensors
+        temperature, kernel = ctx.settings
         d_logits = torch.empty_like(logits)  # (N, V)
-        for start, stop in _spans(len(logits), logits.shape[1] * lse.element_size(), logits.device):
-            rows = slice(start, stop)
+        if kernel:
+            _launch_logprob_grad(logits, 0, target_ids, lse, upstream.contiguous(), d_logits, temperature)
+            return d_logits, None, None, None
+        for rows in _pieces(len(logits), logits.shape[1] * lse.element_size(), logits.device):
             piece = logits[rows].to(lse.dtype, copy=True)  # copy: the next line writes in place
-            grad = _logprob_grad_rows(piece, 0, target_ids[rows], lse[rows], upstream[rows], ctx.temperature)
+            grad = _logprob_grad_rows(piece, 0, target_ids[rows], lse[rows], upstream[rows], temperature)
             d_logits[rows] = grad.masked_fill_(upstream[rows, None] == 0, 0)
-        return d_logits, None, None
+        return d_logits, None, None, None
 
 
-def _logits_forward(logits, target_ids, temperature):
-    dtype = _wide(logits[:0]).dtype
-    pieces = [logits.new_zeros((3, 0), dtype=dtype)]
-    for start, stop in _spans(len(logits), logits.shape[1] * dtype.itemsize, logits.device):
-        piece = logits[start:stop].detach().to(dtype, copy=True)  # copy: the next line writes in place
-        pieces.append(torch.stack(_logprob_rows(piece, target_ids[start:stop], temperature)))
-    return torch.cat(pieces, dim=1).unbind(0)
+def _logits_logprob(logits, target_ids, temperature, kernel):
+    """-> logprob, entropy, logsumexp (3, N)."""
+    out = logits.new_empty((3, len(logits)), dtype=_wide_dtype(logits))
+    if kernel:
+        _launch(_logprob_row_kernel, len(logits), logits.detach(), target_ids, *out, logits.stride(0), 1 / temperature,
+                V=logits.shape[1], **ROW)
+        return out
+    for rows in _pieces(len(logits), logits.shape[1] * out.element_size(), logits.device):
+        piece = logits[rows].detach().to(out.dtype, copy=True)  # copy: the next line writes in place
+        out[:, rows] = _logprob_rows(piece, target_ids[rows], temperature)
+    return out
 
 
-def logprob_from_logits(logits, target_ids, temperature=1.0):
-    """log_softmax(logits / temperature)[target] and entropy, both (N,), from logits (N, V); as fused_linear_logprob."""
+def logprob_from_logits(logits, target_ids, temperature=1.0, backend=None):
+    """`fused_linear_logprob` for finite logits (N, V) that exist already, of any of its dtypes: logprob (N,), entropy (N,)."""
+    _check_logits(logits, temperature, "logits")
+    _check_targets(target_ids, len(logits), logits.shape[1])
+    args = _rows(logits), target_ids, temperature, _use_triton(backend, logits)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _LogprobFromLogits.apply(logits, target_ids, temperature)
-    return _logits_forward(logits, target_ids, temperature)[:2]
+        return _LogprobFromLogits.apply(*args)
+    return tuple(_logits_logprob(*args)[:2])
 
 
 class _KLFromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_logits, *rest):
-        loss, kl, d_logits = _logits_kl_forward(student_logits, *rest, True)
+    def forward(ctx, *args):
+        loss, kl, d_logits = _logits_kl(*args, True)
         ctx.save_for_backward(d_logits)
         ctx.mark_non_differentiable(kl)
         return loss, kl
@@ -323,29 +651,78 @@ class _KLFromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, _):
         d_logits, = ctx.saved_tensors
-        return _scaled(d_logits, upstream, d_logits.dtype), None, None, None, None
+        return _scaled(d_logits, upstream, d_logits.dtype), *[None] * 5
 
 
-def _logits_kl_forward(student_logits, teacher_logits, token_weight, reverse, temperature, with_grad):
-    dtype = token_weight.dtype
-    kl = torch.empty_like(token_weight)  # (N,)
-    d_logits = torch.empty_like(student_logits) if with_grad else None  # (N, V)
-    for start, stop in _spans(len(kl), student_logits.shape[1] * dtype.itemsize, kl.device):
-        rows = slice(start, stop)
-        dead = token_weight[rows, None] == 0  # equal logits: KL and gradient are 0 whatever stood there
-        student, teacher = (x[rows].detach().to(dtype, copy=True).masked_fill_(dead, 0)
-                            for x in (student_logits, teacher_logits))
+def _logits_kl(student_logits, teacher_logits, token_weight, reverse, temperature, kernel, with_grad):
+    """-> loss, KL (N,), d loss / d student logits (N, V) or None."""
+    student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
+    kl = torch.empty_like(token_weight)
+    d_logits = torch.empty_like(student_logits) if with_grad else None
+    if kernel:
+        _launch_kl_rows(student_logits, teacher_logits, token_weight, kl, d_logits, reverse, temperature)
+        return (token_weight * kl).sum(), kl, d_logits
+    for rows in _pieces(len(kl), student_logits.shape[1] * kl.element_size(), kl.device):
+        dead = token_weight[rows, None] == 0  # both rows alike: KL and gradient are 0, whatever stood there
+        # copy: the row operation writes in place
+        student, teacher = (x[rows].to(kl.dtype, copy=True).masked_fill_(dead, 0) for x in (student_logits, teacher_logits))
         kl[rows], grad = _kl_rows(student, teacher, token_weight[rows], reverse, temperature, with_grad)
         if with_grad:
             d_logits[rows] = grad
     return (token_weight * kl).sum(), kl, d_logits
 
 
-def kl_from_logits(student_logits, teacher_logits, direction="reverse", temperature=1.0, token_weight=None):
-    """sum(token_weight * KL) and KL per token (N,) from logits (N, V) of both models; as fused_linear_kl."""
-    token_weight = (torch.ones(len(student_logits), device=student_logits.device) if token_weight is None
-                    else token_weight.detach()).to(_wide(student_logits[:0]).dtype)
-    args = (student_logits, teacher_logits, token_weight, direction == "reverse", temperature)
+def kl_from_logits(student_logits, teacher_logits, direction="reverse", temperature=1.0, token_weight=None, backend=None):
+    """`fused_linear_kl` for finite logits (N, V) of both models that exist already, cut to the shared vocabulary."""
+    _check_logits(student_logits, temperature, "student_logits")
+    if student_logits.shape != teacher_logits.shape or student_logits.device != teacher_logits.device:
+        raise ValueError(f"teacher_logits is {tuple(teacher_logits.shape)} on {teacher_logits.device}, student_logits "
+                         f"{tuple(student_logits.shape)} on {student_logits.device}; cut both to the shared vocabulary.")
+    reverse, token_weight = _check_kl(direction, token_weight, student_logits)
+    args = (_rows(student_logits), _rows(teacher_logits), token_weight, reverse, temperature,
+            _use_triton(backend, student_logits))
     if torch.is_grad_enabled() and student_logits.requires_grad:
         return _KLFromLogits.apply(*args)
-    return _logits_kl_forward(*args, False)[:2]
+    return _logits_kl(*args, False)[:2]
+
+
+# Arguments.
+
+def _check_logits(logits, temperature, name):
+    if logits.dim() != 2 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"{name} is {tuple(logits.shape)} {logits.dtype}; flatten it to 2 dimensions and convert it to float32, "
+                         "bfloat16 or float64.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it divides the logits: pass a positive number (1.0 for none).")
+
+
+def _check_linear(hidden, weight, vocab_size, temperature, name=""):
+    """-> the vocabulary size that counts."""
+    _check_logits(hidden, temperature, name + "hidden")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype or weight.device != hidden.device:
+        raise ValueError(f"{name}weight is {tuple(weight.shape)} {weight.dtype} on {weight.device}, {name}hidden "
+                         f"{tuple(hidden.shape)} {hidden.dtype} on {hidden.device}; pass the lm_head of the same model, in its dtype.")
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= len(weight):
+        raise ValueError(f"vocab_size is {vocab_size}, {name}weight has {len(weight)} rows; pass the tokenizer's size, at most that.")
+    return vocab_size
+
+
+def _check_targets(target_ids, count, vocab_size):
+    if target_ids.shape != (count,) or target_ids.dtype != torch.int64:
+        raise ValueError(f"target_ids is {tuple(target_ids.shape)} {target_ids.dtype}; pass ({count},) int64, one a row.")
+    if target_ids.device.type == "cpu" and count and not 0 <= target_ids.min() <= target_ids.max() < vocab_size:
+        # A GPU would have to wait for this; there the log-probability comes out as NaN.
+        raise ValueError(f"target_ids spans {target_ids.min()}..{target_ids.max()} but the vocabulary has {vocab_size} tokens; drop "
+                         "padding such as -100 before the call.")
+
+
+def _check_kl(direction, token_weight, student):
+    """-> reverse?, token_weight in the precision of the statistics."""
+    if direction not in ("reverse", "forward"):
+        raise ValueError(f'direction is {direction!r}; pass "reverse" (student || teacher) or "forward" (teacher || student).')
+    if token_weight is None:
+        return direction == "reverse", student.new_ones(len(student), dtype=_wide_dtype(student))
+    if token_weight.shape != (len(student),):
+        raise ValueError(f"token_weight is {tuple(token_weight.shape)}; pass ({len(student)},), one number a row.")
+    return direction == "reverse", token_weight.detach().to(student.device, _wide_dtype(student))
