@@ -89,47 +89,107 @@ def extract_answer(text: str) -> str | None:
 # ---- the fast path: decide what needs no algebra
 
 _CLEAN = [
-    (re.compile(r"\\(?:left|right)(?![A-Za-z])\.?|\\!|\\displaystyle(?![A-Za-z])"), ""),
+    (re.compile(r"\\(?:left|right)(?![A-Za-z])\.?|\\!|\\displaystyle(?![A-Za-z])|(?<=\\\\)\[\d+ ?pt\]"), ""),
     (re.compile(r"(?<!\\)\\[,;: \n]|~|\\q?quad(?![A-Za-z])|\\thinspace(?![A-Za-z])|\s+"), " "),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\(?:mbox|mathrm|textbf|textit|textrm|textnormal|mathbf|rm)\s*(?=\{)"), r"\\text"),
+    (re.compile(r"\\(?:mbox|math(?:rm|bf)|text(?:bf|it|rm|normal))\s*(?=\{)"), r"\\text"),
     (re.compile(r"\s*\{,\}\s*"), ","),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|°|\\degree(?![A-Za-z])"), r"^\\circ"),
     (re.compile("[\u2212\u2013]"), "-"),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])"), ""),  # keeps "1 2" apart from "12"
+    (re.compile(r"^(-?\d+) (\d+)/(\d+)$", re.ASCII), r"\1\\frac{\2}{\3}"),
 ]
-_WRAPPERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
-_NUMBER = re.compile(r"([-+]?)(?:\\?\$)?(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?(?:\^\\circ)?", re.ASCII)
+_WRAPPERS = [(r"\boxed{", "}"), (r"\fbox{", "}"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
+_NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d*)(?:\.(\d*))?", re.ASCII)
 _TEXT = re.compile(r"\\text\{([^{}\\]*)\}")
+_UNIT = re.compile(r"(?:\\text\{ ?([A-Za-z][A-Za-z ./]*?)\.? ?\}|(?<=[\d }])([A-Za-z]{2,}))(?:\^\{?([23])\}?)?$", re.ASCII)
+_BASED = re.compile(r"(\d+)_(?:(\d)|\{(\d+)\})", re.ASCII)
+_UNITS = {  # canonical name: other spellings, less a final s
+    "deg": "degree", "rad": "radian", "cent": "", "dollar": "", "mm": "millimeter millimetre", "cm": "centimeter centimetre",
+    "m": "meter metre", "km": "kilometer kilometre", "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile",
+    "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce", "l": "liter litre", "ml": "milliliter millilitre",
+    "sec": "second", "min": "minute", "h": "hour hr", "day": "", "week": "", "month": "", "year": "yr", "mph": "", "unit": "",
+}  # fmt: skip
+_UNIT_NAME = {spelling: name for name, others in _UNITS.items() for spelling in [name, *others.split()]}
+_POWER = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+_SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NO_UNIT = set(  # words after a number that change or hedge it
+    "a an about almost and approx approximately around at base but by choose cubed divided dozen dozens e each either else "
+    "exactly factorial false fifth for fourth from half halves i if in infinity into is it least less maybe minus mod modulo "
+    "more most nearly no not of off only or out over pi plus power quarter quarters ratio root roughly score squared tau than "
+    "then third thirds times to true under unless versus vs wrong".split()
+)
 
 
 def normalise(text: str) -> str:
-    """`text` without the typography that never changes its meaning: spacing, \\left, \\dfrac, $...$, a final full stop."""
-    text = text.strip()
-    while text.endswith(".") or any(text.startswith(a) and text.endswith(b) and len(text) > len(a + b) for a, b in _WRAPPERS):
-        if text.endswith(".") and not text.endswith(r"\."):
+    r"""`text` without the typography that never changes its meaning: spacing, \left, \dfrac, $...$, a final full stop."""
+    text, before = text.strip(), None
+    while text != before:
+        before = text
+        if text.endswith(".") and not text.endswith((r"\.", "..")):
             text = text[:-1].rstrip()
-            continue
-        a, b = next(((a, b) for a, b in _WRAPPERS if text.startswith(a) and text.endswith(b)), ("", ""))
-        if not a or a in text[len(a) : -len(b)]:
-            break
-        text = text[len(a) : -len(b)].strip()
+        for a, b in _WRAPPERS:
+            inner = text[len(a) : -len(b)]
+            if text == a + inner + b and (_balanced(inner) if b == "}" else a not in inner and b not in inner):
+                text = inner.strip()
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
+def _balanced(text: str) -> bool:
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
 def _number(text: str) -> str | None:
-    """A canonical decimal if `text` is plainly one number ("073", "1,000", "70.0", "\\$5", "336^\\circ"), else None.
+    """A canonical decimal if `text` is plainly one number ("073", "1,000", "70.0"), else None.
 
     Works on the digits as text, so that no length is too long for it; ASCII digits only, though int() reads others.
     """
     match = _NUMBER.fullmatch(text)
     if not match or not (match[2] or match[3]):
         return None
-    whole, fraction = match[2].replace(",", "").lstrip("0") or "0", (match[3] or "").rstrip("0")
-    sign = "-" if match[1] == "-" and (whole, fraction) != ("0", "") else ""
-    return f"{sign}{whole}.{fraction}"
+    whole, fraction = re.sub("[, ]", "", match[2]).lstrip("0") or "0", (match[3] or "").rstrip("0")
+    return ("-" if match[1] == "-" and whole + fraction != "0" else "") + whole + ("." + fraction if fraction else "")
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    r"""(value, canonical unit or "") of a normalised answer: "15\text{cm}^2" -> ("15", "cm2"), "\$5" -> ("5", "dollar")."""
+    if text.startswith((r"\$", "$")):
+        return text.lstrip("\\$"), "dollar"
+    if text.endswith(r"^\circ"):
+        return text[: -len(r"^\circ")], "deg"
+    match = _UNIT.search(text)
+    if not match or not match.start():
+        return text, ""
+    value, words, power = text[: match.start()].rstrip(), (match[1] or match[2]).lower().split(), match[3] or ""
+    if words in (["percent"], ["pct"]):
+        return value + r"\%", ""
+    if len(words) == 1 and words[0] in _SCALE:
+        return value + rf"\cdot 10^{{{_SCALE[words[0]]}}}", ""
+    if words[0] in _POWER and len(words) > 1 and not power:
+        power = _POWER[words.pop(0)]
+    names = [_UNIT_NAME.get(w) or _UNIT_NAME.get(w.removesuffix("s")) for w in words]
+    if match[2] and not names[0]:  # a bare word counts only if it is known: "5ab" is a product
+        return text, ""
+    if len(words) > 3 or not _NO_UNIT.union(_SCALE).isdisjoint(words) and names != ["in"]:
+        return text, ""
+    return value, " ".join(n or w.removesuffix("s") for n, w in zip(names, words)) + power
+
+
+def _words(text: str) -> str | None:
+    r"""The words of an answer that is text: "\text{(C)}" -> "C", "\textbf{No solution.}" -> "no solution"; else None."""
+    bare = _TEXT.sub(r"\1", text).strip().rstrip(".")
+    bare = bare[1:-1] if re.fullmatch(r"\([A-Za-z]\)", bare) else bare
+    if not re.fullmatch(r"[A-Za-z][A-Za-z '-]*" if r"\text" in text else r"[A-Za-z][A-Za-z ']*", bare):
+        return None
+    return bare if len(bare) == 1 else " ".join(bare.lower().split())
 
 
 def quick_check(gold: str, answer: str) -> bool | None:
@@ -138,9 +198,25 @@ def quick_check(gold: str, answer: str) -> bool | None:
         return True
     if any(c.isdigit() and not c.isascii() for c in answer):
         return False  # "٣" and "３" are digits to int(), but no gold answer is written in them
-    a, b = (_number(_TEXT.sub(r"\1", t) if _TEXT.fullmatch(t) else t) for t in (gold, answer))
-    if a is not None and b is not None:
-        return a == b
+    if _TEXT.fullmatch(answer) and _number(answer[6:-1]) is not None:
+        answer = answer[6:-1]
+    (gold_value, gold_unit), (value, unit) = _split_unit(gold), _split_unit(answer)
+    if gold_unit and unit and gold_unit != unit:
+        return False
+    numbers = _number(gold_value), _number(value)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    based = _BASED.fullmatch(gold)
+    if based or re.search(r"\d\s*_", answer):  # the grammar would drop the base
+        theirs = _BASED.fullmatch(answer)
+        if based and theirs:
+            return (based[1], based[2] or based[3]) == (theirs[1], theirs[2] or theirs[3])
+        return bool(based) and _number(based[1]) == numbers[1]  # the question states the base; the answer may omit it
+    gold_words, words = _words(gold), _words(answer)
+    if gold_words and (_TEXT.fullmatch(gold) or len(gold_words) > 3 or gold_words in ("yes", "no", "odd")):
+        return gold_words == words  # the grammar would read a product of letters, in which "seat" is "east"
+    if gold_words and len(gold_words) == 1 and gold_words == words:
+        return True
     return None
 
 
@@ -148,19 +224,27 @@ def quick_check(gold: str, answer: str) -> bool | None:
 
 
 def _exact_eq(original):
-    """math-verify's numeric comparison without its tolerance; floats are already rationals when it is called."""
+    """math-verify's comparison of two numbers, `original`, without its absolute tolerance.
+
+    Two constants are equal when they agree in more digits than the largest and smallest of their parts span: enough
+    to tell 2006! from 2006! + 1. Expressions with symbols are left to symbolic equality, which the caller tries next.
+    """
+    from math_verify.grader import is_atomic_or_pct_atomic
+    from sympy import MatrixBase, MatrixExpr, Number, log, preorder_traversal
 
     def exact(a, b, float_rounding, numeric_precision):
-        import sympy
-        from math_verify.grader import is_atomic_or_pct_atomic
-
-        matrices = isinstance(a, (sympy.MatrixBase, sympy.MatrixExpr)) or isinstance(b, (sympy.MatrixBase, sympy.MatrixExpr))
-        if matrices or is_atomic_or_pct_atomic(a, sympy.Number) or is_atomic_or_pct_atomic(b, sympy.Number):
-            return original(a, b, float_rounding, numeric_precision)
-        if a.free_symbols or b.free_symbols:
-            return False  # left to symbolic equality, which the caller tries next
-        x, y = a.evalf(50), b.evalf(50)
-        return bool(x.is_finite and y.is_finite and x != 0 and abs(x - y) < abs(x) * sympy.Float("1e-40", 50))
+        if isinstance(a, (MatrixBase, MatrixExpr)) or isinstance(b, (MatrixBase, MatrixExpr)):
+            return original(a, b, float_rounding, numeric_precision)  # calls this function on the entries
+        if is_atomic_or_pct_atomic(a, Number) or is_atomic_or_pct_atomic(b, Number):
+            return original(a, b, float_rounding, numeric_precision)  # exact, as no float is ever parsed
+        if not (a.is_number and b.is_number):
+            return False
+        sizes = [abs(part.evalf(5)) for side in (a, b) for part in preorder_traversal(side) if part.is_number]
+        digits = 60 + 3 * max(abs(int(log(size, 10).evalf(5))) for size in sizes if size.is_finite and size != 0)
+        if digits > 20_000:
+            return False
+        x, y = a.evalf(digits, maxn=4 * digits), b.evalf(digits, maxn=4 * digits)
+        return bool(x.is_finite and y.is_finite and abs(x - y) * 10 ** (digits - 15) < abs(x))
 
     return exact
 
@@ -175,11 +259,12 @@ def _parse(text: str, is_real: bool):
         def parse_number(self, text):  # the original's sympy.Number(text) is eval underneath, and a float
             return Rational(text.replace(",", ""))
 
-    number = _number(text)
-    if number is not None:
+    if (number := _number(text)) is not None:
         return Rational(number)
-    config = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    latex = normalize_latex(text, config)
+    if repeating := re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text, re.ASCII):
+        sign, whole, head, tail = repeating.groups()
+        return Rational(f"{sign}1") * (Rational(f"{whole}.{head}0") + Rational(int(tail), (10 ** len(tail) - 1) * 10 ** len(head)))
+    latex = normalize_latex(text, NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
     converter = Converter(None, is_real, False, ConversionConfig(lowercase_symbols=False))
     try:
         return converter.parse(latex)
@@ -193,9 +278,34 @@ def _algebra_check(gold: str, answer: str) -> bool:
     """Whether math-verify holds `answer` and `gold` for equal. May run for ever, take any memory, raise anything."""
     from math_verify import verify
     from math_verify.grader import should_treat_as_complex
+    from sympy import FiniteSet, Interval, Tuple
+    from sympy.core.function import AppliedUndef
+    from sympy.core.relational import Eq
 
+    gold, answer = _split_unit(gold)[0], _split_unit(answer)[0]
     is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(answer))
-    return verify(_parse(gold, is_real), _parse(answer, is_real), timeout_seconds=None, raise_on_error=True)
+
+    def equal(a, b) -> bool:
+        return verify(a, b, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+
+    if r"\approx" in answer:  # "10\sqrt{2}\approx 14.14": the exact part counts, if the rest is its approximation
+        answer, _, approximation = answer.partition(r"\approx")
+        if r"\approx" in gold or abs(float(approximation) / float(_parse(answer, is_real)) - 1) > 0.01:
+            return False
+    ours, theirs = _parse(gold, is_real), _parse(answer, is_real)
+    # "3 = 5" must not pass for 5, as math-verify would have it: it looks at the last side of an equation only.
+    relations = getattr(theirs, "_unsorted_args", (theirs,))
+    sides = [side for relation in relations if isinstance(relation, Eq) for side in relation.args]
+    constants = [side for side in sides if side.is_number is True and not side.has(AppliedUndef)]
+    if not all(equal(constants[0], side) for side in constants[1:]):
+        return False
+    # A set of values is no tuple or interval, and [1, 0] no (1, 0), though math-verify compares their elements.
+    kinds = [(isinstance(tree, FiniteSet), isinstance(tree, (Tuple, Interval))) for tree in (ours, theirs)]
+    if kinds in ([(True, False), (False, True)], [(False, True), (True, False)]):
+        return False
+    if isinstance(ours, Tuple) and isinstance(theirs, Tuple) and {gold[0], answer[0]} == {"(", "["}:
+        return False
+    return equal(ours, theirs)
 
 
 def _worker_main(deadline: float, memory_bytes: int) -> None:
@@ -209,20 +319,24 @@ def _worker_main(deadline: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
-    import math_verify.grader as grader
+    from math_verify import grader
 
     grader.sympy_numeric_eq = _exact_eq(grader.sympy_numeric_eq)
-    _algebra_check(r"\frac{1}{2}", "0.5")  # imports what is imported late
+    for pair in [(r"\sin^2 x", r"1-\cos^2 x"), ("x=3", "y=3"), (r"\{1,2\}", "3"), ("n!", "m!"), ("x>2", r"(2,\infty)")]:
+        _algebra_check(*pair)  # imports what sympy imports late, which compiles text of its own
 
     def refuse(event: str, args: tuple) -> None:
-        if event == "compile" and not str(args[1]).endswith(".py") or event in ("os.system", "subprocess.Popen", "os.fork"):
+        if event == "compile" and not str(args[1]).endswith(".py"):
+            source = args[0] if isinstance(args[0], bytes) else str(args[0]).encode()
+            if not source.startswith(b"def monomial_"):  # sympy writes one such function per number of variables
+                raise RuntimeError("a verifier worker compiles no text")
+        if event in ("os.system", "os.fork", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"):
             raise RuntimeError(f"refused in a verifier worker: {event}")
 
     sys.addaudithook(refuse)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        # No handler: the kernel ends a worker whose parent died before it could.
-        signal.alarm(int(deadline) + 2)
+        signal.alarm(int(deadline) + 2)  # no handler: the kernel ends a busy worker whose parent died
         try:
             verdict = bool(_algebra_check(*json.loads(line)))
         except MemoryError:
