@@ -30,6 +30,7 @@ CPU); the Triton kernels are those row operations, and the tile kernel, for a GP
 Equations are those of arXiv 2605.12483 v1. No generalised JSD: it needs a second pass over both rows before its gradient.
 """
 
+import functools
 import math
 import os
 
@@ -51,8 +52,11 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 CPU_LOGIT_BYTES = 8 << 20  # of logits at a time: 65 rows of a 32k vocabulary; tiny problems are one piece
 GPU_LOGIT_BYTES = 5 << 28  # 2048 rows of Qwen3's: fewer would read and write dW (V, Ds), 1.2 GB in fp32, too often
 
-TILE = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, GROUP=16, num_warps=8, num_stages=3)  # 144 KB shared: sm_80, sm_90, ...
-SMALL_TILE = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, GROUP=16, num_warps=4, num_stages=2)  # fp32 operands, smaller GPUs
+# The largest tiles that spill no register where they run (results/kernels/compile.md).
+HOPPER_TILE = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, GROUP=16, num_warps=8, num_stages=3)  # 144 KB of shared memory
+TILE = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, GROUP=16, num_warps=8, num_stages=3)  # 96 KB
+AMD_TILE = dict(TILE, num_stages=2)  # 32 KB
+FP32_TILE = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, GROUP=16, num_warps=4, num_stages=2)
 ROW = dict(BLOCK=2048, num_warps=8)
 
 
@@ -132,7 +136,7 @@ def _pieces(total, row_bytes, device):
 # Row operations in PyTorch. They overwrite their logits: each pass over a piece costs as much as a tenth of its products.
 
 def _logprob_rows(logits, target_ids, temperature):
-    """Logits (n, V) -> logprob, entropy, logsumexp, stacked (3, n)."""
+    """Logits (n, V) -> logprob, entropy, max, log sum exp(logits - max), stacked (4, n)."""
     logits.mul_(1 / temperature)
     target = logits.gather(1, target_ids[:, None]).squeeze(1)
     top = logits.amax(1)
@@ -140,13 +144,13 @@ def _logprob_rows(logits, target_ids, temperature):
     total = exp.sum(1)
     log_total = total.log()
     entropy = log_total - exp.mul_(logits).sum(1) / total
-    return torch.stack((target - top - log_total, entropy, top + log_total))
+    return torch.stack((target - top - log_total, entropy, top, log_total))
 
 
-def _logprob_grad_rows(logits, first, target_ids, lse, upstream, temperature):
+def _logprob_grad_rows(logits, first, target_ids, top, log_total, upstream, temperature):
     """Logits of columns [first, first + v) (n, v) -> in place their gradient, upstream * (onehot - softmax) / temperature."""
     scale = upstream / temperature
-    grad = logits.mul_(1 / temperature).sub_(lse[:, None]).exp_().mul_(-scale[:, None])
+    grad = logits.mul_(1 / temperature).sub_(top[:, None]).sub_(log_total[:, None]).exp_().mul_(-scale[:, None])
     column = target_ids - first
     inside = (column >= 0) & (column < grad.shape[1])
     return grad.scatter_add_(1, column.clamp(0, grad.shape[1] - 1)[:, None], (scale * inside)[:, None])
@@ -190,14 +194,6 @@ def _jit(function):
 
 
 @_jit
-def _merge_lanes(top, total, dot):
-    """Lanes of (max, sum e, sum e * something) with e relative to each lane's max -> the same three of the row."""
-    row_top = tl.max(top, 0)
-    scale = tl.exp(top - row_top)
-    return row_top, tl.sum(total * scale, 0), tl.sum(dot * scale, 0)
-
-
-@_jit
 def _kl_row_kernel(
     student_ptr, teacher_ptr, token_weight_ptr,  # in: (N, V), (N, V), (N,)
     kl_ptr, grad_ptr,  # out: (N,), (N, V); a bf16 grad may lie over the first half of each fp32 student row
@@ -213,27 +209,32 @@ def _kl_row_kernel(
     q_top = tl.full((BLOCK,), -1e20, tl.float32)
     p_total = tl.zeros((BLOCK,), tl.float32)
     q_total = tl.zeros((BLOCK,), tl.float32)
-    dot = tl.zeros((BLOCK,), tl.float32)  # sum of e_p (p - q)
+    dot = tl.zeros((BLOCK,), tl.float32)  # sum of e_p ((p - p_top) - (q - q_top)): a shift of all logits leaves no rounding
     for start in range(0, V, BLOCK):
         columns = start + lanes
         student = tl.load(student_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
         teacher = tl.load(teacher_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
         p, q = (student, teacher) if REVERSE else (teacher, student)
-        top = tl.maximum(p_top, p)
-        shrink = tl.exp(p_top - top)
-        p_exp = tl.exp(p - top)
+        p_new = tl.maximum(p_top, p)
+        q_new = tl.maximum(q_top, q)
+        p_exp = tl.exp(p - p_new)
+        diff = tl.where(columns < V, (p - p_new) - (q - q_new), 0.0)
+        shrink = tl.exp(p_top - p_new)
+        dot = (dot + p_total * ((p_top - p_new) - (q_top - q_new))) * shrink + p_exp * diff
         p_total = p_total * shrink + p_exp
-        dot = dot * shrink + p_exp * (p - q)
-        p_top = top
-        top = tl.maximum(q_top, q)
-        q_total = q_total * tl.exp(q_top - top) + tl.exp(q - top)
-        q_top = top
-    p_max, p_sum, p_dot = _merge_lanes(p_top, p_total, dot)
-    q_max, q_sum, _ = _merge_lanes(q_top, q_total, q_total)
-    mean = p_dot / p_sum
+        q_total = q_total * tl.exp(q_top - q_new) + tl.exp(q - q_new)
+        p_top = p_new
+        q_top = q_new
+    p_max = tl.max(p_top, 0)
+    q_max = tl.max(q_top, 0)
+    dot += p_total * ((p_top - p_max) - (q_top - q_max))
+    scale = tl.exp(p_top - p_max)
+    p_sum = tl.sum(p_total * scale, 0)
+    q_sum = tl.sum(q_total * tl.exp(q_top - q_max), 0)
+    mean = tl.sum(dot * scale, 0) / p_sum
     token_weight = tl.load(token_weight_ptr + row)
     live = token_weight != 0  # dead rows may hold anything, NaN too
-    kl = mean - (p_max - q_max) - tl.log(p_sum) + tl.log(q_sum)
+    kl = mean - tl.log(p_sum) + tl.log(q_sum)
     tl.store(kl_ptr + row, tl.where(live, kl, 0.0))
 
     if WITH_GRAD:
@@ -245,7 +246,7 @@ def _kl_row_kernel(
             student = tl.load(student_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
             teacher = tl.load(teacher_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
             if REVERSE:
-                grad = tl.exp(student - p_max) * p_scale * (student - teacher - mean)
+                grad = tl.exp(student - p_max) * p_scale * ((student - p_max) - (teacher - q_max) - mean)
             else:
                 grad = tl.exp(student - q_max) * q_scale - tl.exp(teacher - p_max) * p_scale
             # In place, bf16 block j covers bytes of fp32 blocks <= j. All warps must have read theirs before one writes.
@@ -256,7 +257,7 @@ def _kl_row_kernel(
 @_jit
 def _logprob_row_kernel(
     logits_ptr, target_ptr,  # in: (N, V), (N,)
-    logprob_ptr, entropy_ptr, lse_ptr,  # out: (N,) each
+    logprob_ptr, entropy_ptr, top_ptr, log_total_ptr,  # out: (N,) each
     logits_stride,  # between rows
     inv_temperature,
     V: tl.constexpr, BLOCK: tl.constexpr,
@@ -277,17 +278,21 @@ def _logprob_row_kernel(
         dot = (dot + (top - new_top) * total) * shrink + tl.where(columns < V, exp * (x - new_top), 0.0)
         total = total * shrink + exp
         top = new_top
-    row_top, row_total, row_dot = _merge_lanes(top, total, dot + (top - tl.max(top, 0)) * total)
+    row_top = tl.max(top, 0)
+    scale = tl.exp(top - row_top)
+    row_total = tl.sum(total * scale, 0)
+    row_dot = tl.sum((dot + (top - row_top) * total) * scale, 0)
     log_total = tl.log(row_total)
     target = tl.load(logits_ptr + tl.load(target_ptr + row)).to(tl.float32) * inv_temperature
     tl.store(logprob_ptr + row, target - row_top - log_total)
     tl.store(entropy_ptr + row, log_total - row_dot / row_total)
-    tl.store(lse_ptr + row, row_top + log_total)
+    tl.store(top_ptr + row, row_top)
+    tl.store(log_total_ptr + row, log_total)
 
 
 @_jit
 def _logprob_grad_kernel(
-    logits_ptr, target_ptr, lse_ptr, upstream_ptr,  # in: columns [first, first + V) of logits (N, V), then (N,) each
+    logits_ptr, target_ptr, top_ptr, log_total_ptr, upstream_ptr,  # in: columns [first, first + V) (N, V), then (N,) each
     grad_ptr,  # out: (N, V); as in _kl_row_kernel it may lie over the logits
     logits_stride, grad_stride,  # between rows
     first, inv_temperature,
@@ -297,13 +302,14 @@ def _logprob_grad_kernel(
     logits_ptr += row * logits_stride
     grad_ptr += row * grad_stride
     target = tl.load(target_ptr + row) - first
-    lse = tl.load(lse_ptr + row)
+    top = tl.load(top_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
     upstream = tl.load(upstream_ptr + row)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
         onehot = tl.where(columns == target, 1.0, 0.0)
-        grad = tl.where(upstream != 0, upstream * inv_temperature * (onehot - tl.exp(x - lse)), 0.0)
+        grad = tl.where(upstream != 0, upstream * inv_temperature * (onehot - tl.exp(x - top - log_total)), 0.0)
         tl.debug_barrier()  # as in _kl_row_kernel
         tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), columns < V)
 
@@ -386,6 +392,12 @@ def _rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _logit_space(like, rows, columns, kernel):
+    """Memory for a piece of logits, used for one piece after another: fresh pages would cost a CPU a fault each. On a GPU rows
+    start at multiples of 256 bytes, or an odd vocabulary (151669) would keep the products off their fast paths."""
+    return like.new_empty((rows, columns + (-columns % 64 if kernel else 0)))[:, :columns]
+
+
 def _grad_space(logits, dtype):
     """Where the gradient of fp32 logits (n, V) goes: over them; in bf16, over the first half of every row."""
     return logits.view(torch.bfloat16)[:, :logits.shape[1]] if dtype == torch.bfloat16 else logits
@@ -398,58 +410,58 @@ def _launch_kl_rows(student, teacher, token_weight, kl, grad, reverse, temperatu
             grad.stride(0), 1 / temperature, V=student.shape[1], REVERSE=reverse, WITH_GRAD=with_grad, **ROW)
 
 
-def _launch_logprob_grad(logits, first, target_ids, lse, upstream, grad, temperature):
-    _launch(_logprob_grad_kernel, len(logits), logits, target_ids, lse, upstream, grad, logits.stride(0), grad.stride(0),
-            first, 1 / temperature, V=logits.shape[1], **ROW)
+def _launch_logprob_grad(logits, first, target_ids, top, log_total, upstream, grad, temperature):
+    _launch(_logprob_grad_kernel, len(logits), logits, target_ids, top, log_total, upstream, grad, logits.stride(0),
+            grad.stride(0), first, 1 / temperature, V=logits.shape[1], **ROW)
 
 
-def _tile_config(x):
-    if x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None:
-        shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        if shared >= (TILE["BLOCK_N"] + TILE["BLOCK_V"]) * TILE["BLOCK_D"] * 2 * TILE["num_stages"]:
-            return TILE
-    return SMALL_TILE
+def _tile(x):
+    if x.dtype != torch.bfloat16 or not x.is_cuda:
+        return FP32_TILE
+    if torch.version.hip:
+        return AMD_TILE
+    return HOPPER_TILE if torch.cuda.get_device_capability(x.device)[0] == 9 else TILE
 
 
-def _logprob_tiles(hidden, weight, target_ids, temperature, config):
-    """The tile kernel, and the merge of its statistics: logprob, entropy, logsumexp, stacked (3, n)."""
+def _logprob_tiles(hidden, weight, target_ids, temperature, tile):
+    """The tile kernel, and the merge of its statistics: logprob, entropy, max, log sum exp(logits - max), stacked (4, n)."""
     hidden, weight = _rows(hidden), _rows(weight)
     (n, depth), vocabulary = hidden.shape, len(weight)
-    row_tiles, column_tiles = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(vocabulary, config["BLOCK_V"])
+    row_tiles, column_tiles = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(vocabulary, tile["BLOCK_V"])
     top, total, dot = hidden.new_empty((3, column_tiles, n), dtype=torch.float32)
     target = hidden.new_full((n,), math.nan, dtype=torch.float32)  # remains, visibly, where a target id is out of range
     _launch(_logprob_tile_kernel, row_tiles * column_tiles, hidden, weight, target_ids, top, total, dot, target,
-            n, vocabulary, hidden.stride(0), weight.stride(0), 1 / temperature, D=depth, WIDEN=INTERPRETED, **config)
+            n, vocabulary, hidden.stride(0), weight.stride(0), 1 / temperature, D=depth, WIDEN=INTERPRETED, **tile)
     row_top = top.amax(0)
     shift = top - row_top
     scale = shift.exp()
     row_total = (total * scale).sum(0)
     row_dot = ((dot + shift * total) * scale).sum(0)
     log_total = row_total.log()
-    return torch.stack((target - row_top - log_total, log_total - row_dot / row_total, row_top + log_total))
+    return torch.stack((target - row_top - log_total, log_total - row_dot / row_total, row_top, log_total))
 
 
 # Token log-probability.
 
 def _logprob_forward(hidden, weight, target_ids, temperature, kernel):
-    """-> logprob, entropy, logsumexp (3, N)."""
+    """-> logprob, entropy, max, log sum exp(logits - max) (4, N)."""
     if kernel:
-        config = _tile_config(hidden)
-        row_bytes = 3 * 4 * triton.cdiv(len(weight), config["BLOCK_V"])
-        pieces = [_logprob_tiles(hidden[rows].detach(), weight.detach(), target_ids[rows], temperature, config)
+        tile = _tile(hidden)
+        row_bytes = 3 * 4 * triton.cdiv(len(weight), tile["BLOCK_V"])
+        pieces = [_logprob_tiles(hidden[rows].detach(), weight.detach(), target_ids[rows], temperature, tile)
                   for rows in _pieces(len(hidden), row_bytes, hidden.device)]
     else:
         hidden, weight = _operand(hidden), _operand(weight)
         pieces = [_logprob_rows(_mm(hidden[rows], weight.T), target_ids[rows], temperature)
                   for rows in _pieces(len(hidden), len(weight) * _wide_dtype(hidden).itemsize, hidden.device)]
-    return torch.cat(pieces or [hidden.new_zeros((3, 0), dtype=_wide_dtype(hidden))], 1)
+    return torch.cat(pieces or [hidden.new_zeros((4, 0), dtype=_wide_dtype(hidden))], 1)
 
 
 class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target_ids, temperature, vocab_size, kernel):
-        logprob, entropy, lse = _logprob_forward(hidden, weight[:vocab_size], target_ids, temperature, kernel)
-        ctx.save_for_backward(hidden, weight, target_ids, lse)
+        logprob, entropy, *statistics = _logprob_forward(hidden, weight[:vocab_size], target_ids, temperature, kernel)
+        ctx.save_for_backward(hidden, weight, target_ids, *statistics)
         ctx.settings = temperature, vocab_size, kernel
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
@@ -457,7 +469,7 @@ class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        hidden_in, weight_in, target_ids, lse = ctx.saved_tensors
+        hidden_in, weight_in, target_ids, top, log_total = ctx.saved_tensors
         temperature, vocab_size, kernel = ctx.settings
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden, weight = _operand(hidden_in), _operand(weight_in[:vocab_size])
@@ -466,16 +478,20 @@ class _FusedLinearLogprob(torch.autograd.Function):
         keep = upstream.nonzero().squeeze(1)
         partial = len(keep) < len(upstream)
         if partial:
-            hidden, target_ids, lse, upstream = (x.index_select(0, keep) for x in (hidden, target_ids, lse, upstream))
-        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None  # (n, D)
+            hidden, target_ids, top, log_total, upstream = (x.index_select(0, keep) for x in (hidden, target_ids, top, log_total,
+                                                                                              upstream))
+        d_hidden = torch.zeros_like(hidden, dtype=top.dtype) if need_hidden else None  # (n, D)
         d_weight = torch.zeros_like(weight_in) if need_weight else None  # (V, D)
-        for part in _pieces(len(weight), max(len(hidden), 1) * lse.element_size(), weight.device):
-            logits = _mm(hidden, weight[part].T)  # (n, v)
-            if kernel and len(hidden):
+        kernel = kernel and len(hidden) > 0
+        parts = _pieces(len(weight), max(len(hidden), 1) * top.element_size(), weight.device)
+        space = _logit_space(top, len(hidden), parts[0].stop, kernel)
+        for part in parts:
+            logits = _mm(hidden, weight[part].T, out=space[:, :part.stop - part.start])  # (n, v)
+            if kernel:
                 grad = _grad_space(logits, hidden.dtype)
-                _launch_logprob_grad(logits, part.start, target_ids, lse, upstream.contiguous(), grad, temperature)
+                _launch_logprob_grad(logits, part.start, target_ids, top, log_total, upstream.contiguous(), grad, temperature)
             else:
-                grad = _logprob_grad_rows(logits, part.start, target_ids, lse, upstream, temperature).to(hidden.dtype)
+                grad = _logprob_grad_rows(logits, part.start, target_ids, top, log_total, upstream, temperature).to(hidden.dtype)
             if need_hidden:
                 _add_mm(d_hidden, grad, weight[part])
             if need_weight:
@@ -514,10 +530,9 @@ def _kl_forward(student_hidden, student_weight, teacher_hidden, teacher_weight, 
     kl = torch.empty_like(token_weight)
     with_grad = need_hidden or need_weight
     pieces = _pieces(len(kl), vocab_size * kl.element_size(), kl.device)
-    # One pair of buffers for all pieces: fresh ones cost a page fault each 4 KB on a CPU.
-    buffers = kl.new_empty((2, pieces[0].stop if pieces else 0, vocab_size))
+    spaces = [_logit_space(kl, pieces[0].stop if pieces else 0, vocab_size, kernel) for _ in range(2)]
     for rows in pieces:
-        student, teacher = buffers[:, :rows.stop - rows.start]
+        student, teacher = (space[:rows.stop - rows.start] for space in spaces)  # (n, V)
         _mm(student_hidden[rows], student_weight.T, out=student)
         _mm(teacher_hidden[rows], teacher_weight.T, out=teacher)
         if kernel:
@@ -533,24 +548,31 @@ def _kl_forward(student_hidden, student_weight, teacher_hidden, teacher_weight, 
     return (token_weight * kl).sum(), kl, d_hidden, d_weight
 
 
-def _scaled(gradient, upstream, dtype):
-    """gradient * upstream, rounded once; not in place, so that a retained graph can be walked again."""
-    return None if gradient is None else torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+class _GradientInForward(torch.autograd.Function):
+    """compute(need, ...) -> loss, KL, gradients of loss by the leaves: formed at once, scaled when loss receives its own."""
 
-
-class _FusedLinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, *args):
-        loss, kl, *gradients = _kl_forward(student_hidden, *args, *ctx.needs_input_grad[:2])
+    def forward(ctx, compute, *leaves):
+        loss, kl, *gradients = compute(*ctx.needs_input_grad[1:])
         ctx.save_for_backward(*gradients)
-        ctx.dtype = student_hidden.dtype
+        ctx.dtype = leaves[0].dtype
         ctx.mark_non_differentiable(kl)
         return loss, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        return *(_scaled(gradient, upstream, ctx.dtype) for gradient in ctx.saved_tensors), *[None] * 7
+        # Rounded once, and not in place: a retained graph can be walked again.
+        return None, *(None if gradient is None else
+                       torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))
+                       for gradient in ctx.saved_tensors)
+
+
+def _with_gradient(compute, *leaves):
+    """-> loss, KL; differentiable if that is of any use."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        return _GradientInForward.apply(compute, *leaves)
+    return compute(*[False] * len(leaves))[:2]
 
 
 def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, direction="reverse", temperature=1.0,
@@ -580,12 +602,9 @@ def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weig
     if partial:
         student_hidden, teacher_hidden, token_weight = (x.index_select(0, keep)
                                                         for x in (student_hidden, teacher_hidden, token_weight))
-    args = (student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, reverse, temperature, vocab_size,
-            _use_triton(backend, student_hidden))
-    if torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad):
-        loss, kl = _FusedLinearKL.apply(*args)
-    else:
-        loss, kl = _kl_forward(*args, False, False)[:2]
+    compute = functools.partial(_kl_forward, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight,
+                                reverse, temperature, vocab_size, _use_triton(backend, student_hidden))
+    loss, kl = _with_gradient(compute, student_hidden, student_weight)
     return loss, (kl.new_zeros(count).index_copy_(0, keep, kl) if partial else kl)
 
 
@@ -594,8 +613,8 @@ def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weig
 class _LogprobFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target_ids, temperature, kernel):
-        logprob, entropy, lse = _logits_logprob(logits, target_ids, temperature, kernel)
-        ctx.save_for_backward(logits, target_ids, lse)
+        logprob, entropy, *statistics = _logits_logprob(logits, target_ids, temperature, kernel)
+        ctx.save_for_backward(logits, target_ids, *statistics)
         ctx.settings = temperature, kernel
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
@@ -603,22 +622,22 @@ class _LogprobFromLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        logits, target_ids, lse = ctx.saved_tensors
+        logits, target_ids, top, log_total = ctx.saved_tensors
         temperature, kernel = ctx.settings
         d_logits = torch.empty_like(logits)  # (N, V)
         if kernel:
-            _launch_logprob_grad(logits, 0, target_ids, lse, upstream.contiguous(), d_logits, temperature)
+            _launch_logprob_grad(logits, 0, target_ids, top, log_total, upstream.contiguous(), d_logits, temperature)
             return d_logits, None, None, None
-        for rows in _pieces(len(logits), logits.shape[1] * lse.element_size(), logits.device):
-            piece = logits[rows].to(lse.dtype, copy=True)  # copy: the next line writes in place
-            grad = _logprob_grad_rows(piece, 0, target_ids[rows], lse[rows], upstream[rows], temperature)
+        for rows in _pieces(len(logits), logits.shape[1] * top.element_size(), logits.device):
+            piece = logits[rows].to(top.dtype, copy=True)  # copy: the next line writes in place
+            grad = _logprob_grad_rows(piece, 0, *(x[rows] for x in (target_ids, top, log_total, upstream)), temperature)
             d_logits[rows] = grad.masked_fill_(upstream[rows, None] == 0, 0)
         return d_logits, None, None, None
 
 
 def _logits_logprob(logits, target_ids, temperature, kernel):
-    """-> logprob, entropy, logsumexp (3, N)."""
-    out = logits.new_empty((3, len(logits)), dtype=_wide_dtype(logits))
+    """-> logprob, entropy, max, log sum exp(logits - max) (4, N)."""
+    out = logits.new_empty((4, len(logits)), dtype=_wide_dtype(logits))
     if kernel:
         _launch(_logprob_row_kernel, len(logits), logits.detach(), target_ids, *out, logits.stride(0), 1 / temperature,
                 V=logits.shape[1], **ROW)
@@ -637,21 +656,6 @@ def logprob_from_logits(logits, target_ids, temperature=1.0, backend=None):
     if torch.is_grad_enabled() and logits.requires_grad:
         return _LogprobFromLogits.apply(*args)
     return tuple(_logits_logprob(*args)[:2])
-
-
-class _KLFromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        loss, kl, d_logits = _logits_kl(*args, True)
-        ctx.save_for_backward(d_logits)
-        ctx.mark_non_differentiable(kl)
-        return loss, kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, _):
-        d_logits, = ctx.saved_tensors
-        return _scaled(d_logits, upstream, d_logits.dtype), *[None] * 5
 
 
 def _logits_kl(student_logits, teacher_logits, token_weight, reverse, temperature, kernel, with_grad):
@@ -679,11 +683,10 @@ def kl_from_logits(student_logits, teacher_logits, direction="reverse", temperat
         raise ValueError(f"teacher_logits is {tuple(teacher_logits.shape)} on {teacher_logits.device}, student_logits "
                          f"{tuple(student_logits.shape)} on {student_logits.device}; cut both to the shared vocabulary.")
     reverse, token_weight = _check_kl(direction, token_weight, student_logits)
-    args = (_rows(student_logits), _rows(teacher_logits), token_weight, reverse, temperature,
-            _use_triton(backend, student_logits))
-    if torch.is_grad_enabled() and student_logits.requires_grad:
-        return _KLFromLogits.apply(*args)
-    return _logits_kl(*args, False)[:2]
+    student_logits = _rows(student_logits)
+    compute = functools.partial(_logits_kl, student_logits, _rows(teacher_logits), token_weight, reverse, temperature,
+                                _use_triton(backend, student_logits))
+    return _with_gradient(compute, student_logits)
 
 
 # Arguments.
