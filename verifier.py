@@ -223,22 +223,30 @@ def quick_check(gold: str, answer: str) -> bool | None:
 # ---- the worker process: math-verify on one pair at a time
 
 
+class _Unequal(Exception):
+    """Two constants differ, numerically and beyond doubt: no need to try symbolic equality."""
+
+
 def _exact_eq(original):
     """math-verify's comparison of two numbers, `original`, without its absolute tolerance.
 
     Two constants are equal when they agree in more digits than the largest and smallest of their parts span: enough
     to tell 2006! from 2006! + 1. Expressions with symbols are left to symbolic equality, which the caller tries next.
     """
-    from math_verify.grader import is_atomic_or_pct_atomic
-    from sympy import MatrixBase, MatrixExpr, Number, log, preorder_traversal
+    from sympy import MatrixBase, MatrixExpr, Rational, UnevaluatedExpr, log, preorder_traversal
 
     def exact(a, b, float_rounding, numeric_precision):
         if isinstance(a, (MatrixBase, MatrixExpr)) or isinstance(b, (MatrixBase, MatrixExpr)):
             return original(a, b, float_rounding, numeric_precision)  # calls this function on the entries
-        if is_atomic_or_pct_atomic(a, Number) or is_atomic_or_pct_atomic(b, Number):
-            return original(a, b, float_rounding, numeric_precision)  # exact, as no float is ever parsed
+        if isinstance(a, Rational) and isinstance(b, Rational):
+            return a == b
+        if a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):  # 15\% is UnevaluatedExpr(1/100) times 15, and passes for 15
+            return original(a, b, float_rounding, numeric_precision)
         if not (a.is_number and b.is_number):
             return False
+        x, y = a.evalf(30), b.evalf(30)
+        if abs(x - y) > max(abs(x), abs(y), 1) * 1e-20:
+            raise _Unequal
         sizes = [abs(part.evalf(5)) for side in (a, b) for part in preorder_traversal(side) if part.is_number]
         digits = 60 + 3 * max(abs(int(log(size, 10).evalf(5))) for size in sizes if size.is_finite and size != 0)
         if digits > 20_000:
@@ -259,6 +267,20 @@ def _parse(text: str, is_real: bool):
         def parse_number(self, text):  # the original's sympy.Number(text) is eval underneath, and a float
             return Rational(text.replace(",", ""))
 
+        def convert_postfix_list(self, arr, i=0):
+            """A product written by juxtaposition. The original reads 3(5) as 3 + 5, by its rule for mixed numbers."""
+            first = self.convert_postfix(arr[i])
+            texts = [factor.getText() for factor in arr[i : i + 2]]
+            if len(texts) == 2 and all(re.fullmatch(r"(\\[a-z]+)?\{*\d+\}*", text) for text in texts):
+                raise ValueError("two numbers side by side")
+            if len(texts) == 2 and texts[0].isdigit() and re.fullmatch(r"\\frac\{\d+\}\{\d+\}", texts[1]):
+                first, i = first + self.convert_postfix(arr[i + 1]), i + 1
+            if i + 1 == len(arr):
+                return first
+            rest = self.convert_postfix_list(arr, i + 1)
+            is_matrix = getattr(first, "is_Matrix", False) or getattr(rest, "is_Matrix", False)
+            return self.mat_mul_flat(first, rest) if is_matrix else self.mul_flat(first, rest)
+
     if (number := _number(text)) is not None:
         return Rational(number)
     if repeating := re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text, re.ASCII):
@@ -277,7 +299,7 @@ def _parse(text: str, is_real: bool):
 def _algebra_check(gold: str, answer: str) -> bool:
     """Whether math-verify holds `answer` and `gold` for equal. May run for ever, take any memory, raise anything."""
     from math_verify import verify
-    from math_verify.grader import should_treat_as_complex
+    from math_verify.grader import is_expr_of_only_symbols, should_treat_as_complex
     from sympy import FiniteSet, Interval, Tuple
     from sympy.core.function import AppliedUndef
     from sympy.core.relational import Eq
@@ -288,16 +310,24 @@ def _algebra_check(gold: str, answer: str) -> bool:
     def equal(a, b) -> bool:
         return verify(a, b, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
 
+    def is_constant(side) -> bool:
+        return getattr(side, "is_number", False) and not side.has(AppliedUndef)
+
+    def is_name(side) -> bool:
+        return is_expr_of_only_symbols(side) or side.has(AppliedUndef) or side.is_Pow
+
     if r"\approx" in answer:  # "10\sqrt{2}\approx 14.14": the exact part counts, if the rest is its approximation
         answer, _, approximation = answer.partition(r"\approx")
         if r"\approx" in gold or abs(float(approximation) / float(_parse(answer, is_real)) - 1) > 0.01:
             return False
     ours, theirs = _parse(gold, is_real), _parse(answer, is_real)
     # "3 = 5" must not pass for 5, as math-verify would have it: it looks at the last side of an equation only.
-    relations = getattr(theirs, "_unsorted_args", (theirs,))
-    sides = [side for relation in relations if isinstance(relation, Eq) for side in relation.args]
-    constants = [side for side in sides if side.is_number is True and not side.has(AppliedUndef)]
+    equations = [part for part in getattr(theirs, "_unsorted_args", (theirs,)) if isinstance(part, Eq)]
+    constants = [side for part in equations for side in part.args if is_constant(side)]
     if not all(equal(constants[0], side) for side in constants[1:]):
+        return False
+    # Nor may "2x - 6 = 0" pass for 0, while "x = 0", "f(1) = 0" and "x^2 = 0" may.
+    if "=" not in gold and not all(is_constant(part.lhs) or is_name(part.lhs) for part in equations):
         return False
     # A set of values is no tuple or interval, and [1, 0] no (1, 0), though math-verify compares their elements.
     kinds = [(isinstance(tree, FiniteSet), isinstance(tree, (Tuple, Interval))) for tree in (ours, theirs)]
@@ -339,6 +369,8 @@ def _worker_main(deadline: float, memory_bytes: int) -> None:
         signal.alarm(int(deadline) + 2)  # no handler: the kernel ends a busy worker whose parent died
         try:
             verdict = bool(_algebra_check(*json.loads(line)))
+        except _Unequal:
+            verdict = False
         except MemoryError:
             return  # the heap is in pieces; the parent starts a fresh worker
         except Exception:
