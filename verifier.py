@@ -271,7 +271,7 @@ def _parse(text: str, is_real: bool):
             """A product written by juxtaposition. The original reads 3(5) as 3 + 5, by its rule for mixed numbers."""
             first = self.convert_postfix(arr[i])
             texts = [factor.getText() for factor in arr[i : i + 2]]
-            if len(texts) == 2 and all(re.fullmatch(r"(\\[a-z]+)?\{*\d+\}*", text) for text in texts):
+            if len(texts) == 2 and all(re.fullmatch(r"(\\[hv]?phantom)?\{*\d+\}*", text) for text in texts):
                 raise ValueError("two numbers side by side")
             if len(texts) == 2 and texts[0].isdigit() and re.fullmatch(r"\\frac\{\d+\}\{\d+\}", texts[1]):
                 first, i = first + self.convert_postfix(arr[i + 1]), i + 1
