@@ -53,14 +53,20 @@ def as_double(tensors):
     return [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in tensors]
 
 
-def assert_within_error_of_naive(op, reference, leaves, others, upstream, where, **kwargs):
-    """Ours may not be further from float64 than the formulas in the dtype of the inputs are, beyond a few last bits."""
+def assert_within_error_of_naive(op, reference, leaves, others, upstream, where, shift=0.0, **kwargs):
+    """Ours may not be further from float64 than the formulas in the dtype of the inputs are.
+
+    In fp32 both are down to the order of summation, so a few last bits are granted, of the logits if these were shifted. The last
+    column of the hidden states' gradient is then left out: it is shift * (sum of a row's gradient, which is 0), noise alone.
+    """
     ours = run(op, leaves, others, upstream, backend=where["backend"], **kwargs)
     naive = run(reference, leaves, others, upstream, **kwargs)
     truth = run(reference, as_double(leaves), as_double(others), upstream, **kwargs)
     for name, x, y, z in zip(("output 1", "output 2", "gradient 1", "gradient 2"), ours, naive, truth):
+        if shift and name == "gradient 1" and len(leaves) == 2:
+            x, y, z = x[:, :-1], y[:, :-1], z[:, :-1]
         mine, theirs, size = (x - z).norm().item(), (y - z).norm().item(), z.norm().item()
-        bits = 0.0 if leaves[0].dtype == torch.bfloat16 else 4 * EPS
+        bits = 0.0 if leaves[0].dtype == torch.bfloat16 else EPS * (4 + abs(shift) / 8)
         assert mine <= theirs + bits * size + 1e-30, f"{name}: error {mine:.3g}, naive {theirs:.3g}, norm {size:.3g}"
 
 
@@ -86,10 +92,10 @@ def test_logprob_temperature_and_shift(where, temperature, shift):
     target = torch.arange(33, device=where["device"]) * 33
     upstream = torch.linspace(-2, 3, 33, device=where["device"])
     assert_within_error_of_naive(K.fused_linear_logprob, K.fused_linear_logprob_reference, leaves, [target], upstream, where,
-                                 temperature=temperature)
+                                 temperature=temperature, shift=shift)
     logits = (leaves[0] @ leaves[1].T).detach().requires_grad_()
     assert_within_error_of_naive(K.logprob_from_logits, K.logprob_from_logits_reference, [logits], [target], upstream, where,
-                                 temperature=temperature)
+                                 temperature=temperature, shift=shift)
 
 
 def test_logprob_rows_without_gradient_cannot_poison(where):
@@ -134,7 +140,8 @@ def test_kl_temperature_and_shift(where, direction, temperature, shift, teacher_
     leaves = linear(33, 1100, 40, torch.float32, where["device"], shift=shift)
     teacher = [x.detach() for x in linear(33, 1100, 24, torch.float32, where["device"], seed=5, shift=teacher_shift)]
     kwargs = dict(direction=direction, temperature=temperature)
-    assert_within_error_of_naive(K.fused_linear_kl, K.fused_linear_kl_reference, leaves, teacher, torch.tensor(0.7), where, **kwargs)
+    assert_within_error_of_naive(K.fused_linear_kl, K.fused_linear_kl_reference, leaves, teacher, torch.tensor(0.7), where,
+                                 shift=shift, **kwargs)
     student_logits, teacher_logits = ((h @ w.T).detach() for h, w in (leaves, teacher))
     assert_within_error_of_naive(K.kl_from_logits, K.kl_from_logits_reference, [student_logits.requires_grad_()], [teacher_logits],
                                  torch.tensor(0.7), where, **kwargs)
@@ -223,12 +230,12 @@ def only(where):
 # Both.
 
 def test_pieces_do_not_change_the_result(where, monkeypatch):
-    hidden, weight = linear(200, 700, 16, torch.float32, where["device"])
-    teacher = [x.detach() for x in linear(200, 700, 24, torch.float32, where["device"], seed=5)]
-    target = torch.arange(200, device=where["device"]) * 3
-    upstream = torch.linspace(-1, 1, 200, device=where["device"])
+    hidden, weight = linear(90, 300, 16, torch.float32, where["device"])
+    teacher = [x.detach() for x in linear(90, 300, 24, torch.float32, where["device"], seed=5)]
+    target = torch.arange(90, device=where["device"]) * 3
+    upstream = torch.linspace(-1, 1, 90, device=where["device"])
     results = []
-    for budget in (1 << 30, 1 << 17):
+    for budget in (1 << 30, 1 << 15):
         monkeypatch.setattr(K, "CPU_LOGIT_BYTES", budget)
         monkeypatch.setattr(K, "GPU_LOGIT_BYTES", budget)
         results.append(run(K.fused_linear_kl, [hidden, weight], teacher, torch.tensor(1.0), **only(where))
@@ -238,11 +245,11 @@ def test_pieces_do_not_change_the_result(where, monkeypatch):
 
 
 def test_repeats_bit_for_bit_and_graph_can_be_walked_twice(where):
-    hidden, weight = linear(70, 700, 16, torch.float32, where["device"])
-    teacher = [x.detach() for x in linear(70, 700, 24, torch.float32, where["device"], seed=5)]
-    target = torch.arange(70, device=where["device"])
+    hidden, weight = linear(30, 300, 16, torch.float32, where["device"])
+    teacher = [x.detach() for x in linear(30, 300, 24, torch.float32, where["device"], seed=5)]
+    target = torch.arange(30, device=where["device"])
     first, again = [[*run(K.fused_linear_kl, [hidden, weight], teacher, torch.tensor(1.0), **only(where)),
-                     *run(K.fused_linear_logprob, [hidden, weight], [target], torch.ones(70, device=where["device"]), **only(where))]
+                     *run(K.fused_linear_logprob, [hidden, weight], [target], torch.ones(30, device=where["device"]), **only(where))]
                     for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(first, again))
     loss, _ = K.fused_linear_kl(hidden, weight, *teacher, **only(where))
