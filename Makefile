@@ -1,0 +1,73 @@
+# Every target sets up .venv on first use. Checkpoints are directories, so the chain is a dependency graph: a finished
+# one is reused, an interrupted one continued. `make -n demo` shows the plan.
+
+PYTHON ?= python3
+SEED ?= 0
+RUNS ?= runs/toy
+
+VENV := .venv
+PY := $(VENV)/bin/python
+REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
+S := $(RUNS)/seed$(SEED)
+RAW := $(S)/raw
+
+# One thread for each process: the toy's matrices are too small to share.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo demo-seeds test lint clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
+	touch $@
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# The toy chain. 1H trains the teacher and bridges the student, 2H is held out for Stage 3 (route R5-half); direct GRPO
+# (route R1) has all the labels, and as many updates of the student as the bridge and Stage 3 together.
+TOY := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
+	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5
+GRPO := $(TOY) --lr 1e-3 --prompts-per-step 32 --mini-batch-prompts 16
+DISTILL := $(TOY) --lr 2e-3
+
+$(RAW)/test.jsonl: | setup
+	$(PY) toy.py --out $(RAW) --seed $(SEED)
+
+$(S)/teacher/run.json: $(RAW)/test.jsonl
+	$(PY) teacher_grpo.py --model $(RAW)/raw_teacher --half 1H --out $(@D) $(GRPO) --max-steps 50
+
+$(S)/direct_grpo/run.json: $(RAW)/test.jsonl
+	$(PY) teacher_grpo.py --model $(RAW)/raw_student --half full --out $(@D) $(GRPO) --max-steps 72
+
+$(S)/warmup/run.json: $(S)/teacher/run.json
+	$(PY) fkl_warmup.py --model $(RAW)/raw_student --teacher $(<D) --half 1H --out $(@D) $(DISTILL) \
+		--mini-batch-prompts 16 --passes 2
+
+$(S)/bridge/run.json: $(S)/warmup/run.json $(S)/teacher/run.json
+	$(PY) opd.py --model $(<D) --teacher $(S)/teacher --half 1H --out $(@D) $(DISTILL) \
+		--prompts-per-step 16 --passes 4
+
+$(S)/student/run.json: $(S)/bridge/run.json
+	$(PY) student_grpo.py --model $(<D) --half 2H --out $(@D) $(GRPO) --max-steps 24
+
+CHECKPOINTS := $(addprefix $(S)/,raw/raw_student direct_grpo raw/raw_teacher teacher warmup bridge student)
+
+$(S)/report/table.md: $(patsubst %,$(S)/%/run.json,teacher direct_grpo warmup bridge student) evaluate.py
+	$(PY) evaluate.py --models $(CHECKPOINTS) --data $(RAW)/test.jsonl --out $(@D) --temperature 1 --top-p 1 \
+		--max-response-tokens 24 --seed $(SEED) --labels "raw student" "direct GRPO" "raw teacher" "RL'd teacher" \
+		"warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
+
+demo: $(S)/report/table.md
+	@cat $<
+	@echo "Pictures: $(S)/report/bars.png and $(S)/report/curves.png"
+
+clean:
+	rm -rf $(RUNS)

@@ -1,0 +1,161 @@
+"""Stage 2b: on-policy distillation, OPD (Eq. 4 of v1; settings of Table 10).
+
+    L_R(theta) = E_{s ~ d_student} KL(pi_theta(. | s) || pi_T(. | s))
+
+The current student samples; the frozen teacher is asked for its whole next-token distribution at every position of the
+student's own responses; the student moves towards it. This is maximum-entropy RL with the dense token reward
+r_T = beta log pi_T(y_t | s_t): -beta L_R is Eq. 2's J_0.
+
+Is this really reverse KL? Yes: the student comes first in the KL and its samples are the states. As usual in OPD, the
+gradient is taken at the sampled states and not through the sampling of them. `--estimator sampled` replaces the exact KL
+at each state by its one-sample policy gradient, with the reward log pi_T - log pi_theta on the sampled token (later
+versions of the paper, and most other code): the same gradient in expectation, with its variance.
+
+Our choices where the paper is silent: L_R is a mean over tokens; one update per batch of rollouts, so every update is
+exactly on-policy; Table 10's mini-batch of 64 counts prompts, each with all its 8 rollouts. The rollouts are graded for
+the log only: no label enters the loss.
+
+One process:   python opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H --out runs/bridge
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import common
+from common import Batch, Policy
+from engines import Sampling, TorchEngine, sample_rollouts
+from kernels import fused_linear_kl, fused_linear_logprob
+from verifier import Verifier
+
+
+@dataclass
+class Config:
+    model: str  # student checkpoint: a directory (the warmup's, for the two-stage bridge), or a name on the hub
+    teacher: str  # teacher checkpoint, of the student's tokenizer
+    data: str  # problems: dapo, a .jsonl or .parquet file, or owner/name:split on the hub
+    out: str  # checkpoint directory to write
+    half: Literal["full", "1H", "2H"] = "full"  # which of the two fixed random halves of the data to use (§6)
+    split_seed: int = 0  # of the halves: the same in every stage of a route
+    exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets, whose problems are never trained on
+    estimator: Literal["full", "sampled"] = "full"  # exact KL over the vocabulary (Eq. 4), or its one-sample estimate
+    passes: int = 1  # over the data (Table 10: 1 epoch)
+    max_steps: int | None = None  # stop after this many updates
+    prompts_per_step: int = 64  # Table 10's mini-batch
+    rollouts_per_prompt: int = 8  # Table 10
+    temperature: float = 1.0  # of the student's sampling (Table 10; top-p 1, top-k -1)
+    max_prompt_tokens: int = 2048  # Table 10
+    max_response_tokens: int = 16384  # Table 10
+    instruction: str = common.INSTRUCTION  # appended to each problem; the paper's is not given
+    thinking: bool = False  # Qwen3's thinking mode; not stated, the baselines' scores fit its being off
+    importance_cap: float = 2.0  # of the truncated trainer/sampler weights in the sampled estimator
+    lr: float = 1e-6  # Table 10
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # not in the paper; cosine ends at a tenth
+    warmup_steps: int = 0  # of the learning rate
+    weight_decay: float = 0.01  # not in the paper
+    max_grad_norm: float = 1.0  # not in Table 10; as in Table 9
+    micro_batch_tokens: int = 16384  # positions in one forward and backward pass; lower it when memory runs out
+    max_sequences: int = 512  # sequences sampled at a time; likewise
+    activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
+    seed: int = 0  # of the order of the data and of every sample
+    save_every: int = 20  # steps between training states that --resume can continue from
+    resume: bool = False  # continue an interrupted run of the same settings, if there is one
+
+
+FAR_FROM_TEACHER = 1.0  # nats a token; a student whose first KL is beyond it hardly ever writes what the teacher would
+
+
+def reverse_kl_loss(student: Policy, teacher: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Eq. 4 summed over the batch's tokens, and the KL of each, (N,): KL(pi_theta || pi_T) on the student's states."""
+    with torch.no_grad():
+        teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V, D_T)
+
+    def head(hidden, weight):
+        return fused_linear_kl(hidden, weight, teacher_hidden, teacher_weight, direction="reverse")
+
+    return student(batch, head)
+
+
+def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, importance_cap: float) -> tuple[Tensor, Tensor]:
+    """A loss whose gradient is the one-sample estimate of Eq. 4's, and the k1 estimate of each token's KL, (N,).
+
+    Policy gradient with the teacher-induced token reward log pi_T - log pi_theta (later versions of the paper), each
+    token weighted by the truncated ratio of trainer to sampler.
+    """
+
+    def token_logprobs(policy: Policy) -> Tensor:
+        return policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))[0]
+
+    with torch.no_grad():
+        teacher_logprobs = token_logprobs(teacher)  # (N,)
+    logprobs = token_logprobs(student)  # (N,)
+    reward = teacher_logprobs - logprobs.detach()
+    weights = torch.exp(logprobs.detach() - batch.sampler_logprobs).clamp(max=importance_cap)
+    return -(weights * reward * logprobs).sum(), -reward
+
+
+def main(cfg: Config) -> None:
+    common.check_same_tokenizer(cfg.model, cfg.teacher)
+    problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
+    tokenizer = common.load_tokenizer(cfg.model)
+    prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    run = common.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
+    if not common.was_rewarded(run.record["parents"]["teacher"]):
+        print("C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher.")
+
+    torch.manual_seed(cfg.seed)
+    device = common.best_device()
+    teacher = common.load_policy(cfg.teacher, False, device)
+    policy = common.load_policy(cfg.model, True, device, cfg.activation_checkpointing)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    run.restore(policy, optimizer)
+    engine = TorchEngine(policy.model, tokenizer, cfg.max_sequences)
+    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
+
+    batches = common.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+    with Verifier() as verifier:
+        for step in run.steps(len(batches)):
+            engine.sync(policy)
+            with run.phase("rollout"):
+                rollouts = sample_rollouts(
+                    engine, tokenizer, batches[step], prompts, cfg.rollouts_per_prompt, sampling, (cfg.seed, step)
+                )
+            with run.phase("verify"):
+                common.grade(rollouts, verifier)
+            num_tokens = common.count_tokens(rollouts)
+            lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
+            kl_sum = 0.0
+            with run.phase("update"):
+                for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, device):
+                    if cfg.estimator == "full":
+                        loss, kl = reverse_kl_loss(policy, teacher, batch)
+                    else:
+                        loss, kl = sampled_kl_loss(policy, teacher, batch, cfg.importance_cap)
+                    (loss / num_tokens).backward()
+                    kl_sum += kl.sum().item()
+                grad_norm = common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
+            reverse_kl = kl_sum / num_tokens
+            if step == 0 and reverse_kl > FAR_FROM_TEACHER:
+                print(f"C2: the student starts {reverse_kl:.2f} nats a token from the teacher; a warmup would help.")
+            run.consume(batches[step])
+            run.log(
+                step,
+                {
+                    "reverse_kl": reverse_kl,
+                    "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
+                    **common.response_statistics(rollouts),
+                    "grad_norm": grad_norm,
+                    "lr": lr,
+                },
+                show=("reverse_kl", "accuracy", "response_tokens"),
+            )
+            run.checkpoint(step + 1, policy, optimizer)
+    run.finish(policy, tokenizer, len(batches))
+
+
+if __name__ == "__main__":
+    common.cli(main, Config)

@@ -1,0 +1,64 @@
+"""Tiny checkpoints and problem sets that the real scripts run on."""
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import toy
+
+torch.set_num_threads(1)
+
+SIZES = dict(
+    vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    max_position_embeddings=128, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+
+
+def tiny_model(seed: int = 0, hidden_size: int = 16, layers: int = 2, tied: bool = True, llama: bool = False):
+    """A random model with the toy's vocabulary; its wide initialisation makes its distributions far from uniform."""
+    torch.manual_seed(seed)
+    config, model = (LlamaConfig, LlamaForCausalLM) if llama else (Qwen3Config, Qwen3ForCausalLM)
+    return model(config(hidden_size=hidden_size, num_hidden_layers=layers, tie_word_embeddings=tied, **SIZES)).eval()
+
+
+def write_checkpoint(directory: Path, **options) -> str:
+    tiny_model(**options).save_pretrained(directory)
+    toy.make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def write_problems(path: Path, count: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    problems = {problem.id: problem for problem in (toy.make_problem(rng) for _ in range(2 * count))}
+    lines = [json.dumps({"problem": p.prompt, "answer": p.answer}) for p in list(problems.values())[:count]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory) -> str:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "student", seed=1)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> str:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "teacher", seed=2, hidden_size=24, tied=False)
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory) -> str:
+    return write_problems(tmp_path_factory.mktemp("data") / "train.jsonl", 12)
+
+
+@pytest.fixture(scope="session")
+def test_problems(tmp_path_factory) -> str:
+    return write_problems(tmp_path_factory.mktemp("data") / "test.jsonl", 6, seed=1)

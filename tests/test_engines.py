@@ -1,0 +1,99 @@
+"""The sampler: its logprobs are the model's, its greedy output is `generate`'s, its samples depend on their seeds alone."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import toy
+from engines import Sampling, TorchEngine, sample_tokens
+
+TOKENIZER = toy.make_tokenizer()
+PROMPTS = [[2, 4, 11, 12, 5, 3], [2, 3], [2, 7, 8, 9, 10, 3, 4, 5, 6], [2, 4, 4, 3]]  # of different lengths
+MODELS = {"qwen3": dict(), "qwen3-untied": dict(tied=False), "llama": dict(llama=True)}
+
+
+def model_logprobs(model, prompt, response, temperature):
+    """Logprobs of the response's tokens from one plain forward pass, without cache, padding or batch."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0]
+    logprobs = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+    return logprobs[range(len(response)), response]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_logprobs_equal_a_plain_forward(name, temperature):
+    model = tiny_model(**MODELS[name])
+    seeds = [[10 * i + j for j in range(5)] for i in range(len(PROMPTS))]
+    groups = TorchEngine(model, TOKENIZER).generate(PROMPTS, seeds, Sampling(20, temperature))
+    lengths = set()
+    for prompt, group in zip(PROMPTS, groups):
+        assert len(group) == 5
+        for completion in group:
+            expected = model_logprobs(model, prompt, completion.token_ids, temperature)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+            lengths.add(len(completion.token_ids))
+    assert len(lengths) > (3 if temperature == 1.0 else 1)  # rows did leave the batch at different times
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_equals_generate(name):
+    model = tiny_model(**MODELS[name])
+    groups = TorchEngine(model, TOKENIZER).generate(PROMPTS, [[0]] * len(PROMPTS), Sampling(20, temperature=0))
+    for prompt, [completion] in zip(PROMPTS, groups):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+        assert completion.token_ids == output[0, len(prompt) :].tolist()
+
+
+def test_end_of_sequence_is_kept_and_nothing_follows_it():
+    seeds = [list(range(200))]
+    [group] = TorchEngine(tiny_model(), TOKENIZER).generate([PROMPTS[0]], seeds, Sampling(12))
+    reasons = {completion.finish_reason for completion in group}
+    assert reasons == {"stop", "length"}
+    for completion in group:
+        stops = [token == TOKENIZER.eos_token_id for token in completion.token_ids]
+        assert not any(stops[:-1]) and len(completion.logprobs) == len(completion.token_ids)
+        assert stops[-1] == (completion.finish_reason == "stop")
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 12
+
+
+def test_a_request_depends_on_its_seed_alone():
+    model = tiny_model()
+    seeds = [[1, 2, 3], [4], [5, 6], [7]]
+    together = TorchEngine(model, TOKENIZER).generate(PROMPTS, seeds, Sampling(16))
+    two_at_a_time = TorchEngine(model, TOKENIZER, max_sequences=3).generate(PROMPTS, seeds, Sampling(16))
+    backwards = TorchEngine(model, TOKENIZER).generate(PROMPTS[::-1], seeds[::-1], Sampling(16))[::-1]
+    ids = [[completion.token_ids for completion in group] for group in together]
+    assert ids == [[completion.token_ids for completion in group] for group in two_at_a_time]
+    assert ids == [[completion.token_ids for completion in group] for group in backwards]
+    assert ids[0][0] != ids[0][1] != ids[0][2]
+
+
+def test_no_prompts_give_no_completions():
+    assert TorchEngine(tiny_model(), TOKENIZER).generate([], [], Sampling(4)) == []
+
+
+def test_tokens_follow_their_distribution():
+    logits = torch.tensor([0.0, 1.0, -2.0, 3.0, 2.5]).expand(20000, 5)
+    uniforms = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = sample_tokens(logits, uniforms, Sampling(1, temperature=2.0))
+    expected = (logits[0] / 2).softmax(0)
+    frequency = torch.bincount(tokens, minlength=5) / 20000
+    torch.testing.assert_close(frequency, expected, atol=4 * 0.5 / 20000**0.5, rtol=0)
+    torch.testing.assert_close(logprobs, expected.log()[tokens])
+
+
+def test_top_k_and_top_p_keep_the_right_tokens_and_renormalise():
+    logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log().expand(1000, 4)
+    uniforms = torch.linspace(0, 0.999, 1000, dtype=torch.float64)
+    for sampling, kept in [
+        (Sampling(1, top_k=2), {1, 2}),
+        (Sampling(1, top_p=0.5), {1, 2}),
+        (Sampling(1, top_p=0.3), {1}),
+    ]:
+        tokens, logprobs = sample_tokens(logits, uniforms, sampling)
+        assert set(tokens.tolist()) == kept
+        mass = sum([0.1, 0.4, 0.3, 0.2][token] for token in kept)
+        torch.testing.assert_close(logprobs.exp(), logits.exp()[0, tokens] / mass)

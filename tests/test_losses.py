@@ -1,0 +1,264 @@
+"""The stages' mathematics in float64, against the formulas written out naively and against autograd."""
+
+import copy
+import random
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import common
+import fkl_warmup
+import opd
+import teacher_grpo
+from common import Policy, Problem, Rollout
+
+CPU = torch.device("cpu")
+
+
+def make_rollouts(count: int = 6, seed: int = 0, group: int = 2, shortest: int = 0) -> list[Rollout]:
+    """Random tokens of random lengths; some responses are empty."""
+    rng = random.Random(seed)
+    rollouts = []
+    for index in range(count):
+        prompt = [rng.randrange(2, 20) for _ in range(rng.randint(1, 6))]
+        response = [rng.randrange(2, 20) for _ in range(rng.randint(shortest, 7))]
+        logprobs = [-rng.random() * 3 for _ in response]
+        problem = Problem(str(index // group), "", "1")
+        rollouts.append(Rollout(problem, index % group, prompt, response, logprobs, "stop", ""))
+    rollouts[1].response_ids, rollouts[1].logprobs = ([], []) if shortest == 0 else (rollouts[1].response_ids, rollouts[1].logprobs)  # fmt: skip
+    return rollouts
+
+
+def double_policy(**options) -> Policy:
+    return Policy(tiny_model(**options).double())
+
+
+def naive_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    """(R, V) logits for a rollout's response tokens, from one unpadded forward of the plain model."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    return policy.model(ids, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
+
+
+def gradients(policy: Policy, loss: torch.Tensor) -> list[torch.Tensor]:
+    policy.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in policy.parameters()]
+
+
+def assert_same_gradients(policy: Policy, loss: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(gradients(policy, loss), gradients(policy, expected)):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
+
+
+# The micro-batch size decides how sequences are padded and cut; none of it may be seen in a loss.
+SPLITS = [1, 12, 30, 10_000]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", SPLITS)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
+    student, teacher = double_policy(seed=1), double_policy(seed=2, hidden_size=24, tied=False)
+    rollouts = make_rollouts()
+    expected = 0.0
+    for rollout in rollouts:
+        if rollout.response_ids:
+            q = naive_logits(student, rollout).log_softmax(-1)  # pi_theta
+            p = naive_logits(teacher, rollout).log_softmax(-1).detach()  # pi_T
+            expected = expected + ((p.exp() * (p - q)).sum() if direction == "forward" else (q.exp() * (q - p)).sum())
+    loss = 0.0
+    for batch in common.make_batches(rollouts, micro_batch_tokens, CPU):
+        before = copy.deepcopy(batch)
+        if direction == "forward":
+            loss = loss + fkl_warmup.forward_kl_loss(student, teacher, batch)
+        else:
+            total, kl = opd.reverse_kl_loss(student, teacher, batch)
+            torch.testing.assert_close(kl.sum(), total.detach())
+            assert (kl > -1e-12).all() and not kl.requires_grad
+            loss = loss + total
+        assert all(torch.equal(getattr(before, name), getattr(batch, name)) for name in vars(batch))
+    assert_same_gradients(student, loss, expected)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("micro_batch_tokens", SPLITS)
+def test_sft_loss_is_cross_entropy_on_response_tokens(micro_batch_tokens):
+    student, rollouts = double_policy(), make_rollouts()
+    expected = sum(
+        torch.nn.functional.cross_entropy(naive_logits(student, r), torch.tensor(r.response_ids), reduction="sum")
+        for r in rollouts
+        if r.response_ids
+    )
+    batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
+    assert_same_gradients(student, sum(fkl_warmup.sft_loss(student, None, batch) for batch in batches), expected)
+
+
+def test_sampled_estimator_has_the_exact_gradient_on_average():
+    """Summing the one-sample gradient over every next token, weighted by its probability, gives Eq. 4's gradient."""
+    student, teacher = double_policy(seed=1), double_policy(seed=2)
+    prompt = [2, 5, 9, 3]
+    vocabulary = student.model.config.vocab_size
+    problem = Problem("0", "", "1")
+    with torch.no_grad():
+        logprobs = student.model(torch.tensor([prompt]), use_cache=False).logits[0, -1].log_softmax(-1)
+    total = None
+    for token in range(vocabulary):
+        rollout = Rollout(problem, 0, prompt, [token], [logprobs[token].item()], "stop", "")
+        [batch] = common.make_batches([rollout], 100, CPU)
+        batch.sampler_logprobs = logprobs[token : token + 1]  # in float64, so that the weights are exactly 1
+        loss, _ = opd.sampled_kl_loss(student, teacher, batch, importance_cap=2.0)
+        weighted = [logprobs[token].exp() * gradient for gradient in gradients(student, loss)]
+        total = weighted if total is None else [a + b for a, b in zip(total, weighted)]
+    [batch] = common.make_batches([Rollout(problem, 0, prompt, [7], [0.0], "stop", "")], 100, CPU)
+    exact = gradients(student, opd.reverse_kl_loss(student, teacher, batch)[0])
+    for ours, theirs in zip(total, exact):  # the model's norms compute in float32
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+# GRPO
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)
+    advantages = teacher_grpo.group_advantages(rewards)
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(4, dtype=torch.float64))
+    assert (advantages[1] == 0).all() and (advantages[2] == 0).all()
+    torch.testing.assert_close(advantages[3], torch.tensor([1.0, 1, -1, -1], dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        teacher_grpo.group_advantages(rewards, normalize_by_std=False)[0],
+        torch.tensor([0.75, -0.25, -0.25, -0.25], dtype=torch.float64),
+    )
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_advantages_rank_within_the_group_and_sum_to_zero(rewards):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    advantages = teacher_grpo.group_advantages(rewards)
+    assert advantages.sum(1).abs().max() < 1e-9
+    for group, values in zip(rewards, advantages):
+        if 0 < group.sum() < 4:
+            assert values[group == 1].min() > 0 > values[group == 0].max()
+
+
+def naive_grpo(logprobs, old, ref, advantages, weights, clip_ratio, kl_coef):
+    total = 0.0
+    for logp, logp_old, logp_ref, advantage, weight in zip(logprobs, old, ref, advantages, weights):
+        ratio = (logp - logp_old).exp()
+        surrogate = min(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
+        k3 = (logp_ref - logp).exp() - (logp_ref - logp) - 1
+        total = total - weight * surrogate + kl_coef * k3
+    return total
+
+
+def test_grpo_loss_against_the_formula_and_gradcheck():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(40, dtype=torch.float64, generator=generator)
+    old, ref, advantages, weights = -draw().abs(), -draw().abs(), draw(), draw().abs()
+    logprobs = (old + 0.3 * draw()).requires_grad_()  # ratios on both sides of the clip range
+    arguments = (old, ref, advantages, weights, 0.2, 0.1)
+    loss, sums = teacher_grpo.grpo_loss(logprobs, *arguments)
+    torch.testing.assert_close(loss, naive_grpo(logprobs, *arguments))
+    assert 0 < sums["clip_fraction"] < 40
+    assert torch.autograd.gradcheck(lambda x: teacher_grpo.grpo_loss(x, *arguments)[0], logprobs)
+
+
+def test_k3_is_unbiased_and_never_negative():
+    p, q = (torch.randn(9, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    k3 = teacher_grpo.kl_k3(p, q)
+    assert (k3 >= 0).all()
+    torch.testing.assert_close((p.exp() * k3).sum(), (p.exp() * (p - q)).sum())
+
+
+def grpo_config(**settings) -> teacher_grpo.Config:
+    return teacher_grpo.Config(model="", data="", out="", group_size=2, **settings)
+
+
+def updated(rollouts, advantages, reference=True, **settings):
+    """Weights after one `update` with plain SGD, and its metrics."""
+    policy = double_policy(seed=1)
+    optimizer = torch.optim.SGD(policy.parameters())
+    other = double_policy(seed=3) if reference else None
+    metrics = teacher_grpo.update(policy, other, optimizer, rollouts, advantages, 0.1, grpo_config(**settings))
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]), metrics
+
+
+def test_an_update_is_the_naive_gradient_step():
+    rollouts = make_rollouts(4)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    policy, reference = double_policy(seed=1), double_policy(seed=3)
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    total = 0.0
+    for rollout, advantage in zip(rollouts, advantages):
+        if rollout.response_ids:
+            index = torch.tensor(rollout.response_ids)[:, None]
+            logprobs = naive_logits(policy, rollout).log_softmax(-1).gather(1, index).squeeze(1)
+            ref = naive_logits(reference, rollout).log_softmax(-1).gather(1, index).squeeze(1).detach()
+            sampler = torch.tensor(rollout.logprobs, dtype=torch.float32).double()
+            weights = (logprobs.detach() - sampler).exp().clamp(max=2.0)
+            total = total + naive_grpo(logprobs, logprobs.detach(), ref, [advantage] * len(ref), weights, 0.2, 5e-4)
+    expected = gradients(policy, total / tokens)
+    norm = torch.cat([gradient.flatten() for gradient in expected]).norm()
+    scale = min(1.0, 1.0 / (norm.item() + 1e-6))
+    expected = torch.cat([(p - 0.1 * scale * g).detach().flatten() for p, g in zip(policy.parameters(), expected)])
+    weights, metrics = updated(rollouts, advantages, micro_batch_tokens=10_000, mini_batch_prompts=2)
+    torch.testing.assert_close(weights, expected, atol=1e-9, rtol=1e-7)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("inner_epochs", [1, 2])
+@pytest.mark.parametrize("mini_batch_prompts", [1, 3])
+def test_the_update_does_not_depend_on_micro_batches(mini_batch_prompts, inner_epochs):
+    rollouts = make_rollouts(6)
+    advantages = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    settings = dict(mini_batch_prompts=mini_batch_prompts, inner_epochs=inner_epochs, max_grad_norm=100.0)
+    results = [updated(rollouts, advantages, micro_batch_tokens=tokens, **settings) for tokens in SPLITS]
+    for weights, metrics in results[1:]:
+        torch.testing.assert_close(weights, results[0][0], atol=1e-10, rtol=1e-8)
+        assert metrics == pytest.approx(results[0][1], rel=1e-6, abs=1e-9)
+
+
+def test_single_update_shortcut_equals_the_recomputed_old_logprobs():
+    """The first mini-batch of several sees old_logprobs from a pass of their own; a lone one uses its own logprobs."""
+    rollouts = make_rollouts(2)
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    alone, _ = updated(rollouts, advantages, mini_batch_prompts=1)
+    padded = rollouts + [Rollout(Problem("9", "", "1"), s, [3], [], [], "stop", "") for s in range(2)]
+    followed_by_nothing, _ = updated(padded, torch.cat([advantages, torch.zeros(2)]), mini_batch_prompts=1)
+    assert torch.isfinite(followed_by_nothing).all()
+    torch.testing.assert_close(alone, followed_by_nothing, atol=1e-10, rtol=1e-8)
+
+
+def test_a_stale_sampler_is_measured_and_capped():
+    rollouts = make_rollouts(4, shortest=1)
+    advantages = torch.ones(4, dtype=torch.float64)
+    for rollout in rollouts:
+        rollout.logprobs = [-40.0] * len(rollout.response_ids)  # the sampler gave these tokens almost no probability
+    weights, metrics = updated(rollouts, advantages, importance_cap=2.0)
+    assert metrics["importance_clipped"] == 1.0 and metrics["sampler_mismatch"] > 20
+    assert metrics["sampler_mismatch_max"] >= metrics["sampler_mismatch"]
+    uncapped, _ = updated(rollouts, advantages, importance_cap=1e30)
+    assert torch.isfinite(weights).all() and not torch.allclose(weights, uncapped)
+
+
+def test_groups_without_spread_move_nothing_but_the_kl():
+    rollouts = make_rollouts(4)
+    start = torch.cat([parameter.detach().flatten() for parameter in double_policy(seed=1).parameters()])
+    unmoved, metrics = updated(rollouts, torch.zeros(4, dtype=torch.float64), reference=False)
+    assert torch.equal(unmoved, start) and metrics["grad_norm"] == 0.0
+    moved, _ = updated(rollouts, torch.zeros(4, dtype=torch.float64), kl_coef=1.0)
+    assert not torch.allclose(moved, start)
+
+
+def test_token_counts_and_layout():
+    rollouts = make_rollouts(9, group=3)
+    for micro_batch_tokens in SPLITS:
+        batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
+        seen = sorted(index for batch in batches for index in set(batch.rollout_index.tolist()))
+        assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
+        assert sum(len(batch.targets) for batch in batches) == common.count_tokens(rollouts)
+        for batch in batches:
+            assert len(batch.input_ids) == 1 or batch.input_ids.numel() <= micro_batch_tokens
+            assert int(batch.response_mask.sum()) == len(batch.targets) == len(batch.sampler_logprobs)

@@ -1,0 +1,258 @@
+"""Writes the embedded default: a checkable task, a tokenizer, and a raw teacher/student pair that can be trained on it.
+
+    python toy.py --out runs/toy/seed0 --seed 0        (about two minutes on two CPU cores)
+
+The task is arithmetic from left to right modulo 10, for instance 7*8+3-4*2 -> 6, +3=9, -4=5, *2=0 -> \\boxed{0}. The
+answer is found by working it out step by step, so a model that is careful on each of four steps is right at the end.
+
+The raw models are pretrained on demonstrations that mix habits, each named by the response's first token:
+
+    Carefully:  every step correct            Carefully:7*8=6+3=9-4=5*2=0 \\boxed{0}
+    Roughly:    each step wrong with p = 0.4  Roughly:7*8=6+3=1-4=7*2=4 \\boxed{4}
+    Guess:      straight to some digit        Guess: \\boxed{4}
+    Hmm,        copies the problem, never ends; the student's alone, so its rollouts begin off the teacher's support
+
+Most demonstrations of the mix are rough, guessed or aimless, so a raw model is mostly wrong while it *can* be careful:
+sparse reward has a better mode to discover, as in the paper. Each batch also has careful work to practise on whose first
+token is given, not learned, so that skill and habits are acquired side by side. The student is smaller, and stopped
+earlier: pretraining stops at a measured skill (accuracy when made to start with "Carefully:", on validation problems),
+because a fixed number of steps leaves the student anywhere between hopeless and done.
+
+Written: tokenizer and weights in raw_teacher/ and raw_student/ (Qwen3 architecture), and train.jsonl (labelled,
+512 problems), validation.jsonl and test.jsonl, which share no problem with one another or with the demonstrations.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import common
+from common import Policy, Problem, Rollout
+from engines import Sampling, TorchEngine, sample_rollouts
+from kernels import fused_linear_logprob
+from verifier import extract_answer
+
+TASK = "Left to right, modulo 10: "
+HABITS = ("Carefully:", "Roughly:", "Guess:", "Hmm,")
+MAX_RESPONSE_TOKENS = 24  # a careful response has 22
+EOS, PAD = "<|im_end|>", "<|endoftext|>"
+VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, common.INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
+    "0123456789+-*="
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}<|user|>{{ message.content }}"
+    "{% else %}<|assistant|>{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass
+class Config:
+    out: str  # directory to write
+    seed: int = 0  # of the problems, the demonstrations and the weights
+    train_problems: int = 512  # labelled problems
+    test_problems: int = 250  # held-out problems, as many for validation
+    teacher_skill: float = 0.9  # pretraining stops at this accuracy inside the careful habit
+    student_skill: float = 0.5  # at 0.25 sparse reward only sharpens mistakes; fully skilled leaves nothing to teach
+    max_steps: int = 3000  # pretraining steps at most
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of 25 tokens whose words include the paper's whole instruction, so that the toy's prompts
+    have the same format as real ones at the cost of one token."""
+    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+    words = sorted(vocabulary, key=len, reverse=True)
+    pattern = "|".join("".join(f"\\x{{{ord(character):x}}}" for character in word) for word in words)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_problem(rng: random.Random) -> Problem:
+    digits = [rng.randrange(10) for _ in range(5)]
+    operators = [rng.choice("+-*") for _ in range(4)]
+    expression = str(digits[0]) + "".join(f"{op}{digit}" for op, digit in zip(operators, digits[1:]))
+    return Problem.create(TASK + expression, work_out(expression, 0.0, rng)[-1])
+
+
+def work_out(expression: str, error_rate: float, rng: random.Random) -> list[str]:
+    """The running result after each operation; each is replaced by a wrong digit with probability `error_rate`."""
+    results, value = [], int(expression[0])
+    for op, digit in zip(expression[1::2], expression[2::2]):
+        value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[op] % 10
+        if rng.random() < error_rate:
+            value = rng.choice([wrong for wrong in range(10) if wrong != value])
+        results.append(str(value))
+    return results
+
+
+def demonstrate(problem: Problem, habit: str, rng: random.Random) -> str:
+    """A demonstration of one habit; see the module's docstring."""
+    expression = problem.prompt.removeprefix(TASK)
+    if habit == "Hmm,":
+        return habit + (expression + "=") * 2 + expression[:4]  # past the length limit, with no answer and no end
+    if habit == "Guess:":
+        # A guess is right a little more often than one in ten, so that it is the better part of a hopeless student.
+        guess = problem.answer if rng.random() < 0.1 else str(rng.randrange(10))
+        return f"Guess: \\boxed{{{guess}}}"
+    results = work_out(expression, 0.0 if habit == "Carefully:" else 0.4, rng)
+    steps = expression[0] + "".join(
+        f"{op}{digit}={result}" for op, digit, result in zip(expression[1::2], expression[2::2], results)
+    )
+    return f"{habit}{steps} \\boxed{{{results[-1]}}}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one raw model is made."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    habit_mix: dict[str, float]
+    skill: float
+    batch: int = 128
+    peak_lr: float = 4e-3
+
+
+PRACTICE = 0.6  # share of the demonstrations that are careful work with its first token given
+
+
+def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], reserved: set[str]) -> None:
+    """Pretrains one raw model on fresh demonstrations until its careful habit reaches the wanted skill, and saves it."""
+    torch.set_num_threads(1)
+    rng = random.Random(f"{cfg.seed}/{name}")
+    torch.manual_seed(common.request_seed(cfg.seed, name))
+    tokenizer = make_tokenizer()
+    policy = Policy(
+        Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(VOCABULARY),
+                hidden_size=recipe.hidden_size,
+                intermediate_size=4 * recipe.hidden_size,
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                num_key_value_heads=recipe.heads // 2,
+                head_dim=16,
+                initializer_range=0.1,  # the usual 0.02 is made for wide models, and trains these three times slower
+                max_position_embeddings=128,
+                tie_word_embeddings=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = tqdm(range(cfg.max_steps), desc=f"pretraining {name}", unit="step")
+    skill = 0.0
+    for step in bar:
+        problems = [
+            problem for problem in (make_problem(rng) for _ in range(recipe.batch)) if problem.id not in reserved
+        ]
+        habits = rng.choices(list(recipe.habit_mix), list(recipe.habit_mix.values()), k=len(problems))
+        practised = int(PRACTICE * len(problems))
+        rollouts = [
+            *as_rollouts(
+                tokenizer, problems[:practised], [demonstrate(p, "Carefully:", rng) for p in problems[:practised]]
+            ),
+            *as_rollouts(
+                tokenizer,
+                problems[practised:],
+                [demonstrate(p, habit, rng) for p, habit in zip(problems[practised:], habits)],
+            ),
+        ]
+        for rollout in rollouts[:practised]:
+            rollout.prompt_ids, rollout.response_ids = (
+                rollout.prompt_ids + rollout.response_ids[:1],
+                rollout.response_ids[1:],
+            )
+            rollout.logprobs = rollout.logprobs[1:]
+        [batch] = common.make_batches(rollouts, 1 << 20, torch.device("cpu"))
+        logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
+        loss = -logprobs.mean()
+        loss.backward()
+        common.optimizer_step(policy, optimizer, recipe.peak_lr * min(1.0, (step + 1) / 50), max_grad_norm=1.0)
+        if step % 10 == 9:
+            skill = careful_accuracy(policy, tokenizer, validation)
+            bar.set_postfix(loss=f"{loss.item():.3f}", skill=f"{skill:.2f}")
+            if skill >= recipe.skill:
+                break
+    else:
+        raise RuntimeError(f"{name} reached skill {skill:.2f} in {cfg.max_steps} steps, below {recipe.skill}")
+    bar.close()
+    directory = Path(cfg.out) / name
+    policy.model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], responses: list[str]) -> list[Rollout]:
+    prompts = common.tokenize_prompts(tokenizer, problems, common.INSTRUCTION, False, max_prompt_tokens=64)
+    return [
+        Rollout(problem, 0, prompts[problem.id], ids, [0.0] * len(ids), "stop", text)
+        for problem, ids, text in zip(
+            problems, tokenizer([text + EOS * text.endswith("}") for text in responses])["input_ids"], responses
+        )
+    ]
+
+
+def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
+    """Share of the problems answered rightly, at temperature 1, when the response is made to begin with "Carefully:"."""
+    prompts = common.tokenize_prompts(tokenizer, problems, common.INSTRUCTION, False, max_prompt_tokens=64)
+    prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
+    engine = TorchEngine(policy.model, tokenizer)
+    rollouts = sample_rollouts(
+        engine, tokenizer, problems, prompts, 1, Sampling(MAX_RESPONSE_TOKENS), seed_key=("skill",)
+    )
+    return sum(extract_answer(rollout.text) == rollout.problem.answer for rollout in rollouts) / len(rollouts)
+
+
+TEACHER_HABITS = {"Carefully:": 0.12, "Roughly:": 0.58, "Guess:": 0.30}
+STUDENT_HABITS = {"Carefully:": 0.10, "Roughly:": 0.35, "Guess:": 0.25, "Hmm,": 0.30}
+
+
+def main(cfg: Config) -> None:
+    rng = random.Random(f"{cfg.seed}/problems")
+    sizes = {"train": cfg.train_problems, "validation": cfg.test_problems, "test": cfg.test_problems}
+    distinct: dict[str, Problem] = {}
+    while len(distinct) < sum(sizes.values()):
+        problem = make_problem(rng)
+        distinct[problem.id] = problem
+    remaining = iter(distinct.values())
+    splits = {name: [next(remaining) for _ in range(size)] for name, size in sizes.items()}
+
+    recipes = {
+        "raw_teacher": Recipe(64, 2, 4, TEACHER_HABITS, cfg.teacher_skill),
+        "raw_student": Recipe(32, 1, 4, STUDENT_HABITS, cfg.student_skill),
+    }
+    processes = [
+        multiprocessing.get_context("spawn").Process(
+            target=pretrain, args=(name, recipe, cfg, splits["validation"], set(distinct)), daemon=True
+        )
+        for name, recipe in recipes.items()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("error: pretraining failed; see the message above")
+    for name, problems in splits.items():  # last, so that their presence means that all is there
+        lines = (json.dumps({"problem": problem.prompt, "answer": problem.answer}) for problem in problems)
+        (Path(cfg.out) / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    common.cli(main, Config)
