@@ -22,6 +22,7 @@ a process that holds CUDA and threads, nor a multiprocessing spawn that would im
 imports neither torch nor transformers, so that a worker starts in about a second.
 """
 
+import functools
 import json
 import os
 import re
@@ -51,7 +52,7 @@ class Verdict(NamedTuple):
 
 # ---- finding the answer
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([-+]?\d[\d,]*(?:\.\d+)?))", re.ASCII)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([-+]?\d+(?:,\d{3})*(?:\.\d+)?))", re.ASCII)
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
@@ -224,14 +225,15 @@ def quick_check(gold: str, answer: str) -> bool | None:
 
 
 class _Unequal(Exception):
-    """Two constants differ, numerically and beyond doubt: no need to try symbolic equality."""
+    """Two expressions differ, numerically and beyond doubt: no need to try symbolic equality, which is slow."""
 
 
 def _exact_eq(original):
     """math-verify's comparison of two numbers, `original`, without its absolute tolerance.
 
     Two constants are equal when they agree in more digits than the largest and smallest of their parts span: enough
-    to tell 2006! from 2006! + 1. Expressions with symbols are left to symbolic equality, which the caller tries next.
+    to tell 2006! from 2006! + 1. Expressions with symbols that agree at one point are left to symbolic equality, which
+    the caller tries next.
     """
     from sympy import MatrixBase, MatrixExpr, Rational, UnevaluatedExpr, log, preorder_traversal
 
@@ -242,11 +244,13 @@ def _exact_eq(original):
             return a == b
         if a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):  # 15\% is UnevaluatedExpr(1/100) times 15, and passes for 15
             return original(a, b, float_rounding, numeric_precision)
+        symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+        point = {symbol: Rational(5 * i + 3, 7 * i + 8) for i, symbol in enumerate(symbols)}
+        x, y = a.subs(point).evalf(30), b.subs(point).evalf(30)
+        if x.is_finite and y.is_finite and abs(x - y) > max(abs(x), abs(y), 1) * 1e-20:
+            raise _Unequal
         if not (a.is_number and b.is_number):
             return False
-        x, y = a.evalf(30), b.evalf(30)
-        if abs(x - y) > max(abs(x), abs(y), 1) * 1e-20:
-            raise _Unequal
         sizes = [abs(part.evalf(5)) for side in (a, b) for part in preorder_traversal(side) if part.is_number]
         digits = 60 + 3 * max(abs(int(log(size, 10).evalf(5))) for size in sizes if size.is_finite and size != 0)
         if digits > 20_000:
@@ -257,6 +261,7 @@ def _exact_eq(original):
     return exact
 
 
+@functools.lru_cache(maxsize=256)  # the samples of one prompt share their gold answer
 def _parse(text: str, is_real: bool):
     """The sympy object that LaTeX `text` denotes, with every decimal as an exact rational."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, _Latex2Sympy, normalize_latex
@@ -308,7 +313,10 @@ def _algebra_check(gold: str, answer: str) -> bool:
     is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(answer))
 
     def equal(a, b) -> bool:
-        return verify(a, b, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+        try:
+            return verify(a, b, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+        except _Unequal:
+            return False
 
     def is_constant(side) -> bool:
         return getattr(side, "is_number", False) and not side.has(AppliedUndef)
@@ -338,22 +346,14 @@ def _algebra_check(gold: str, answer: str) -> bool:
     return equal(ours, theirs)
 
 
-def _worker_main(deadline: float, memory_bytes: int) -> None:
-    """Answer JSON lines [gold, answer] with true, false or null (error) until stdin closes."""
-    import logging
-    import resource
-
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a stray print of a library must not look like a verdict
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group; the parent decides
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    logging.disable(logging.CRITICAL)
+def _lock_down() -> None:
+    """Prepare math-verify in this process, then let nothing compile text, start a program or open a connection."""
     from math_verify import grader
 
     grader.sympy_numeric_eq = _exact_eq(grader.sympy_numeric_eq)
-    for pair in [(r"\sin^2 x", r"1-\cos^2 x"), ("x=3", "y=3"), (r"\{1,2\}", "3"), ("n!", "m!"), ("x>2", r"(2,\infty)")]:
-        _algebra_check(*pair)  # imports what sympy imports late, which compiles text of its own
+    # What sympy imports late compiles text of its own, so it is imported now.
+    for pair in [(r"\sin^2 x", r"1-\cos^2 x"), ("2x=6", "4x=12"), (r"\{1,2\}", "3"), ("n!", "n(n-1)!"), ("x>2", r"(2,\infty)")]:
+        _algebra_check(*pair)
 
     def refuse(event: str, args: tuple) -> None:
         if event == "compile" and not str(args[1]).endswith(".py"):
@@ -364,13 +364,27 @@ def _worker_main(deadline: float, memory_bytes: int) -> None:
             raise RuntimeError(f"refused in a verifier worker: {event}")
 
     sys.addaudithook(refuse)
+
+
+def _worker_main(deadline: float, memory_bytes: int) -> None:
+    """Answer JSON lines [gold, answer] with true, false or null (error) until stdin closes."""
+    import logging
+    import resource
+
+    replies = os.fdopen(os.dup(1), "w")
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)  # a stray print of a library must not look like a verdict
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group; the parent decides
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.disable(logging.CRITICAL)
+    _lock_down()
+    os.dup2(sink, 2)  # nobody reads it from now on, and a full pipe would block
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.alarm(int(deadline) + 2)  # no handler: the kernel ends a busy worker whose parent died
         try:
             verdict = bool(_algebra_check(*json.loads(line)))
-        except _Unequal:
-            verdict = False
         except MemoryError:
             return  # the heap is in pieces; the parent starts a fresh worker
         except Exception:
@@ -471,17 +485,16 @@ class Verifier:
         with self._lock:
             verdicts, pending = [None] * len(golds), OrderedDict()  # pending: pair -> indices that wait for it
             for i, (response, gold) in enumerate(zip(responses, golds)):
-                gold_answer = extract_answer(gold)
-                gold_answer = normalise(gold if gold_answer is None else gold_answer)
-                if not gold_answer or len(gold) > MAX_CHARS:
+                if not gold.strip() or len(gold) > MAX_CHARS:
                     raise ValueError(f"gold answer {i} is empty or longer than {MAX_CHARS} characters: {gold[:50]!r}")
                 extracted = extract_answer(response)
-                if not extracted:
-                    verdicts[i] = Verdict(False, extracted, "no_answer")
-                elif len(extracted) > MAX_CHARS:
+                if extracted and len(extracted) > MAX_CHARS:
                     verdicts[i] = Verdict(False, extracted[:MAX_CHARS], "too_long")
+                    continue
+                pair = normalise(gold), normalise(extracted or "")
+                if not pair[1]:
+                    verdicts[i] = Verdict(False, extracted, "no_answer")
                 else:
-                    pair = gold_answer, normalise(extracted)
                     quick = quick_check(*pair)
                     if quick is not None:
                         verdicts[i] = Verdict(quick, extracted, "fast")
@@ -512,7 +525,11 @@ class Verifier:
         workers = self._workers[: len(pairs)]
         if workers:
             with ThreadPoolExecutor(len(workers)) as pool:
-                list(pool.map(serve, workers))  # list(): raises what a thread raised
+                try:
+                    list(pool.map(serve, workers))  # list(): raises what a thread raised
+                except BaseException:  # Ctrl-C, or workers that do not start: the other threads stop after their pair
+                    todo.clear()
+                    raise
         return done
 
     def close(self) -> None:
