@@ -69,5 +69,10 @@ demo: $(S)/report/table.md
 	@cat $<
 	@echo "Pictures: $(S)/report/bars.png and $(S)/report/curves.png"
 
+SEEDS ?= 0 1 2
+demo-seeds: setup
+	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed || exit 1; done
+	$(PY) evaluate.py --merge $(patsubst %,$(RUNS)/seed%/report,$(SEEDS)) --out $(RUNS)/report
+
 clean:
 	rm -rf $(RUNS)

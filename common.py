@@ -59,6 +59,15 @@ def cli(main: Callable, config: type) -> None:
         sys.exit(f"error: {error}")
 
 
+def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
+    """InputError for a number of a Config that is not positive, unless zero is a seed or switches something off."""
+    allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
+    for name, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":
+            if value < 0 or (value == 0 and name not in allowed):
+                raise InputError(f"--{name.replace('_', '-')} {value} is too small; give a number above zero")
+
+
 # Problems
 
 
@@ -157,7 +166,11 @@ def _read_rows(source: str) -> Iterable[dict]:
     elif path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet
 
-        yield from pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError):
+            raise InputError(f"data set {source!r} is not a parquet file that can be read; fetch it anew") from None
+        yield from rows
     elif path.suffix in (".jsonl", ".parquet", ".json", ".csv") or path.exists():
         raise InputError(
             f"data set {source!r} is not a readable .jsonl or .parquet file; check the path given with --data"
@@ -540,6 +553,19 @@ class Run:
 
     def __init__(self, cfg, parents: dict[str, str]):
         self.out, self.partial = Path(cfg.out), Path(f"{cfg.out}.partial")
+        self.save_every = cfg.save_every
+        self.start_step = 0
+        self.record = {
+            "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
+            "config": dataclasses.asdict(cfg),
+            "parents": {role: read_lineage(model) for role, model in parents.items()},
+            "consumed": [],
+            "code": code_version(),
+            "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
+            "hardware": hardware(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": 0.0,
+        }
         if self.out.exists():
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
         try:
@@ -555,19 +581,6 @@ class Run:
                 f"--out {cfg.out!r} cannot be written ({error.strerror}); name another directory"
             ) from None
 
-        self.save_every = cfg.save_every
-        self.start_step = 0
-        self.record = {
-            "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
-            "config": dataclasses.asdict(cfg),
-            "parents": {role: read_lineage(model) for role, model in parents.items()},
-            "consumed": [],
-            "code": code_version(),
-            "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
-            "hardware": hardware(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": 0.0,
-        }
         self._began = time.monotonic()
         self._phases: dict[str, float] = defaultdict(float)
         self._bar = None

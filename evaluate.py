@@ -324,6 +324,7 @@ def main(cfg: Config) -> None:
         return merge_reports(cfg)
     if not cfg.models:
         raise InputError("nothing to evaluate: give --models, or --responses to grade, or --merge reports")
+    common.check_settings(cfg, may_be_zero=("temperature",))
     labels = cfg.labels or tuple(Path(model).name for model in cfg.models)
     if len(set(labels)) != len(cfg.models) or len(labels) != len(cfg.models):
         raise InputError(

@@ -178,6 +178,7 @@ LOSSES: dict[str, Callable[[Policy, Policy, Batch], torch.Tensor]] = {"fkl": for
 
 
 def main(cfg: Config) -> None:
+    common.check_settings(cfg)
     common.check_same_tokenizer(cfg.model, cfg.teacher)
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = common.load_tokenizer(cfg.model)

@@ -99,6 +99,7 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, importance_c
 
 
 def main(cfg: Config) -> None:
+    common.check_settings(cfg)
     common.check_same_tokenizer(cfg.model, cfg.teacher)
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = common.load_tokenizer(cfg.model)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import common
-from common import Batch, Policy, Rollout
+from common import Batch, InputError, Policy, Rollout
 from engines import Sampling, TorchEngine, sample_rollouts
 from kernels import fused_linear_logprob
 from verifier import Verifier
@@ -182,6 +182,9 @@ def update(
 
 
 def main(cfg: Config) -> None:
+    common.check_settings(cfg)
+    if cfg.group_size < 2:
+        raise InputError(f"--group-size {cfg.group_size} leaves nothing to compare a rollout with; give 2 or more")
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = common.load_tokenizer(cfg.model)
     prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)

@@ -33,7 +33,7 @@ def test_logprobs_equal_a_plain_forward(name, temperature):
             expected = model_logprobs(model, prompt, completion.token_ids, temperature)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
             lengths.add(len(completion.token_ids))
-    assert len(lengths) > (3 if temperature == 1.0 else 1)  # rows did leave the batch at different times
+    assert temperature < 1 or len(lengths) > 3  # rows did leave the batch at different times
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,0 +1,132 @@
+"""Statistics against hand-made numbers; the script on tiny checkpoints; grading of responses made elsewhere."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+
+import evaluate
+from common import InputError
+
+
+def samples(correct, tokens=5, reason="stop"):
+    """Sample lines from rows of booleans, one row a problem."""
+    return [
+        {"id": f"p{i}", "sample": j, "correct": bool(value), "finish_reason": reason, "tokens": tokens}
+        for i, row in enumerate(correct)
+        for j, value in enumerate(row)
+    ]
+
+
+def test_statistics_of_known_samples():
+    summary = evaluate.summarise(samples([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), k=4)
+    assert summary["avg"] == pytest.approx(0.5) and summary["pass"] == pytest.approx(2 / 3)
+    assert summary["se"] == pytest.approx(np.std([0.5, 0, 1], ddof=1) / math.sqrt(3))
+    assert summary["scores"] == {"p0": 0.5, "p1": 0.0, "p2": 1.0} and summary["tokens"] == 5
+    assert evaluate.summarise(samples([[1]], reason="length"), k=1)["truncated"] == 1.0
+
+
+def test_the_paired_error_is_that_of_the_differences():
+    easy_and_hard = np.array([0.1, 0.5, 0.9, 0.2, 0.7])
+    first = {f"p{i}": value + 0.1 for i, value in enumerate(easy_and_hard)}
+    second = {f"p{i}": value for i, value in enumerate(easy_and_hard)}
+    mean, error = evaluate.paired_difference(first, second)
+    assert mean == pytest.approx(0.1) and error == pytest.approx(0, abs=1e-12)
+    with pytest.raises(InputError, match="different problems"):
+        evaluate.paired_difference(first, {**second, "p9": 0.0})
+
+
+def config(out, models, data, **settings):
+    settings = {"temperature": 1.0, "top_p": 1.0, "k": 3, "max_response_tokens": 6, **settings}
+    return evaluate.Config(out=str(out), models=tuple(models), data=(data,), **settings)
+
+
+def test_checkpoints_are_compared_in_tables_and_pictures(
+    student, teacher, test_problems, tmp_path, capsys, monkeypatch
+):
+    evaluate.main(config(tmp_path / "report", [student, teacher], test_problems))
+    output = capsys.readouterr().out
+    assert "| student | " in output and "Differences on test, row minus column" in output
+    assert {"table.md", "results.json", "bars.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+    report = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert report["results"]["student"]["test"]["problems"] == 6 and report["settings"]["k"] == 3
+    lines = (tmp_path / "report" / "teacher" / "test.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 6 * 3 and {"id", "response", "correct", "tokens"} <= json.loads(lines[1]).keys()
+
+    # The same again samples nothing; other settings, or other weights under the old name, sample anew.
+    sampled = []
+    sample = evaluate.sample_rollouts
+    monkeypatch.setattr(evaluate, "sample_rollouts", lambda *a, **k: sampled.append(k["progress"]) or sample(*a, **k))
+    evaluate.main(config(tmp_path / "report", [student, teacher], test_problems))
+    assert sampled == []
+    evaluate.main(config(tmp_path / "report", [student, teacher], test_problems, seed=1))
+    assert len(sampled) == 2
+    changed = write_checkpoint(tmp_path / "student", seed=9)
+    evaluate.main(config(tmp_path / "report", [changed, teacher], test_problems, seed=1))
+    assert len(sampled) == 3
+
+
+def test_samples_repeat_with_their_seed(student, test_problems, tmp_path):
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        evaluate.main(config(tmp_path / name, [student], test_problems, seed=seed))
+    first, second, third = ((tmp_path / name / "student" / "test.jsonl").read_text().splitlines()[1:] for name in "abc")
+    assert first == second != third
+
+
+def test_responses_made_elsewhere_are_graded(tmp_path, capsys):
+    rows = [
+        {"answer": "42", "response": "so it is \\boxed{42}", "source": "kept as it is"},
+        {"answer": "42", "response": "I think of 42, so \\boxed{41}"},
+        {"answer": "\\frac12", "response": "\\boxed{0.5}"},
+        {"answer": "7", "response": "7"},
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(evaluate.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
+    graded = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row.pop("correct") for row in graded] == [True, False, True, False] and graded == rows
+    assert "2 of 4 correct (50.0 %)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (['{"answer": "1", "response": "a"}', "not json"], "line 2 of"),
+        (['{"answer": "1"}'], "line 1 of"),
+        (['{"answer": 1, "response": "a"}'], "must be text"),
+        (['{"answer": " ", "response": "a"}'], "the answer not empty"),
+        ([], "is empty"),
+    ],
+)
+def test_bad_response_files(tmp_path, lines, message):
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message):
+        evaluate.main(evaluate.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments(student, test_problems, tmp_path):
+    for settings, message in [
+        (dict(models=()), "nothing to evaluate"),
+        (dict(models=(student, student)), "one different name for each of the 2 --models"),
+        (dict(models=("nowhere",)), "--models 'nowhere' is not a checkpoint directory"),
+        (dict(responses="nowhere.jsonl"), "--responses 'nowhere.jsonl' is not a file"),
+        (dict(merge=(str(tmp_path),)), "has no results.json"),
+        (dict(models=(student,), k=0), "--k 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            evaluate.main(evaluate.Config(out=str(tmp_path / "out"), **{"data": (test_problems,), **settings}))
+
+
+def test_reports_of_several_seeds_are_merged(tmp_path, capsys):
+    for seed, average in enumerate([0.2, 0.4, 0.6]):
+        directory = tmp_path / f"seed{seed}" / "report"
+        directory.mkdir(parents=True)
+        results = {"bridge": {"test": {"avg": average, "se": 0.01}}}
+        (directory / "results.json").write_text(json.dumps({"settings": {"k": 16}, "results": results}))
+    reports = tuple(str(tmp_path / f"seed{seed}" / "report") for seed in range(3))
+    evaluate.main(evaluate.Config(out=str(tmp_path / "all"), merge=reports))
+    table = (Path(tmp_path) / "all" / "table.md").read_text()
+    assert "| bridge | 40.0 ± 11.5 | 20.0 ± 1.0 | 40.0 ± 1.0 | 60.0 ± 1.0 |" in table and "seed2" in table

@@ -1,0 +1,335 @@
+"""The real scripts on tiny checkpoints: what they write, refuse, survive, and promise about each other."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, write_checkpoint, write_problems
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import fkl_warmup
+import opd
+import student_grpo
+import teacher_grpo
+from common import InputError
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(exclude=(), max_prompt_tokens=64, max_response_tokens=8, lr=1e-2, save_every=1)
+
+
+def grpo(model, data, out, config=teacher_grpo.Config, **settings):
+    settings = {**SMALL, "prompts_per_step": 4, "mini_batch_prompts": 2, "group_size": 4, "passes": 1, **settings}
+    return config(model=model, data=data, out=str(out), **settings)
+
+
+def warmup(model, teacher, data, out, **settings):
+    settings = {**SMALL, "mini_batch_prompts": 3, "rollouts_per_prompt": 2, **settings}
+    return fkl_warmup.Config(model=model, teacher=teacher, data=data, out=str(out), **settings)
+
+
+def distill(model, teacher, data, out, **settings):
+    settings = {**SMALL, "prompts_per_step": 3, "rollouts_per_prompt": 2, **settings}
+    return opd.Config(model=model, teacher=teacher, data=data, out=str(out), **settings)
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def metrics(directory):
+    """The lines of metrics.jsonl, less what is a time."""
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, student, teacher, problems):
+    """All four stages, teacher and bridge on 1H, Stage 3 on 2H."""
+    out = tmp_path_factory.mktemp("chain")
+    teacher_grpo.main(grpo(teacher, problems, out / "teacher", half="1H"))
+    fkl_warmup.main(warmup(student, str(out / "teacher"), problems, out / "warmup", half="1H"))
+    opd.main(distill(str(out / "warmup"), str(out / "teacher"), problems, out / "bridge", half="1H"))
+    student_grpo.main(grpo(str(out / "bridge"), problems, out / "student", student_grpo.Config))
+    return out
+
+
+STAGES = ["teacher", "warmup", "bridge", "student"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_writes_a_whole_checkpoint(chain, stage):
+    directory = chain / stage
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(directory))
+    assert not Path(f"{directory}.partial").exists()
+    assert {"config.json", "run.json", "metrics.jsonl", "curves.png", "tokenizer.json"} <= set(os.listdir(directory))
+    assert not [name for name in os.listdir(directory) if name.startswith(("state", "lock"))]
+    lines = metrics(directory)
+    assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
+    record = json.loads((directory / "run.json").read_text())
+    assert record["steps"] == len(lines) and record["config"]["seed"] == 0 and record["packages"]["torch"]
+
+
+def test_weights_change_in_every_stage(chain, student, teacher):
+    for before, after in [(teacher, chain / "teacher"), (student, chain / "warmup"), (chain / "warmup", chain / "bridge"),
+                          (chain / "bridge", chain / "student")]:  # fmt: skip
+        first, second = weights(before), weights(after)
+        assert first.keys() == second.keys() and any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
+    every = common.load_problems(problems)
+    half = {name: {problem.id for problem in common.half_of(every, name)} for name in ("1H", "2H")}
+    lineage = common.read_lineage(str(chain / "bridge"))
+    assert common.consumed_problems(lineage) == half["1H"]
+    assert common.consumed_problems(common.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
+    assert lineage["stage"] == "opd" and lineage["parents"]["teacher"]["stage"] == "teacher_grpo"
+    assert lineage["parents"]["model"]["sha256"] == common.read_lineage(str(chain / "warmup"))["sha256"]
+    assert common.was_rewarded(lineage["parents"]["teacher"]) and common.was_rewarded(lineage)
+    assert not common.was_rewarded(lineage["parents"]["model"]["parents"]["model"])
+
+
+def test_stage_3_refuses_consumed_labels_unless_it_is_the_replay(chain, problems, tmp_path):
+    bridge = str(chain / "bridge")
+    with pytest.raises(InputError, match="6 of its 6 problems were already consumed"):
+        student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="1H"))
+    with pytest.raises(InputError, match="--replay: .* has consumed none"):
+        student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="2H", replay=True))
+    assert os.listdir(tmp_path) == []
+    student_grpo.main(grpo(bridge, problems, tmp_path / "replay", student_grpo.Config, half="1H", replay=True))
+    replay, fresh = (json.loads((d / "run.json").read_text()) for d in (tmp_path / "replay", chain / "student"))
+    differing = {name for name in fresh["config"] if fresh["config"][name] != replay["config"][name]}
+    assert differing == {"half", "replay", "out"} and fresh["steps"] == replay["steps"]
+
+
+def test_stage_3_is_stage_1(student, problems, tmp_path):
+    """The matched protocol: the same checkpoint, half and settings give the same weights from either script."""
+    teacher_grpo.main(grpo(student, problems, tmp_path / "direct", half="2H"))
+    student_grpo.main(grpo(student, problems, tmp_path / "stage3", student_grpo.Config, half="2H"))
+    assert_same_weights(tmp_path / "direct", tmp_path / "stage3")
+    assert metrics(tmp_path / "direct") == metrics(tmp_path / "stage3")
+    own = {field.name for field in dataclasses.fields(student_grpo.Config)}
+    assert own - {field.name for field in dataclasses.fields(teacher_grpo.Config)} == {"replay"}
+
+
+def test_distillation_lowers_its_kl(student, teacher, problems, tmp_path):
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "warmup", passes=8, max_steps=20))
+    opd.main(distill(student, teacher, problems, tmp_path / "opd", passes=6))
+    opd.main(distill(student, teacher, problems, tmp_path / "sampled", passes=6, estimator="sampled"))
+    for name, key, factor in [
+        ("warmup", "forward_kl", 0.7),
+        ("opd", "reverse_kl", 0.7),
+        ("sampled", "reverse_kl", 0.95),
+    ]:
+        values = [line[key] for line in metrics(tmp_path / name)]
+        assert sum(values[-3:]) / 3 < factor * values[0], (name, values)
+
+
+def test_sft_and_the_shared_rollout_file(student, teacher, problems, tmp_path, capsys):
+    cache = str(tmp_path / "rollouts.jsonl")
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", rollouts=cache))
+    content = Path(cache).read_bytes()
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", rollouts=cache, loss="sft", passes=2))
+    assert Path(cache).read_bytes() == content  # sampled once
+    assert metrics(tmp_path / "sft")[-1]["cross_entropy"] < metrics(tmp_path / "sft")[0]["cross_entropy"]
+    # A file cut off in the middle of a problem keeps the whole problems before it and gets the rest again.
+    lines = content.splitlines(True)
+    Path(cache).write_bytes(b"".join(lines[:8]) + lines[8][:10])
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "again", rollouts=cache))
+    assert sorted(Path(cache).read_bytes().splitlines()) == sorted(content.splitlines())
+    assert_same_weights(tmp_path / "fkl", tmp_path / "again")
+    with pytest.raises(InputError, match="holds other rollouts"):
+        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "other", rollouts=cache, seed=1))
+
+
+def test_verifier_filtered_sft_keeps_correct_rollouts_only(student, teacher, problems, tmp_path):
+    cache = tmp_path / "rollouts.jsonl"
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", rollouts=str(cache)))
+    header, *rows = cache.read_text().splitlines()
+    rows = [{**json.loads(row), "correct": i in (2, 9)} for i, row in enumerate(rows)]
+    cache.write_text("\n".join([header, *map(json.dumps, rows)]) + "\n")
+    settings = dict(rollouts=str(cache), loss="sft", keep="correct")
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings, mini_batch_prompts=1, rollouts_per_prompt=2))  # fmt: skip
+    consumed = json.loads((tmp_path / "sft" / "run.json").read_text())["consumed"]
+    assert set(consumed) == {rows[2]["id"], rows[9]["id"]}
+    cache.write_text("\n".join([header, *(json.dumps({**row, "correct": False}) for row in rows)]) + "\n")
+    with pytest.raises(InputError, match="the teacher answered nothing rightly"):
+        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
+
+
+# Interruption
+
+
+class Killed(Exception):
+    pass
+
+
+RUNS = {
+    "teacher": lambda s, t, data, out, **k: (teacher_grpo, grpo(t, data, out, passes=2, **k)),
+    "warmup": lambda s, t, data, out, **k: (fkl_warmup, warmup(s, t, data, out, passes=2, **k)),
+    "bridge": lambda s, t, data, out, **k: (opd, distill(s, t, data, out, **k)),
+    "student": lambda s, t, data, out, **k: (student_grpo, grpo(s, data, out, student_grpo.Config, passes=3, **k)),
+}
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_interrupted_and_resumed_equals_uninterrupted(stage, student, teacher, problems, tmp_path, monkeypatch):
+    """2 steps + an exception in the third + resume = straight through: weights and metrics, bit for bit."""
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "straight")
+    script.main(config)
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "cut")
+    log = common.Run.log
+
+    def log_twice(run, step, *arguments, **options):
+        if step == 2:
+            raise Killed
+        log(run, step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", log_twice)
+        with pytest.raises(Killed):
+            script.main(config)
+    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.partial" / "state-000002").is_dir()
+    with pytest.raises(InputError, match="add --resume to continue it"):
+        script.main(config)
+    with pytest.raises(InputError, match="the interrupted run had lr = 0.01, now it is 0.5"):
+        script.main(dataclasses.replace(config, lr=0.5, resume=True))
+    script.main(dataclasses.replace(config, resume=True))
+    assert_same_weights(tmp_path / "straight", tmp_path / "cut")
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "cut")
+    consumed = [json.loads((tmp_path / name / "run.json").read_text())["consumed"] for name in ("straight", "cut")]
+    assert consumed[0] == consumed[1]
+
+
+def command_line(script, config):
+    words = [sys.executable, str(ROOT / f"{script.__name__}.py")]
+    for name, value in dataclasses.asdict(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, (tuple, list)):
+            words += [flag, *value]
+        elif value is not None:
+            words += [flag, str(value)]
+    return words
+
+
+def test_sigkill_leaves_a_state_that_the_command_line_resumes(teacher, problems, tmp_path):
+    straight = grpo(teacher, problems, tmp_path / "straight", passes=8)
+    teacher_grpo.main(straight)
+    cut = dataclasses.replace(straight, out=str(tmp_path / "cut"), resume=True)
+    process = subprocess.Popen(command_line(teacher_grpo, cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut.partial").glob("state-00000[3-9]")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut").exists()
+    assert_same_weights(teacher, teacher)  # the parent still loads
+    result = subprocess.run(command_line(teacher_grpo, cut), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "continuing after step" in result.stdout, result.stderr
+    assert_same_weights(tmp_path / "straight", tmp_path / "cut")
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "cut")
+
+
+# Bad input
+
+
+def other_template(directory, source):
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "<|assistant|>")
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def other_vocabulary(directory, source):
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teacher, problems, tmp_path, monkeypatch):
+    def no_model(*arguments, **options):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(common, "load_causal_lm", no_model)
+    out = tmp_path / "out"
+    template, vocabulary = (make(tmp_path / make.__name__, teacher) for make in (other_template, other_vocabulary))
+    taken, one = tmp_path / "taken", write_problems(tmp_path / "one.jsonl", 1)
+    taken.mkdir()
+    missing, empty = str(tmp_path / "missing"), tmp_path / "empty"
+    empty.mkdir()
+    cases = [
+        (teacher_grpo, grpo(missing, problems, out), "--model .*missing' is not a checkpoint directory"),
+        (teacher_grpo, grpo(str(empty), problems, out), "--model .*empty' has no tokenizer"),
+        (opd, distill(student, missing, problems, out), "--teacher .*missing' is not a checkpoint directory"),
+        (opd, distill(student, vocabulary, problems, out), "have different vocabularies .26 and 27 tokens, .*'new'"),
+        (fkl_warmup, warmup(student, vocabulary, problems, out), "have different vocabularies"),
+        (opd, distill(student, template, problems, out), "render prompts differently"),
+        (teacher_grpo, grpo(student, "dapoo", out), "data set 'dapoo' is unknown"),
+        (teacher_grpo, grpo(student, one, out, half="2H"), "--half 2H needs at least two problems"),
+        (teacher_grpo, grpo(student, problems, out, max_prompt_tokens=5), "more than --max-prompt-tokens 5"),
+        (teacher_grpo, grpo(student, problems, taken), "--out .*taken' already exists"),
+        (student_grpo, grpo(missing, problems, out, student_grpo.Config), "--model .*missing'"),
+        (teacher_grpo, grpo(student, problems, out, group_size=1), "--group-size"),
+        (teacher_grpo, grpo(student, problems, out, temperature=0.0), "--temperature"),
+    ]
+    for script, config, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            script.main(config)
+        assert "\n" not in str(error.value)
+        assert not out.exists() and not (tmp_path / "out.partial").exists(), message
+
+
+def test_the_command_line_ends_in_one_line(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "opd.py"),
+        "--model",
+        "nowhere",
+        "--teacher",
+        "x",
+        "--data",
+        "y",
+        "--out",
+        "z",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode != 0 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: --model 'nowhere' is not a checkpoint directory")
+
+
+def test_two_runs_cannot_share_an_output_directory(student, problems, tmp_path):
+    config = grpo(student, problems, tmp_path / "out")
+    first = common.Run(config, {"model": student})
+    with pytest.raises(InputError, match="is being written by another run"):
+        common.Run(config, {"model": student})
+    del first
+
+
+def test_unsafe_heads_are_refused(tmp_path):
+    model = tiny_model()
+    model.lm_head = torch.nn.Linear(16, model.config.vocab_size, bias=True)
+    directory = write_checkpoint(tmp_path / "scaled")
+    config = json.loads((tmp_path / "scaled" / "config.json").read_text())
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps({**config, "logit_scale": 0.5}))
+    with pytest.raises(InputError, match="rescales its logits"):
+        common.load_policy(directory, True, torch.device("cpu"))
