@@ -2,32 +2,33 @@
 
 Letters: N response tokens packed together, V vocabulary, D hidden size (Ds of the student, Dt of the teacher).
 
-Why this file. Logits of N=16384 tokens over V=151936 (Qwen3) are 10 GB in fp32, and naive full-vocabulary KL keeps four to
-five such matrices alive: 44-51 GB, for an answer of N numbers and the two gradients dH (N, Ds) and dW (V, Ds). Nothing here
-holds an (N, V) matrix of its own making. Two different algorithms follow from counting FLOPs and bytes (Ds=2048, Dt=4096):
+Why this file. Logits of N=16384 tokens over V=151936 (Qwen3) are 10 GB in fp32, and naive full-vocabulary KL keeps four
+to five such matrices alive: 44-51 GB, for an answer of N numbers and two gradients, dH (N, Ds) and dW (V, Ds). The fused
+functions never hold an (N, V) matrix. Two different algorithms follow from counting FLOPs and bytes (Ds=2048, Dt=4096):
 
 KL, in training: chunks of tokens, logits materialised (`fused_linear_kl`).
-  Products: 2 N V (Ds + Dt) for both logits, 4 N V Ds for dH and dW: 51 TFLOP, 64 ms at an H100's 800 TFLOP/s. Computing logits a
-  second time in the backward would make that 102 ms, so the gradient is formed in the forward, while logits are at hand.
-  Then nothing is gained by keeping logits out of memory: the vendor's GEMM writes a chunk of fp32 logits of each model, one
-  row kernel reads both twice (statistics, then gradient, written in bf16 over the student's logits: 18 bytes an entry,
-  45 GB, about 16 ms), and two GEMMs turn that into dH and dW. Both directions need one pass for their statistics: max and
-  sum e of each model and sum e (p - q) of the first, with e = exp(logit - max), p and q the logits in KL(p || q).
+  Products: 2 N V (Ds + Dt) for both logits, 4 N V Ds for dH and dW: 51 TFLOP, 64 ms at an H100's 800 TFLOP/s. Computing
+  the logits again in the backward would make that 102 ms, so the gradient is formed in the forward, while they are at
+  hand. Then nothing is gained by keeping them out of memory: the vendor's GEMM writes a chunk of fp32 logits of each
+  model, one row kernel reads both twice (for statistics, then for the gradient, written in bf16 over the student's
+  logits: 18 bytes an entry, 45 GB in all, 16 ms at 2.8 TB/s), and two GEMMs turn that into dH and dW. In either
+  direction, KL(p || q), one pass gives the statistics: max and sum e of each model, and sum e_p (p - q), with p and q
+  the logits and e = exp(logit - max).
 
 Token log-probability: fused (`fused_linear_logprob`).
   Policy gradients need its forward without any backward too (old and reference policies), and there the traffic of
-  logits is pure loss. A tile kernel multiplies 128 tokens with 256 vocabulary rows, keeps the logits in registers and writes
-  three numbers a row: 13 ms of products for 10 TFLOP. One tile a program: looping over V inside it spills 1.4 KB of registers
-  a thread. The upstream gradient is not known in the forward, so the backward recomputes logits, by slices of the
-  vocabulary rather than of the tokens: every slice of dW is then final, and only dH (N, D) accumulates.
+  logits is pure loss. A tile kernel multiplies 128 tokens with 256 vocabulary rows, keeps the logits in registers and
+  writes three numbers a row: 13 ms of products, 10 TFLOP. One tile a program: a loop over V inside the program spills
+  1.4 KB of registers a thread. The upstream gradient is not known in the forward, so the backward recomputes logits, by
+  slices of the vocabulary rather than of the tokens: each slice of dW is then final, and only dH (N, D) accumulates.
 
 Numerics. Logits, statistics and all accumulation are fp32 (fp64 for fp64 inputs, in PyTorch); only operands, and the
-gradient of the logits that enters dH and dW, are bf16. It matters most where distillation ends: logits rounded to bf16 cost
-9 % of the gradient at KL = 0.1, 35 % at 4e-3 and 120 % at 4e-4; bf16 rounding of the gradient alone costs 0.2 % everywhere.
+gradient of the logits that enters dH and dW, are bf16. It matters most where distillation ends: logits rounded to bf16
+cost 9 % of the gradient at KL = 0.1, 35 % at 4e-3, 120 % at 4e-4; rounding the gradient alone costs 0.2 % everywhere.
 
 Reading order: the references are the formulas; the PyTorch row operations do the same in place (this is what runs on a
 CPU); the Triton kernels are those row operations, and the tile kernel, for a GPU. `backend` forces either.
-Equations are those of arXiv 2605.12483 v1. No generalised JSD: it needs a second pass over both rows before its gradient.
+Equations are those of arXiv 2605.12483 v1. No generalised JSD: its gradient needs a third pass over both rows.
 """
 
 import functools
@@ -104,7 +105,7 @@ def _wide(x):
 
 
 def _operand(x):
-    """bf16 stays for the tensor cores; a CPU has no bf16 product with an fp32 result, so there it is widened, exactly."""
+    """bf16 stays bf16 for the tensor cores; a CPU has no bf16 product with an fp32 result: there it is widened, exactly."""
     return x.detach() if x.is_cuda else _wide(x.detach())
 
 
@@ -117,7 +118,7 @@ def _mm(a, b, out=None):
 
 def _add_mm(total, a, b):
     """total += a @ b, total being fp32 (fp64) whatever the operands."""
-    if a.dtype == torch.bfloat16:
+    if a.dtype == torch.bfloat16:  # an fp32 total beside bf16 operands: PyTorch 2.10 and later
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a, b)
@@ -133,7 +134,7 @@ def _pieces(total, row_bytes, device):
     return [slice(start, min(start + step, total)) for start in range(0, total, max(step, 1))]
 
 
-# Row operations in PyTorch. They overwrite their logits: each pass over a piece costs as much as a tenth of its products.
+# Row operations in PyTorch. They overwrite their logits: each new matrix would cost a pass, and memory, of its own.
 
 def _logprob_rows(logits, target_ids, temperature):
     """Logits (n, V) -> logprob, entropy, max, log sum exp(logits - max), stacked (4, n)."""
@@ -148,7 +149,7 @@ def _logprob_rows(logits, target_ids, temperature):
 
 
 def _logprob_grad_rows(logits, first, target_ids, top, log_total, upstream, temperature):
-    """Logits of columns [first, first + v) (n, v) -> in place their gradient, upstream * (onehot - softmax) / temperature."""
+    """Logits (n, v) of columns from `first` on -> in place, their gradient upstream * (onehot - softmax) / temperature."""
     scale = upstream / temperature
     grad = logits.mul_(1 / temperature).sub_(top[:, None]).sub_(log_total[:, None]).exp_().mul_(-scale[:, None])
     column = target_ids - first
@@ -157,7 +158,7 @@ def _logprob_grad_rows(logits, first, target_ids, top, log_total, upstream, temp
 
 
 def _kl_rows(student, teacher, token_weight, reverse, temperature, with_grad):
-    """Logits (n, V) of both -> KL (n,) and the gradient of sum(token_weight * KL) by the student's logits (n, V) or None.
+    """Logits (n, V) of both -> KL (n,), gradient of sum(token_weight * KL) by the student's logits (n, V) or None.
 
     With d = p - q and mean = sum(e_p d) / sum(e_p): KL = mean - logsumexp(p) + logsumexp(q), and its gradient is
     softmax(p) (d - mean) if the student is p (reverse), softmax(student) - softmax(teacher) if it is q (forward).
@@ -184,8 +185,8 @@ def _kl_rows(student, teacher, token_weight, reverse, temperature, with_grad):
     return (mean - p_total.log() + q_total.log()).squeeze(1), grad
 
 
-# The same in Triton. One program has one row and walks its columns BLOCK at a time. Every lane of the block keeps a running
-# maximum and sums of its own, so the loop needs no reduction across warps; the lanes meet once, at the end of the row.
+# The same in Triton. One program has one row and walks its columns BLOCK at a time. Every lane of the block keeps a
+# running maximum and sums of its own, so the loop needs no reduction across warps; the lanes meet once, at the end.
 # Columns past V read as -1e30, far below the -1e20 at which maxima start: their exp is 0 without a mask of its own.
 # V is a compile-time constant: one per model. Row offsets are int64: N * V exceeds 2**31.
 
@@ -209,7 +210,8 @@ def _kl_row_kernel(
     q_top = tl.full((BLOCK,), -1e20, tl.float32)
     p_total = tl.zeros((BLOCK,), tl.float32)
     q_total = tl.zeros((BLOCK,), tl.float32)
-    dot = tl.zeros((BLOCK,), tl.float32)  # sum of e_p ((p - p_top) - (q - q_top)): a shift of all logits leaves no rounding
+    # Sum of e_p ((p - p_top) - (q - q_top)), not of e_p (p - q): logits all near 80 would leave rounding in that.
+    dot = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         columns = start + lanes
         student = tl.load(student_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
@@ -249,7 +251,7 @@ def _kl_row_kernel(
                 grad = tl.exp(student - p_max) * p_scale * ((student - p_max) - (teacher - q_max) - mean)
             else:
                 grad = tl.exp(student - q_max) * q_scale - tl.exp(teacher - p_max) * p_scale
-            # In place, bf16 block j covers bytes of fp32 blocks <= j. All warps must have read theirs before one writes.
+            # In place, bf16 block j covers bytes of fp32 blocks <= j: all warps must have read before one writes.
             tl.debug_barrier()
             tl.store(grad_ptr + columns, tl.where(live, grad, 0.0).to(grad_ptr.dtype.element_ty), columns < V)
 
@@ -292,7 +294,7 @@ def _logprob_row_kernel(
 
 @_jit
 def _logprob_grad_kernel(
-    logits_ptr, target_ptr, top_ptr, log_total_ptr, upstream_ptr,  # in: columns [first, first + V) (N, V), then (N,) each
+    logits_ptr, target_ptr, top_ptr, log_total_ptr, upstream_ptr,  # in: (N, V), columns from `first` on; (N,) each
     grad_ptr,  # out: (N, V); as in _kl_row_kernel it may lie over the logits
     logits_stride, grad_stride,  # between rows
     first, inv_temperature,
@@ -323,7 +325,7 @@ def _logprob_tile_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, WIDEN: tl.constexpr,
 ):
-    """One (BLOCK_N, BLOCK_V) tile of logits, reduced over its columns to max, sum e and sum e (x - max) for every row."""
+    """One (BLOCK_N, BLOCK_V) tile of logits x, reduced over its columns to max, sum e and sum e (x - max) a row."""
     # Neighbours in time share operands: GROUP row tiles against one tile of the vocabulary, then against the next.
     program = tl.program_id(0)
     column_tiles = tl.cdiv(V, BLOCK_V)
@@ -336,7 +338,7 @@ def _logprob_tile_kernel(
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     depth = tl.arange(0, BLOCK_D)
-    # Rows and columns past the end wrap around to ones that exist; their logits are masked below, their loads need no mask.
+    # Rows and columns past the end wrap around to ones that exist: no mask in the loop; their logits are masked below.
     hidden_ptrs = hidden_ptr + (rows % N).to(tl.int64)[:, None] * hidden_stride + depth[None, :]
     weight_ptrs = weight_ptr + (columns % V).to(tl.int64)[None, :] * weight_stride + depth[:, None]
     x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -354,7 +356,7 @@ def _logprob_tile_kernel(
         hidden_ptrs += BLOCK_D
         weight_ptrs += BLOCK_D
 
-    x = tl.where(columns[None, :] < V, x * inv_temperature, -1e30)  # a padded column must not count as a token of logit 0
+    x = tl.where(columns[None, :] < V, x * inv_temperature, -1e30)  # or a padded column would count as a token
     top = tl.max(x, 1)
     exp = tl.exp(x - top[:, None])
     out = column_tile.to(tl.int64) * N + rows
@@ -377,8 +379,8 @@ def _use_triton(backend, x):
     if backend not in ("torch", "triton"):
         raise ValueError(f'backend is {backend!r}; pass "torch", "triton", or None to choose by device.')
     if backend == "triton" and not possible:
-        raise ValueError(f'backend is "triton" for a {x.dtype} tensor on {x.device}; that needs the triton package, float32 or '
-                         'bfloat16, and CUDA (or TRITON_INTERPRET=1 in the environment): pass backend="torch".')
+        raise ValueError(f'backend is "triton" for a {x.dtype} tensor on {x.device}; that needs the triton package, float32 '
+                         'or bfloat16, and CUDA (or TRITON_INTERPRET=1 in the environment): pass backend="torch".')
     return backend == "triton" and len(x) > 0  # a grid of no programs cannot be launched
 
 
@@ -393,8 +395,8 @@ def _rows(x):
 
 
 def _logit_space(like, rows, columns, kernel):
-    """Memory for a piece of logits, used for one piece after another: fresh pages would cost a CPU a fault each. On a GPU rows
-    start at multiples of 256 bytes, or an odd vocabulary (151669) would keep the products off their fast paths."""
+    """Memory for a piece of logits, used for one piece after another: fresh pages would cost a CPU a fault each. On a GPU
+    rows start at multiples of 256 bytes, or an odd vocabulary (151669) would keep the products off their fast paths."""
     return like.new_empty((rows, columns + (-columns % 64 if kernel else 0)))[:, :columns]
 
 
@@ -406,8 +408,8 @@ def _grad_space(logits, dtype):
 def _launch_kl_rows(student, teacher, token_weight, kl, grad, reverse, temperature):
     with_grad = grad is not None
     grad = student if grad is None else grad
-    _launch(_kl_row_kernel, len(student), student, teacher, token_weight, kl, grad, student.stride(0), teacher.stride(0),
-            grad.stride(0), 1 / temperature, V=student.shape[1], REVERSE=reverse, WITH_GRAD=with_grad, **ROW)
+    _launch(_kl_row_kernel, len(student), student, teacher, token_weight, kl, grad,
+            student.stride(0), teacher.stride(0), grad.stride(0), 1 / temperature, V=student.shape[1], REVERSE=reverse, WITH_GRAD=with_grad, **ROW)
 
 
 def _launch_logprob_grad(logits, first, target_ids, top, log_total, upstream, grad, temperature):
@@ -424,7 +426,7 @@ def _tile(x):
 
 
 def _logprob_tiles(hidden, weight, target_ids, temperature, tile):
-    """The tile kernel, and the merge of its statistics: logprob, entropy, max, log sum exp(logits - max), stacked (4, n)."""
+    """The tile kernel, and the merge of its statistics: what `_logprob_rows` returns, (4, n)."""
     hidden, weight = _rows(hidden), _rows(weight)
     (n, depth), vocabulary = hidden.shape, len(weight)
     row_tiles, column_tiles = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(vocabulary, tile["BLOCK_V"])
@@ -473,13 +475,13 @@ class _FusedLinearLogprob(torch.autograd.Function):
         temperature, vocab_size, kernel = ctx.settings
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden, weight = _operand(hidden_in), _operand(weight_in[:vocab_size])
-        # Tokens without upstream gradient (clipped, or of a group without reward spread) cost no products and, whatever their
-        # hidden states hold, cannot poison dW.
+        # Tokens without upstream gradient (clipped, or of a group without reward spread) cost no products and, whatever
+        # their hidden states hold, cannot poison dW.
         keep = upstream.nonzero().squeeze(1)
         partial = len(keep) < len(upstream)
+        per_token = target_ids, top, log_total, upstream.contiguous()
         if partial:
-            hidden, target_ids, top, log_total, upstream = (x.index_select(0, keep) for x in (hidden, target_ids, top, log_total,
-                                                                                              upstream))
+            hidden, *per_token = (x.index_select(0, keep) for x in (hidden, *per_token))
         d_hidden = torch.zeros_like(hidden, dtype=top.dtype) if need_hidden else None  # (n, D)
         d_weight = torch.zeros_like(weight_in) if need_weight else None  # (V, D)
         kernel = kernel and len(hidden) > 0
@@ -489,9 +491,9 @@ class _FusedLinearLogprob(torch.autograd.Function):
             logits = _mm(hidden, weight[part].T, out=space[:, :part.stop - part.start])  # (n, v)
             if kernel:
                 grad = _grad_space(logits, hidden.dtype)
-                _launch_logprob_grad(logits, part.start, target_ids, top, log_total, upstream.contiguous(), grad, temperature)
+                _launch_logprob_grad(logits, part.start, *per_token, grad, temperature)
             else:
-                grad = _logprob_grad_rows(logits, part.start, target_ids, top, log_total, upstream, temperature).to(hidden.dtype)
+                grad = _logprob_grad_rows(logits, part.start, *per_token, temperature).to(hidden.dtype)
             if need_hidden:
                 _add_mm(d_hidden, grad, weight[part])
             if need_weight:
@@ -504,11 +506,12 @@ class _FusedLinearLogprob(torch.autograd.Function):
 def fused_linear_logprob(hidden, weight, target_ids, temperature=1.0, vocab_size=None, backend=None):
     """Log-probability of one token a row, log_softmax(hidden @ weight.T / temperature)[target], without (N, V) logits.
 
-    hidden (N, D) and weight (V, D) share a dtype, float32, bfloat16 or float64; target_ids (N,) int64. Rows of weight from
-    vocab_size on are padding: probability and gradient 0. backend: "torch", "triton", or None to choose by device.
+    hidden (N, D) and weight (V, D) share a dtype, float32, bfloat16 or float64; target_ids (N,) int64. Rows of weight
+    from vocab_size on are padding: probability and gradient 0. backend: "torch", "triton", or None to choose by device.
     Returns logprob (N,), differentiable in hidden and weight, and entropy (N,), for logging, which carries no gradient;
     both float32 (float64 for float64). Rows whose upstream gradient is 0 reach no gradient. Nothing is saved for a
-    backward where none can come. Raises ValueError on shapes, dtypes or values that do not fit.
+    backward where none can come. Raises ValueError on shapes, dtypes or values that do not fit; a target outside the
+    vocabulary raises on a CPU and gives NaN on a GPU, which would have to wait for the check.
     """
     vocab_size = _check_linear(hidden, weight, vocab_size, temperature)
     _check_targets(target_ids, len(hidden), vocab_size)
@@ -549,7 +552,7 @@ def _kl_forward(student_hidden, student_weight, teacher_hidden, teacher_weight, 
 
 
 class _GradientInForward(torch.autograd.Function):
-    """compute(need, ...) -> loss, KL, gradients of loss by the leaves: formed at once, scaled when loss receives its own."""
+    """compute(need, ...) -> loss, KL and the gradients of loss by the leaves: formed at once, scaled in the backward."""
 
     @staticmethod
     def forward(ctx, compute, *leaves):
@@ -575,35 +578,36 @@ def _with_gradient(compute, *leaves):
     return compute(*[False] * len(leaves))[:2]
 
 
-def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, direction="reverse", temperature=1.0,
-                    token_weight=None, vocab_size=None, backend=None):
+def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, direction="reverse",
+                    temperature=1.0, token_weight=None, vocab_size=None, backend=None):
     """sum(token_weight * KL) over the whole vocabulary, exact; the gradient goes to the student only.
 
     direction: "reverse" is KL(student || teacher), Eq. 4; "forward" is KL(teacher || student), Eq. 5.
-    student_hidden (N, Ds), student_weight (V, Ds), teacher_hidden (N, Dt), teacher_weight (Vt, Dt), all of one dtype, float32,
-    bfloat16 or float64; token_weight (N,), all ones if None. Rows of either weight from vocab_size on are padding:
-    probability and gradient 0; where V differs from Vt, vocab_size (the tokenizer's) must be given.
-    Returns loss (scalar) and kl (N,), unweighted and without gradient, 0 where token_weight is 0: such rows are dropped before
-    the products, so whatever they hold, NaN included, is harmless. Both float32 (float64 for float64).
+    student_hidden (N, Ds) and student_weight (V, Ds), teacher_hidden (N, Dt) and teacher_weight (Vt, Dt): each model in
+    its dtype, float32 or bfloat16, or both in float64; token_weight (N,), all ones if None. Rows of either weight from
+    vocab_size on are padding: probability and gradient 0; where V differs from Vt, vocab_size (the tokenizer's) must be
+    given.
+    Returns loss (scalar) and kl (N,), unweighted and without gradient, 0 where token_weight is 0: such rows are dropped
+    before the products, so whatever they hold, NaN included, is harmless. Both float32 (float64 for float64).
     backend: as in `fused_linear_logprob`. Raises ValueError on shapes, dtypes or values that do not fit.
     """
     count = len(student_hidden)
     if vocab_size is None and len(student_weight) != len(teacher_weight):
-        raise ValueError(f"student_weight has {len(student_weight)} rows, teacher_weight {len(teacher_weight)}; pass vocab_size, "
-                         "the size of the tokenizer they share.")
+        raise ValueError(f"student_weight has {len(student_weight)} rows, teacher_weight {len(teacher_weight)}; pass "
+                         "vocab_size, the size of the tokenizer they share.")
     vocab_size = _check_linear(student_hidden, student_weight, vocab_size, temperature, "student_")
     _check_linear(teacher_hidden, teacher_weight, vocab_size, temperature, "teacher_")
-    if len(teacher_hidden) != count or teacher_hidden.dtype != student_hidden.dtype:
-        raise ValueError(f"teacher_hidden is {tuple(teacher_hidden.shape)} {teacher_hidden.dtype}, student_hidden "
-                         f"{tuple(student_hidden.shape)} {student_hidden.dtype}; pass the same tokens in the same dtype.")
+    if len(teacher_hidden) != count or _wide_dtype(teacher_hidden) != _wide_dtype(student_hidden):
+        raise ValueError(f"teacher_hidden is {_describe(teacher_hidden)}, student_hidden {_describe(student_hidden)}; "
+                         "pass the same tokens, both in float64 or neither.")
     reverse, token_weight = _check_kl(direction, token_weight, student_hidden)
     keep = token_weight.nonzero().squeeze(1)
     partial = len(keep) < count
     if partial:
         student_hidden, teacher_hidden, token_weight = (x.index_select(0, keep)
                                                         for x in (student_hidden, teacher_hidden, token_weight))
-    compute = functools.partial(_kl_forward, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight,
-                                reverse, temperature, vocab_size, _use_triton(backend, student_hidden))
+    compute = functools.partial(_kl_forward, student_hidden, student_weight, teacher_hidden, teacher_weight,
+                                token_weight, reverse, temperature, vocab_size, _use_triton(backend, student_hidden))
     loss, kl = _with_gradient(compute, student_hidden, student_weight)
     return loss, (kl.new_zeros(count).index_copy_(0, keep, kl) if partial else kl)
 
@@ -649,7 +653,7 @@ def _logits_logprob(logits, target_ids, temperature, kernel):
 
 
 def logprob_from_logits(logits, target_ids, temperature=1.0, backend=None):
-    """`fused_linear_logprob` for finite logits (N, V) that exist already, of any of its dtypes: logprob (N,), entropy (N,)."""
+    """`fused_linear_logprob` for finite logits (N, V) that exist already: logprob (N,), entropy (N,)."""
     _check_logits(logits, temperature, "logits")
     _check_targets(target_ids, len(logits), logits.shape[1])
     args = _rows(logits), target_ids, temperature, _use_triton(backend, logits)
@@ -668,20 +672,21 @@ def _logits_kl(student_logits, teacher_logits, token_weight, reverse, temperatur
         return (token_weight * kl).sum(), kl, d_logits
     for rows in _pieces(len(kl), student_logits.shape[1] * kl.element_size(), kl.device):
         dead = token_weight[rows, None] == 0  # both rows alike: KL and gradient are 0, whatever stood there
-        # copy: the row operation writes in place
-        student, teacher = (x[rows].to(kl.dtype, copy=True).masked_fill_(dead, 0) for x in (student_logits, teacher_logits))
+        student, teacher = (x[rows].to(kl.dtype, copy=True).masked_fill_(dead, 0)  # copy: the next line writes in place
+                            for x in (student_logits, teacher_logits))
         kl[rows], grad = _kl_rows(student, teacher, token_weight[rows], reverse, temperature, with_grad)
         if with_grad:
             d_logits[rows] = grad
     return (token_weight * kl).sum(), kl, d_logits
 
 
-def kl_from_logits(student_logits, teacher_logits, direction="reverse", temperature=1.0, token_weight=None, backend=None):
+def kl_from_logits(student_logits, teacher_logits, direction="reverse", temperature=1.0, token_weight=None,
+                   backend=None):
     """`fused_linear_kl` for finite logits (N, V) of both models that exist already, cut to the shared vocabulary."""
     _check_logits(student_logits, temperature, "student_logits")
     if student_logits.shape != teacher_logits.shape or student_logits.device != teacher_logits.device:
-        raise ValueError(f"teacher_logits is {tuple(teacher_logits.shape)} on {teacher_logits.device}, student_logits "
-                         f"{tuple(student_logits.shape)} on {student_logits.device}; cut both to the shared vocabulary.")
+        raise ValueError(f"teacher_logits is {_describe(teacher_logits)}, student_logits {_describe(student_logits)}; cut "
+                         "both to the shared vocabulary, on one device.")
     reverse, token_weight = _check_kl(direction, token_weight, student_logits)
     student_logits = _rows(student_logits)
     compute = functools.partial(_logits_kl, student_logits, _rows(teacher_logits), token_weight, reverse, temperature,
@@ -691,10 +696,14 @@ def kl_from_logits(student_logits, teacher_logits, direction="reverse", temperat
 
 # Arguments.
 
+def _describe(x):
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+
+
 def _check_logits(logits, temperature, name):
     if logits.dim() != 2 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"{name} is {tuple(logits.shape)} {logits.dtype}; flatten it to 2 dimensions and convert it to float32, "
-                         "bfloat16 or float64.")
+        raise ValueError(f"{name} is {_describe(logits)}; flatten it to 2 dimensions and convert it to float32, bfloat16 or "
+                         "float64.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it divides the logits: pass a positive number (1.0 for none).")
 
@@ -702,28 +711,29 @@ def _check_logits(logits, temperature, name):
 def _check_linear(hidden, weight, vocab_size, temperature, name=""):
     """-> the vocabulary size that counts."""
     _check_logits(hidden, temperature, name + "hidden")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype or weight.device != hidden.device:
-        raise ValueError(f"{name}weight is {tuple(weight.shape)} {weight.dtype} on {weight.device}, {name}hidden "
-                         f"{tuple(hidden.shape)} {hidden.dtype} on {hidden.device}; pass the lm_head of the same model, in its dtype.")
+    if (weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype
+            or weight.device != hidden.device):
+        raise ValueError(f"{name}weight is {_describe(weight)}, {name}hidden {_describe(hidden)}; pass the lm_head of the "
+                         "same model, in the same dtype.")
     vocab_size = len(weight) if vocab_size is None else vocab_size
     if not 0 < vocab_size <= len(weight):
-        raise ValueError(f"vocab_size is {vocab_size}, {name}weight has {len(weight)} rows; pass the tokenizer's size, at most that.")
+        raise ValueError(f"vocab_size is {vocab_size}, {name}weight has {len(weight)} rows; pass the tokenizer's size, at "
+                         "most that.")
     return vocab_size
 
 
 def _check_targets(target_ids, count, vocab_size):
     if target_ids.shape != (count,) or target_ids.dtype != torch.int64:
-        raise ValueError(f"target_ids is {tuple(target_ids.shape)} {target_ids.dtype}; pass ({count},) int64, one a row.")
+        raise ValueError(f"target_ids is {_describe(target_ids)}; pass ({count},) int64, one a row.")
     if target_ids.device.type == "cpu" and count and not 0 <= target_ids.min() <= target_ids.max() < vocab_size:
-        # A GPU would have to wait for this; there the log-probability comes out as NaN.
-        raise ValueError(f"target_ids spans {target_ids.min()}..{target_ids.max()} but the vocabulary has {vocab_size} tokens; drop "
-                         "padding such as -100 before the call.")
+        raise ValueError(f"target_ids spans {target_ids.min()}..{target_ids.max()} but the vocabulary has {vocab_size} "
+                         "tokens; drop padding such as -100 before the call.")
 
 
 def _check_kl(direction, token_weight, student):
     """-> reverse?, token_weight in the precision of the statistics."""
     if direction not in ("reverse", "forward"):
-        raise ValueError(f'direction is {direction!r}; pass "reverse" (student || teacher) or "forward" (teacher || student).')
+        raise ValueError(f'direction is {direction!r}; pass "reverse" (student || teacher) or "forward" (the other way).')
     if token_weight is None:
         return direction == "reverse", student.new_ones(len(student), dtype=_wide_dtype(student))
     if token_weight.shape != (len(student),):

@@ -2,11 +2,10 @@
 
     python -m tests.compile_kernels [--write]        # --write: also into results/kernels/compile.md
 
-Exit status 1 if any kernel keeps registers in memory (a stack, LDL or STL instructions, AMD scratch) or if the tile kernel
-does not use the tensor cores. About a minute on one core; Triton caches what it has compiled.
+Exit status 1 if any kernel keeps registers in memory (a stack, LDL or STL instructions, AMD scratch) or if the tile
+kernel does not use the tensor cores. About a minute on one core; Triton caches what it has compiled.
 """
 
-import os
 import pathlib
 import re
 import subprocess
@@ -22,7 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}
 TENSOR_CORES = r"\b(HMMA|HGMMA|UTCHMMA|UTCOMMA)\b|v_mfma"
 VOCABULARY, D = 151936, 2048  # Qwen3's rows; the student's hidden size
 
@@ -70,14 +70,14 @@ def inspect(compiled):
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
-        number = lambda name: int(re.search(rf"{name}:\s*(\d+)", code)[1])  # noqa: E731
-        return number("NumVgprs"), number("ScratchSize"), number("vgpr_spill_count"), shared, len(re.findall(TENSOR_CORES, code))
+        found = [int(re.search(rf"{name}:\s*(\d+)", code)[1]) for name in ("NumVgprs", "ScratchSize", "vgpr_spill_count")]
+        return *found, shared, len(re.findall(TENSOR_CORES, code))
     tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (subprocess.run([tools / tool, *flags, file.name], check=True, capture_output=True, text=True).stdout
-                       for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"])))
+        usage, code = (subprocess.run([tools / tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+                       for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", code)), shared, len(re.findall(TENSOR_CORES, code))
 
@@ -100,9 +100,9 @@ def main():
     print(f"{bad} bad of {len(lines) - 2}; triton {triton.__version__}; {time.time() - start:.0f} s")
     if "--write" in sys.argv:
         head = ["# Every Triton kernel as machine code", "",
-                f"Triton {triton.__version__}, production constants, vocabulary {VOCABULARY}, hidden size {D}; no GPU involved. Registers and "
-                "stack bytes are a thread's,", "spills are LDL and STL instructions (AMD: spilled registers). Command: "
-                "`python -m tests.compile_kernels --write`", ""]
+                f"Triton {triton.__version__}, production constants, vocabulary {VOCABULARY}, hidden size {D}; no GPU involved.",
+                "Registers and bytes of stack are a thread's; spills are LDL and STL instructions (AMD: spilled registers).",
+                "Command: `python -m tests.compile_kernels --write`", ""]
         (ROOT / "results/kernels/compile.md").write_text("\n".join(head + lines) + "\n")
     return bad
 
