@@ -35,13 +35,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers.utils
 import tyro
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from verifier import Verifier
+
+# Where the hub package `kernels` is installed as well, transformers would import our kernels.py in its place, and fail.
+transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 # In one process the checkpoint library says at every call that it takes it to be one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
