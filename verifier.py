@@ -201,8 +201,7 @@ def quick_check(gold: str, answer: str) -> bool | None:
         return True
     if any(c.isdigit() and not c.isascii() for c in answer):
         return False  # "٣" and "３" are digits to int(), but no gold answer is written in them
-    if _TEXT.fullmatch(answer) and _number(answer[6:-1]) is not None:
-        answer = answer[6:-1]
+    gold, answer = (t[6:-1] if _TEXT.fullmatch(t) and _number(t[6:-1]) else t for t in (gold, answer))  # \text{12}
     (gold_value, gold_unit), (value, unit) = _split_unit(gold), _split_unit(answer)
     if gold_unit and unit and gold_unit != unit:
         return False
@@ -244,9 +243,8 @@ def _exact_eq(original):
             return original(a, b, float_rounding, numeric_precision)  # calls this function on the entries
         if isinstance(a, Rational) and isinstance(b, Rational):
             return a == b
-        if a.has(UnevaluatedExpr) or b.has(
-            UnevaluatedExpr
-        ):  # 15\% is UnevaluatedExpr(1/100) times 15, and passes for 15
+        if a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):
+            # A percentage: 15\% is 15 times UnevaluatedExpr(1/100), and passes for 15.
             return original(a, b, float_rounding, numeric_precision)
         symbols = sorted(a.free_symbols | b.free_symbols, key=str)
         point = {symbol: Rational(5 * i + 3, 7 * i + 8) for i, symbol in enumerate(symbols)}
