@@ -18,7 +18,7 @@ import toy
 torch.set_num_threads(1)
 
 SIZES = dict(
-    vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
     max_position_embeddings=128, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
 
