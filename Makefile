@@ -63,7 +63,7 @@ CHECKPOINTS := $(addprefix $(S)/,raw/raw_student direct_grpo raw/raw_teacher tea
 $(S)/report/table.md: $(patsubst %,$(S)/%/run.json,teacher direct_grpo warmup bridge student) evaluate.py
 	$(PY) evaluate.py --models $(CHECKPOINTS) --data $(RAW)/test.jsonl --out $(@D) --temperature 1 --top-p 1 \
 		--max-response-tokens 24 --seed $(SEED) --labels "raw student" "direct GRPO" "raw teacher" "RL'd teacher" \
-		"warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
+		"warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)" > /dev/null
 
 demo: $(S)/report/table.md
 	@cat $<

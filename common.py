@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
+import transformers.utils
 import tyro
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -46,9 +46,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from verifier import Verifier
+
+# Where the hub package `kernels` is installed as well, transformers would import our kernels.py in its place, and fail.
+transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 # In one process the checkpoint library says at every call that it takes it to be one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -124,7 +134,7 @@ def device_mesh() -> DeviceMesh | None:
     every node (HSDP), so that weights are gathered inside a node and only gradients cross between them. None for a lone
     process on a CPU."""
     start_process()
-    if not dist.is_initialized():
+    if world_size() == 1 and not torch.cuda.is_available():
         return None
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world_size() > per_node:

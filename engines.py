@@ -17,6 +17,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -254,9 +255,9 @@ class VLLMEngine:
     With several ranks each has a whole engine, or `tensor_parallel` successive ranks one together (vLLM's external
     launcher). On a GPU it is put to sleep while the policy is trained. Facts about vLLM 0.32 that this rests on are beside
     the lines that use them.
-
-    Keep it until the process ends: deleting a vLLM engine destroys the process group.
     """
+
+    _alive: ClassVar[list] = []  # a vLLM engine that is deleted takes the process group with it, so none is
 
     def __init__(
         self,
@@ -299,6 +300,7 @@ class VLLMEngine:
             seed=seed,
             disable_log_stats=True,
         )
+        self._alive.append(self.llm)
 
     def sync(self, policy: Policy) -> None:
         """Hands over the policy's weights, a full tensor at a time. Collective."""

@@ -187,7 +187,7 @@ def _kl_rows(student, teacher, token_weight, reverse, temperature, with_grad):
 
 # The same in Triton. One program has one row and walks its columns BLOCK at a time. Every lane of the block keeps a
 # running maximum and sums of its own, so the loop needs no reduction across warps; the lanes meet once, at the end.
-# Columns past V read as -1e30, far below the -1e20 at which maxima start: their exp is 0 without a mask of its own.
+# Columns past V read as -1e30, far below the -1e20 at which maxima start: e is 0 there, and so is e times anything.
 # V is a compile-time constant: one per model. Row offsets are int64: N * V exceeds 2**31.
 
 def _jit(function):
@@ -220,9 +220,8 @@ def _kl_row_kernel(
         p_new = tl.maximum(p_top, p)
         q_new = tl.maximum(q_top, q)
         p_exp = tl.exp(p - p_new)
-        diff = tl.where(columns < V, (p - p_new) - (q - q_new), 0.0)
         shrink = tl.exp(p_top - p_new)
-        dot = (dot + p_total * ((p_top - p_new) - (q_top - q_new))) * shrink + p_exp * diff
+        dot = (dot + p_total * ((p_top - p_new) - (q_top - q_new))) * shrink + p_exp * ((p - p_new) - (q - q_new))
         p_total = p_total * shrink + p_exp
         q_total = q_total * tl.exp(q_top - q_new) + tl.exp(q - q_new)
         p_top = p_new
@@ -277,7 +276,7 @@ def _logprob_row_kernel(
         shrink = tl.exp(top - new_top)
         exp = tl.exp(x - new_top)
         # The old sum was relative to the old maximum; a lane's first -1e20 meets a sum of 0.
-        dot = (dot + (top - new_top) * total) * shrink + tl.where(columns < V, exp * (x - new_top), 0.0)
+        dot = (dot + (top - new_top) * total) * shrink + exp * (x - new_top)
         total = total * shrink + exp
         top = new_top
     row_top = tl.max(top, 0)

@@ -31,9 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 import common
 from common import Policy, Problem, Rollout
@@ -138,8 +139,8 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
     torch.manual_seed(common.request_seed(cfg.seed, name))
     tokenizer = make_tokenizer()
     policy = Policy(
-        Qwen3ForCausalLM(
-            Qwen3Config(
+        transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
                 vocab_size=len(VOCABULARY),
                 hidden_size=recipe.hidden_size,
                 intermediate_size=4 * recipe.hidden_size,

@@ -104,7 +104,9 @@ _CLEAN = [
 _WRAPPERS = [(r"\boxed{", "}"), (r"\fbox{", "}"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
 _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d*)(?:\.(\d*))?", re.ASCII)
 _TEXT = re.compile(r"\\text\{([^{}\\]*)\}")
-_UNIT = re.compile(r"(?:\\text\{ ?([A-Za-z][A-Za-z ./]*?)\.? ?\}|(?<=[\d }])([A-Za-z]{2,}))(?:\^\{?([23])\}?)?$", re.ASCII)
+_UNIT = re.compile(
+    r"(?:\\text\{ ?([A-Za-z][A-Za-z ./]*?)\.? ?\}|(?<=[\d }])([A-Za-z]{2,}))(?:\^\{?([23])\}?)?$", re.ASCII
+)
 _BASED = re.compile(r"(\d+)_(?:(\d)|\{(\d+)\})", re.ASCII)
 _UNITS = {  # canonical name: other spellings, less a final s
     "deg": "degree", "rad": "radian", "cent": "", "dollar": "", "mm": "millimeter millimetre", "cm": "centimeter centimetre",
@@ -199,8 +201,7 @@ def quick_check(gold: str, answer: str) -> bool | None:
         return True
     if any(c.isdigit() and not c.isascii() for c in answer):
         return False  # "٣" and "３" are digits to int(), but no gold answer is written in them
-    if _TEXT.fullmatch(answer) and _number(answer[6:-1]) is not None:
-        answer = answer[6:-1]
+    gold, answer = (t[6:-1] if _TEXT.fullmatch(t) and _number(t[6:-1]) else t for t in (gold, answer))  # \text{12}
     (gold_value, gold_unit), (value, unit) = _split_unit(gold), _split_unit(answer)
     if gold_unit and unit and gold_unit != unit:
         return False
@@ -242,7 +243,8 @@ def _exact_eq(original):
             return original(a, b, float_rounding, numeric_precision)  # calls this function on the entries
         if isinstance(a, Rational) and isinstance(b, Rational):
             return a == b
-        if a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):  # 15\% is UnevaluatedExpr(1/100) times 15, and passes for 15
+        if a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):
+            # A percentage: 15\% is 15 times UnevaluatedExpr(1/100), and passes for 15.
             return original(a, b, float_rounding, numeric_precision)
         symbols = sorted(a.free_symbols | b.free_symbols, key=str)
         point = {symbol: Rational(5 * i + 3, 7 * i + 8) for i, symbol in enumerate(symbols)}
@@ -290,7 +292,9 @@ def _parse(text: str, is_real: bool):
         return Rational(number)
     if repeating := re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text, re.ASCII):
         sign, whole, head, tail = repeating.groups()
-        return Rational(f"{sign}1") * (Rational(f"{whole}.{head}0") + Rational(int(tail), (10 ** len(tail) - 1) * 10 ** len(head)))
+        return Rational(f"{sign}1") * (
+            Rational(f"{whole}.{head}0") + Rational(int(tail), (10 ** len(tail) - 1) * 10 ** len(head))
+        )
     latex = normalize_latex(text, NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
     converter = Converter(None, is_real, False, ConversionConfig(lowercase_symbols=False))
     try:
@@ -352,7 +356,13 @@ def _lock_down() -> None:
 
     grader.sympy_numeric_eq = _exact_eq(grader.sympy_numeric_eq)
     # What sympy imports late compiles text of its own, so it is imported now.
-    for pair in [(r"\sin^2 x", r"1-\cos^2 x"), ("2x=6", "4x=12"), (r"\{1,2\}", "3"), ("n!", "n(n-1)!"), ("x>2", r"(2,\infty)")]:
+    for pair in [
+        (r"\sin^2 x", r"1-\cos^2 x"),
+        ("2x=6", "4x=12"),
+        (r"\{1,2\}", "3"),
+        ("n!", "n(n-1)!"),
+        ("x>2", r"(2,\infty)"),
+    ]:
         _algebra_check(*pair)
 
     def refuse(event: str, args: tuple) -> None:
@@ -406,7 +416,10 @@ class _Worker:
     def start(self) -> None:
         command = [sys.executable, os.path.abspath(__file__), "--worker", str(self.deadline), str(self.memory_bytes)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy orders some sets by hash; a verdict must not vary
         )
         if self._readline(START_SECONDS) != b"ready\n":

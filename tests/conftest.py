@@ -23,11 +23,15 @@ SIZES = dict(
 )  # fmt: skip
 
 
-def tiny_model(seed: int = 0, hidden_size: int = 16, layers: int = 2, tied: bool = True, llama: bool = False):
+def tiny_model(
+    seed: int = 0, hidden_size: int = 16, layers: int = 2, tied: bool = True, llama: bool = False, **changes
+):
     """A random model with the toy's vocabulary; its wide initialisation makes its distributions far from uniform."""
     torch.manual_seed(seed)
     config, model = (LlamaConfig, LlamaForCausalLM) if llama else (Qwen3Config, Qwen3ForCausalLM)
-    return model(config(hidden_size=hidden_size, num_hidden_layers=layers, tie_word_embeddings=tied, **SIZES)).eval()
+    return model(
+        config(hidden_size=hidden_size, num_hidden_layers=layers, tie_word_embeddings=tied, **{**SIZES, **changes})
+    ).eval()
 
 
 def write_checkpoint(directory: Path, **options) -> str:

@@ -6,6 +6,7 @@ Batches are cut so that ranks get unequal numbers of micro-batches, and sometime
 responses, so that groups have spread: random models solve nothing.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -70,6 +71,27 @@ for name, (stage, options) in runs.items():
     # A rewarded teacher is checked by lineage, so the made-up rewards serve; rewarded finishing would need real ones.
     extra = {"require_finished": False} if stage in (teacher_grpo, student_grpo) else {}
     stage.main(stage.Config(out=f"{out}/{name}", **settings, **options, **extra))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(run, step, *arguments, log=common.Run.log, **options):
+    if step == 2:
+        raise Interrupted
+    log(run, step, *arguments, **options)
+
+
+# Training states: interrupted in its third step and continued, the first stage must give the same weights.
+again = fkl_warmup.Config(out=f"{out}/again", **settings, **{**runs["warmup"][1], "rollouts": f"{out}/again.jsonl"})
+uninterrupted, common.Run.log = common.Run.log, interrupt
+try:
+    fkl_warmup.main(again)
+except Interrupted as error:
+    error.__traceback__ = None  # its frames hold the lock of the directory
+common.Run.log = uninterrupted
+fkl_warmup.main(dataclasses.replace(again, resume=True))
 evaluate.main(
     evaluate.Config(
         out=f"{out}/report", models=(f"{out}/warmup", f"{out}/student", f"{out}/teacher"), data=(problems,), k=3,
