@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import hashlib
 import heapq
+import inspect
 import json
 import math
 import os
@@ -53,12 +54,15 @@ from verifier import Verifier
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
 
 from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 # In one process the checkpoint library says at every call that it takes it to be one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -628,13 +632,64 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.recomputed_layers: tuple[nn.Module, ...] = ()  # whose activations are not kept for the backward pass
 
     def forward(self, batch: Batch, head: Callable[[Tensor, Tensor], object]):
         """head(hidden (N, D), weight (V, D)) with one row of `hidden` for each target of the batch."""
+        # transformers recomputes layers in training mode. The flag is set on the layers themselves, so that no dropout is
+        # switched on, and for this pass alone: a sampler that shares the model would lose its cache by it.
+        for layer in self.recomputed_layers:
+            layer.training = True
         hidden = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed_lengths(batch)
         ).last_hidden_state  # (B, T, D)
+        for layer in self.recomputed_layers:
+            layer.training = False
         return head(hidden[batch.response_mask], self.model.get_output_embeddings().weight)
+
+
+def packed_lengths(batch: Batch) -> dict:
+    """Where packed sequences begin and end, under the names that transformers hands through to the attention."""
+    if batch.position_ids is None:
+        return {}
+    starts = (batch.position_ids[0] == 0).nonzero().squeeze(1)
+    bounds = torch.cat([starts, starts.new_tensor([batch.input_ids.shape[1]])]).int()  # (S + 1,)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """Attention inside each packed sequence alone, at the cost of the sequences and not of their total length squared.
+
+    query (1, H, T, d), key and value (1, K, T, d), in bfloat16 on a GPU -> (1, T, H, d). The kernel is PyTorch's flash
+    attention for variable lengths; without `cu_seq_lens_q` it is transformers' usual one.
+    """
+    if "cu_seq_lens_q" not in kwargs:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.shape[1] // key.shape[1]
+    if "enable_gqa" in VARLEN_OPTIONS:
+        options = {"enable_gqa": grouped > 1}
+    else:
+        options, key, value = {}, key.repeat_interleave(grouped, dim=1), value.repeat_interleave(grouped, dim=1)
+    if "window_size" in VARLEN_OPTIONS:
+        options["window_size"] = ((sliding_window or 0) - 1, 0)  # tokens to the left (-1: all of them) and to the right
+    elif sliding_window is None:
+        options["is_causal"] = True
+    else:
+        raise InputError("a model with sliding windows needs torch 2.13 for packed sequences on a GPU; upgrade it")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+    bounds, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, **options)[None], None
+
+
+try:  # torch before 2.10 has none; packed sequences are then told apart by a mask
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    varlen_attn, VARLEN_OPTIONS = None, set()
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *arguments, **options: None)
 
 
 def load_policy(model: str, trainable: bool, activation_checkpointing: bool = False) -> Policy:
@@ -648,6 +703,8 @@ def load_policy(model: str, trainable: bool, activation_checkpointing: bool = Fa
         policy = Policy(load_causal_lm(model, dtype, device))
     else:
         policy = Policy(meta_causal_lm(model, dtype))
+        if device.type == "cuda" and varlen_attn is not None:
+            policy.model.set_attn_implementation("packed")
     policy.requires_grad_(trainable)
     if activation_checkpointing:
         checkpoint_layers(policy)
@@ -667,8 +724,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def checkpoint_layers(policy: Policy) -> None:
     """Recomputes each decoder layer in the backward pass instead of keeping its activations."""
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in decoder_layers(policy.model):
-        layer.training = True  # transformers asks this flag; it is the layer's own, so no dropout is switched on
+    policy.recomputed_layers = tuple(decoder_layers(policy.model))
 
 
 def shard(policy: Policy, mesh: DeviceMesh) -> None:

@@ -35,7 +35,8 @@ runs = {
     "warmup": (fkl_warmup, dict(model=student, teacher=f"{out}/teacher", half="1H", mini_batch_prompts=2,
                                 rollouts_per_prompt=2, max_response_tokens=8)),
     "bridge": (opd, dict(model=f"{out}/warmup", teacher=f"{out}/teacher", half="1H", prompts_per_step=4,
-                         rollouts_per_prompt=1, passes=2, max_response_tokens=16)),
+                         rollouts_per_prompt=1, passes=2, max_response_tokens=16,
+                         activation_checkpointing=True)),
     "student": (student_grpo, dict(model=f"{out}/bridge", half="2H", **grpo)),
 }  # fmt: skip
 
