@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -169,25 +168,25 @@ def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
     common.barrier()  # every line is in the file before anyone reads it
 
 
-def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch) -> torch.Tensor:
-    """Eq. 5 summed over the batch's response tokens: KL(pi_T || pi_theta) on the teacher's own states."""
+def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int | None = None) -> torch.Tensor:
+    """Eq. 5 summed over the batch's response tokens: KL(pi_T || pi_theta) on the teacher's own states.
+
+    `vocab_size` is the tokenizer's; heads of one family are padded to different sizes, and padding is no token.
+    """
     with torch.no_grad():
         teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V, D_T)
 
     def head(hidden, weight):
-        return fused_linear_kl(hidden, weight, teacher_hidden, teacher_weight, direction="forward")
+        return fused_linear_kl(hidden, weight, teacher_hidden, teacher_weight, "forward", vocab_size=vocab_size)
 
     loss, _ = student(batch, head)
     return loss
 
 
-def sft_loss(student: Policy, teacher: Policy, batch: Batch) -> torch.Tensor:
+def sft_loss(student: Policy, batch: Batch) -> torch.Tensor:
     """Cross-entropy on the teacher's sampled tokens, summed: what its distributions are reduced to in routes R2, R6."""
     logprobs, _ = student(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
     return -logprobs.sum()
-
-
-LOSSES: dict[str, Callable[[Policy, Policy, Batch], torch.Tensor]] = {"fkl": forward_kl_loss, "sft": sft_loss}
 
 
 def main(cfg: Config) -> None:
@@ -230,17 +229,20 @@ def main(cfg: Config) -> None:
         loss_sum = 0.0
         with run.phase("update"):
             for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, device):
-                loss = LOSSES[cfg.loss](policy, teacher, batch)
+                if cfg.loss == "fkl":
+                    loss = forward_kl_loss(policy, teacher, batch, len(tokenizer))
+                else:
+                    loss = sft_loss(policy, batch)
                 (loss / num_tokens).backward()
                 loss_sum += loss.item()
             loss_sum = common.all_sum({"loss": loss_sum})["loss"]
             grad_norm = common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
         run.consume(rollout.problem for rollout in rollouts)
-        metrics = {"fkl": "forward_kl", "sft": "cross_entropy"}[cfg.loss]
+        name = {"fkl": "forward_kl", "sft": "cross_entropy"}[cfg.loss]
         run.log(
             step,
-            {metrics: loss_sum / num_tokens, **common.response_statistics(rollouts), "grad_norm": grad_norm, "lr": lr},
-            show=(metrics, "grad_norm"),
+            {name: loss_sum / num_tokens, **common.response_statistics(rollouts), "grad_norm": grad_norm, "lr": lr},
+            show=(name, "grad_norm"),
         )
         run.checkpoint(step + 1, policy, optimizer)
     run.finish(policy, tokenizer, len(mini_batches))

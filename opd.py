@@ -72,13 +72,18 @@ class Config:
 FAR_FROM_TEACHER = 1.0  # nats a token; a student whose first KL is beyond it hardly ever writes what the teacher would
 
 
-def reverse_kl_loss(student: Policy, teacher: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Eq. 4 summed over the batch's tokens, and the KL of each, (N,): KL(pi_theta || pi_T) on the student's states."""
+def reverse_kl_loss(
+    student: Policy, teacher: Policy, batch: Batch, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4 summed over the batch's tokens, and the KL of each, (N,): KL(pi_theta || pi_T) on the student's states.
+
+    `vocab_size` is the tokenizer's; heads of one family are padded to different sizes, and padding is no token.
+    """
     with torch.no_grad():
         teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V, D_T)
 
     def head(hidden, weight):
-        return fused_linear_kl(hidden, weight, teacher_hidden, teacher_weight, direction="reverse")
+        return fused_linear_kl(hidden, weight, teacher_hidden, teacher_weight, "reverse", vocab_size=vocab_size)
 
     return student(batch, head)
 
@@ -140,7 +145,7 @@ def main(cfg: Config) -> None:
             with run.phase("update"):
                 for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, device):
                     if cfg.estimator == "full":
-                        loss, kl = reverse_kl_loss(policy, teacher, batch)
+                        loss, kl = reverse_kl_loss(policy, teacher, batch, len(tokenizer))
                     else:
                         loss, kl = sampled_kl_loss(policy, teacher, batch, cfg.importance_cap)
                     (loss / num_tokens).backward()

@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
     how: str
 
 
-# ---- finding the answer
+# Finding the answer
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([-+]?\d+(?:,\d{3})*(?:\.\d+)?))", re.ASCII)
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -87,7 +87,7 @@ def extract_answer(text: str) -> str | None:
     return None if answer is None else text[answer[0] : answer[1]].strip()
 
 
-# ---- the fast path: decide what needs no algebra
+# The fast path: decide what needs no algebra
 
 _CLEAN = [
     (re.compile(r"\\(?:left|right)(?![A-Za-z])\.?|\\!|\\displaystyle(?![A-Za-z])|(?<=\\\\)\[\d+ ?pt\]"), ""),
@@ -222,7 +222,7 @@ def quick_check(gold: str, answer: str) -> bool | None:
     return None
 
 
-# ---- the worker process: math-verify on one pair at a time
+# The worker process: math-verify on one pair at a time
 
 
 class _Unequal(Exception):
@@ -403,7 +403,7 @@ def _worker_main(deadline: float, memory_bytes: int) -> None:
         print(json.dumps(verdict), file=replies, flush=True)
 
 
-# ---- the parent's side
+# The parent's side
 
 
 class _Worker:

@@ -70,6 +70,20 @@ def test_repeats_and_conflicts_are_dropped_and_counted(tmp_path, capsys):
     assert "7 rows, 4 repeats dropped, 1 problems with conflicting answers dropped, 2 left" in capsys.readouterr().out
 
 
+def test_one_problem_has_one_id_however_it_is_typeset(tmp_path):
+    same = [
+        [
+            "Find $|m-n|$ if $x\\in\\left(0,\\dfrac{1}{2}\\right)$.",
+            "find \\( |m - n| \\) if \\(x \\in (0, \\frac12)\\)",
+        ],
+        ["Compute \\[1.5 + 2.\\]", "Compute $1.5+2$."],
+    ]
+    different = ["z^4+z^2+1", "z^4-z^2+1", "1.5+2", "15+2", "n!", "n", "x<y", "x>y", "已知 z", "已知 x"]
+    for first, second in same:
+        assert common.problem_id(first) == common.problem_id(second)
+    assert len({common.problem_id(prompt) for prompt in different}) == len(different)
+
+
 def test_halves_are_equal_disjoint_and_independent_of_row_order():
     rng = random.Random(0)
     problems = list({p.id: p for p in (toy.make_problem(rng) for _ in range(101))}.values())[:101]

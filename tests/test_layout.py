@@ -41,7 +41,7 @@ def test_every_import_is_in_the_requirements(name):
         for line in file.read_text().splitlines()
         if line and not line.startswith(("#", "-r"))
     }
-    brought_by = {"tokenizers": "transformers", "pyarrow": "datasets", "latex2sympy2_extended": "math_verify"}
+    brought_by = {"tokenizers": "transformers", "pyarrow": "datasets"}
     third_party = imports(SCRIPTS[name]) - set(sys.stdlib_module_names) - set(SCRIPTS)
     assert {brought_by.get(package, package) for package in third_party} <= listed
     assert not third_party & {"trl", "accelerate", "deepspeed", "lightning", "ray"}

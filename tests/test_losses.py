@@ -94,7 +94,7 @@ def test_sft_loss_is_cross_entropy_on_response_tokens(micro_batch_tokens):
         if r.response_ids
     )
     batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
-    assert_same_gradients(student, sum(fkl_warmup.sft_loss(student, None, batch) for batch in batches), expected)
+    assert_same_gradients(student, sum(fkl_warmup.sft_loss(student, batch) for batch in batches), expected)
 
 
 def test_sampled_estimator_has_the_exact_gradient_on_average():
