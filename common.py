@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import heapq
+import inspect
 import json
 import math
 import os
@@ -27,9 +29,11 @@ import time
 import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +44,9 @@ import transformers.utils
 import tyro
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from verifier import Verifier
@@ -47,10 +54,21 @@ from verifier import Verifier
 # Where the hub package `kernels` is installed as well, transformers would import our kernels.py in its place, and fail.
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 # In one process the checkpoint library says at every call that it takes it to be one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+# A loss head returns views, and nothing writes into them.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class InputError(ValueError):
@@ -58,11 +76,139 @@ class InputError(ValueError):
 
 
 def cli(main: Callable, config: type) -> None:
-    """Parses the command line into `config` and runs `main`; an `InputError` ends in one line and exit status 2."""
+    """Parses the command line into `config` and runs `main`; an `InputError` ends in one line and exit status 2.
+
+    Under torchrun every rank runs `main`. All find the same fault in the input, and rank 0 says it; torchrun then ends
+    the others.
+    """
+    cfg = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
     try:
-        main(tyro.cli(config, description=sys.modules[main.__module__].__doc__))
+        start_process()
+        main(cfg)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        if rank():
+            time.sleep(10)  # if rank 0 is still there afterwards the fault is this rank's own
+        print(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        sys.exit(2)
+    if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM does it on the way out, and wants to be the one
+        dist.destroy_process_group()
+
+
+# Processes: one for each GPU, started by torchrun. Without torchrun there is one, and everything below is trivial.
+
+
+def start_process() -> None:
+    """Joins the other processes of this run. Does nothing the second time, and nothing in a lone process on a CPU.
+
+    It has to come before any vLLM engine, which otherwise makes a process group of its own.
+    """
+    torchrun, cuda = "TORCHELASTIC_RUN_ID" in os.environ, torch.cuda.is_available()
+    if dist.is_initialized() or not (torchrun or cuda):
+        return
+    if cuda:
+        torch.cuda.set_device(this_device())
+    # Python objects travel over gloo. Ranks wait for one another while the longest response is being sampled.
+    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(hours=3)
+    if torchrun:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if rank():
+        transformers.utils.logging.disable_progress_bar()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
+@cache  # vLLM overwrites LOCAL_WORLD_SIZE
+def device_mesh() -> DeviceMesh | None:
+    """What weights are sharded over: all ranks of one node, or, on several nodes, the ranks of each, with a replica on
+    every node (HSDP), so that weights are gathered inside a node and only gradients cross between them. None for a lone
+    process on a CPU."""
+    start_process()
+    if world_size() == 1 and not torch.cuda.is_available():
+        return None
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size() > per_node:
+        return init_device_mesh(
+            this_device().type, (world_size() // per_node, per_node), mesh_dim_names=("replicate", "shard")
+        )
+    return init_device_mesh(this_device().type, (world_size(),), mesh_dim_names=("shard",))
+
+
+def say(text: str) -> None:
+    """print, on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def progress_bar(total: int, caption: str | None, unit: str, **options) -> tqdm:
+    """tqdm, on rank 0, if there is a caption."""
+    return tqdm(total=total, desc=caption, unit=unit, disable=rank() > 0 or caption is None, **options)
+
+
+def on_rank_0(function: Callable):
+    """Runs `function()` on rank 0 and gives what it returns, or its InputError, to every rank. Collective."""
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome.pop()  # pop: an error that its own traceback's frames hold keeps files locked until gc finds it
+    return outcome[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def spread(work: Callable[[list], list], items: Sequence, tensor_parallel: int = 1) -> list:
+    """`work(items)`, done by all ranks together: each works on a contiguous share, and gets everyone's results, in order.
+
+    `tensor_parallel` successive ranks work on the same share. Collective; results must be picklable.
+    """
+    parts, part = world_size() // tensor_parallel, rank() // tensor_parallel
+    results = work(items[len(items) * part // parts : len(items) * (part + 1) // parts])
+    if world_size() == 1:
+        return results
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, results)
+    return [result for results in gathered[::tensor_parallel] for result in results]
+
+
+def all_sum(values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over ranks, which must have the same names in the same order."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_max(values: dict[str, float]) -> dict[str, float]:
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: dict[str, float], operation) -> dict[str, float]:
+    if world_size() == 1:
+        return values
+    reduced = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(reduced, operation)
+    return dict(zip(values, reduced.tolist()))
 
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
@@ -146,7 +292,7 @@ def load_problems(source: str, quiet: bool = False) -> list[Problem]:
     if not problems:
         raise InputError(f"data set {source!r} holds no usable problem ({rows} rows read); name another with --data")
     if rows > len(problems) and not quiet:
-        print(
+        say(
             f"{source}: {rows} rows, {rows - len(answers)} repeats dropped, "
             f"{len(conflicting)} problems with conflicting answers dropped, {len(problems)} left"
         )
@@ -240,7 +386,7 @@ def load_training_problems(data: str, half: str, split_seed: int, exclude: Seque
     held_out = {problem.id for source in exclude for problem in load_problems(source, quiet=True)}
     kept = [problem for problem in problems if problem.id not in held_out]
     if len(kept) < len(problems):
-        print(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {', '.join(exclude)}")
+        say(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {', '.join(exclude)}")
     if not kept:
         raise InputError(f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}")
     return kept
@@ -305,6 +451,20 @@ def tokenize_prompts(
     return prompts
 
 
+def end_tokens(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a response: the tokenizer's end of sequence, and those of the checkpoint's generation settings."""
+    configured = generation_config.eos_token_id if generation_config else None
+    return sorted({tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None})
+
+
+def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`end_tokens` of a checkpoint that is not loaded."""
+    try:
+        return end_tokens(GenerationConfig.from_pretrained(model), tokenizer)
+    except OSError:  # a checkpoint need not have generation settings
+        return end_tokens(None, tokenizer)
+
+
 def check_same_tokenizer(student: str, teacher: str) -> None:
     """Teacher and student must read and write the same tokens: a KL between their distributions means nothing else.
 
@@ -350,10 +510,15 @@ class Rollout:
 
 
 def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:
-    """Sets `correct` on every rollout from its response and its problem's answer."""
-    verdicts = verifier.check([rollout.text for rollout in rollouts], [rollout.problem.answer for rollout in rollouts])
-    for rollout, verdict in zip(rollouts, verdicts):
-        rollout.correct = verdict.correct
+    """Sets `correct` on every rollout from its response and its problem's answer. Spread over ranks; collective."""
+
+    def verdicts(some: Sequence[Rollout]) -> list[bool]:
+        found = verifier.check([rollout.text for rollout in some], [rollout.problem.answer for rollout in some])
+        return [verdict.correct for verdict in found]
+
+    # One verdict for all ranks: a deadline met on one and missed on another would make them differ.
+    for rollout, correct in zip(rollouts, spread(verdicts, rollouts)):
+        rollout.correct = correct
 
 
 def response_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -371,56 +536,101 @@ def request_seed(*key: int | str) -> int:
 
 @dataclass
 class Batch:
-    """Sequences right-padded to one length. A causal model's valid positions never see the padding that follows them,
-    so no attention mask is needed; which positions count is known from the lengths."""
+    """Sequences right-padded to one length, or packed one after another.
+
+    A causal model's valid positions never see the padding that follows them, so padded sequences need no attention mask;
+    packed ones are told apart by position_ids that begin again at 0. Which positions count is known from the lengths.
+    """
 
     input_ids: Tensor  # (B, T) prompt and response; the last response token predicts nothing and is left off
+    position_ids: Tensor | None  # (1, T) if packed, with B = 1
     response_mask: Tensor  # (B, T) bool, True where the next token is a response token; N entries are True
     targets: Tensor  # (N,) those next tokens, row by row
     rollout_index: Tensor  # (N,) which of the rollouts given to `make_batches` a token belongs to
     sampler_logprobs: Tensor  # (N,) float32, the sampler's logprob of each target
 
 
-def make_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[Batch]:
-    """Lays rollouts out as micro-batches of at most `max_tokens` positions (padding included), one sequence at least.
+def make_batches(
+    rollouts: Sequence[Rollout], max_tokens: int, device: torch.device, packed: bool | None = None
+) -> list[Batch]:
+    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions, or of one longer sequence.
 
-    Sequences of similar length share a micro-batch. Every rollout is in exactly one; the order of the rollouts and
-    the cut between micro-batches change no loss, because losses are sums over tokens divided by one global count.
+    `rollouts` are those of all ranks. They are dealt out so that every rank has about as many tokens, and each is in
+    exactly one micro-batch of one rank. All ranks get equally many micro-batches, the last ones perhaps with nothing in
+    them, because each forward and backward pass of a sharded model is one of all ranks. None of this changes a loss:
+    losses are sums over tokens divided by one global count.
+
+    packed: lay sequences end to end instead of padding them; by default where attention can leave out what is between
+    sequences (a GPU). On a CPU a long pack costs more than the padding, as its attention is masked, not skipped.
     """
+    packed = device.type == "cuda" if packed is None else packed
     lengths = [len(rollout.prompt_ids) + max(len(rollout.response_ids) - 1, 0) for rollout in rollouts]
+    shares = [_group(share, lengths, max_tokens, packed) for share in deal(lengths, world_size())]
+    groups = shares[rank()]
+    groups += [[]] * (max(map(len, shares)) - len(groups))
+    return [_lay_out(rollouts, group, lengths, device, packed) for group in groups]
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices dealt into hands of about equal total length, each from long to short: the next longest goes to the hand
+    that has least so far."""
+    result: list[list[int]] = [[] for _ in range(hands)]
+    totals = [(0, hand) for hand in range(hands)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, hand = heapq.heappop(totals)
+        result[hand].append(index)
+        heapq.heappush(totals, (total + lengths[index], hand))
+    return result
+
+
+def _group(indices: Sequence[int], lengths: Sequence[int], max_tokens: int, packed: bool) -> list[list[int]]:
+    """Cuts indices, from long to short, into micro-batches; padding counts as positions."""
     groups: list[list[int]] = []
-    for index in sorted(range(len(rollouts)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return [_lay_out(rollouts, group, lengths, device) for group in groups]
+    for index in indices:
+        if groups:
+            members = [*groups[-1], index]
+            positions = sum(lengths[i] for i in members) if packed else lengths[members[0]] * len(members)
+            if positions <= max_tokens:
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    return groups
 
 
-def _lay_out(rollouts: Sequence[Rollout], group: list[int], lengths: list[int], device: torch.device) -> Batch:
-    width = max(lengths[index] for index in group)
-    input_ids = torch.zeros(len(group), width, dtype=torch.long)
-    response_mask = torch.zeros(len(group), width, dtype=torch.bool)
-    for row, index in enumerate(group):
-        rollout = rollouts[index]
-        input_ids[row, : lengths[index]] = torch.tensor((rollout.prompt_ids + rollout.response_ids)[: lengths[index]])
-        first = len(rollout.prompt_ids) - 1  # the last prompt token predicts the first response token
-        response_mask[row, first : first + len(rollout.response_ids)] = True
+def _lay_out(
+    rollouts: Sequence[Rollout], group: list[int], lengths: list[int], device: torch.device, packed: bool
+) -> Batch:
+    starts, position = [], 0  # where each sequence begins in the flattened (B, T)
+    width = max((lengths[index] for index in group), default=1)
+    for index in group:
+        starts.append(position)
+        position += lengths[index] if packed else width
+    total = max(position, 1)  # a micro-batch of nothing is one position, which predicts nothing
+    input_ids = torch.zeros(total, dtype=torch.long)
+    position_ids = torch.zeros(total, dtype=torch.long)
+    response_mask = torch.zeros(total, dtype=torch.bool)
+    for start, index in zip(starts, group):
+        rollout, length = rollouts[index], lengths[index]
+        input_ids[start : start + length] = torch.tensor((rollout.prompt_ids + rollout.response_ids)[:length])
+        position_ids[start : start + length] = torch.arange(length)
+        first = start + len(rollout.prompt_ids) - 1  # the last prompt token predicts the first response token
+        response_mask[first : first + len(rollout.response_ids)] = True
+    rows = 1 if packed else max(len(group), 1)
     members = [rollouts[index] for index in group]
-    counts = torch.tensor([len(rollout.response_ids) for rollout in members])
+    counts = torch.tensor([len(rollout.response_ids) for rollout in members], dtype=torch.long)
     return Batch(
-        input_ids.to(device),
-        response_mask.to(device),
+        input_ids.view(rows, -1).to(device),
+        position_ids.view(rows, -1).to(device) if packed else None,
+        response_mask.view(rows, -1).to(device),
         torch.tensor([token for rollout in members for token in rollout.response_ids], dtype=torch.long).to(device),
-        torch.tensor(group).repeat_interleave(counts).to(device),
+        torch.tensor(group, dtype=torch.long).repeat_interleave(counts).to(device),
         torch.tensor([value for rollout in members for value in rollout.logprobs], dtype=torch.float32).to(device),
     )
 
 
 def count_tokens(rollouts: Sequence[Rollout]) -> int:
     """Response tokens of the rollouts of all ranks: what every summed loss of an optimizer step is divided by."""
-    return int(all_sum(sum(len(rollout.response_ids) for rollout in rollouts)))
+    return sum(len(rollout.response_ids) for rollout in rollouts)
 
 
 # Models
@@ -436,42 +646,185 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.recomputed_layers: tuple[nn.Module, ...] = ()  # whose activations are not kept for the backward pass
 
     def forward(self, batch: Batch, head: Callable[[Tensor, Tensor], object]):
         """head(hidden (N, D), weight (V, D)) with one row of `hidden` for each target of the batch."""
-        device = batch.input_ids.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-        return head(hidden[batch.response_mask], self.model.get_output_embeddings().weight.to(hidden.dtype))
+        # transformers recomputes layers in training mode. The flag is set on the layers themselves, so that no dropout is
+        # switched on, and for this pass alone: a sampler that shares the model would lose its cache by it.
+        for layer in self.recomputed_layers:
+            layer.training = True
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed_lengths(batch)
+        ).last_hidden_state  # (B, T, D)
+        for layer in self.recomputed_layers:
+            layer.training = False
+        return head(hidden[batch.response_mask], self.model.get_output_embeddings().weight)
 
 
-def load_policy(model: str, trainable: bool, device: torch.device, activation_checkpointing: bool = False) -> Policy:
-    """Loads a checkpoint in float32 to train it, or frozen in the device's inference precision."""
+def packed_lengths(batch: Batch) -> dict:
+    """Where packed sequences begin and end, under the names that transformers hands through to the attention."""
+    if batch.position_ids is None:
+        return {}
+    starts = (batch.position_ids[0] == 0).nonzero().squeeze(1)
+    bounds = torch.cat([starts, starts.new_tensor([batch.input_ids.shape[1]])]).int()  # (S + 1,)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """Attention inside each packed sequence alone, at the cost of the sequences and not of their total length squared.
+
+    query (1, H, T, d), key and value (1, K, T, d), in bfloat16 on a GPU -> (1, T, H, d). The kernel is PyTorch's flash
+    attention for variable lengths; without `cu_seq_lens_q` it is transformers' usual one.
+    """
+    if "cu_seq_lens_q" not in kwargs:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.shape[1] // key.shape[1]
+    if "enable_gqa" in VARLEN_OPTIONS:
+        options = {"enable_gqa": grouped > 1}
+    else:
+        options, key, value = {}, key.repeat_interleave(grouped, dim=1), value.repeat_interleave(grouped, dim=1)
+    if "window_size" in VARLEN_OPTIONS:
+        options["window_size"] = ((sliding_window or 0) - 1, 0)  # tokens to the left (-1: all of them) and to the right
+    elif sliding_window is None:
+        options["is_causal"] = True
+    else:
+        raise InputError("a model with sliding windows needs torch 2.13 for packed sequences on a GPU; upgrade it")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+    bounds, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, **options)[None], None
+
+
+try:  # torch before 2.10 has none; packed sequences are then told apart by a mask
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    varlen_attn, VARLEN_OPTIONS = None, set()
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *arguments, **options: None)
+
+
+def load_policy(model: str, trainable: bool, activation_checkpointing: bool = False) -> Policy:
+    """Loads a checkpoint onto this rank's device: in float32 to train it, or frozen, in bfloat16 on a GPU.
+
+    With several ranks, or a GPU, it is sharded over `device_mesh()` and computes in bfloat16 on GPUs; collective then.
+    """
+    device, mesh = this_device(), device_mesh()
     dtype = torch.float32 if trainable or device.type == "cpu" else torch.bfloat16
-    policy = Policy(load_causal_lm(model, dtype, device))
+    if mesh is None:
+        policy = Policy(load_causal_lm(model, dtype, device))
+    else:
+        policy = Policy(meta_causal_lm(model, dtype))
+        if device.type == "cuda" and varlen_attn is not None:
+            policy.model.set_attn_implementation("packed")
     policy.requires_grad_(trainable)
     if activation_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(policy)
+    if mesh is not None:
+        shard(policy, mesh)
+        policy.to_empty(device=device)
+        policy.model.tie_weights()  # to_empty has made two of what was one
+        fill(policy, load_causal_lm(model, dtype, torch.device("cpu")) if rank() == 0 else None)
     return policy
 
 
-def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """`AutoModelForCausalLM` from safetensors, with heads refused that the fused losses would get wrong."""
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a causal language model: the longest list of modules in it."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def checkpoint_layers(policy: Policy) -> None:
+    """Recomputes each decoder layer in the backward pass instead of keeping its activations."""
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.recomputed_layers = tuple(decoder_layers(policy.model))
+
+
+def shard(policy: Policy, mesh: DeviceMesh) -> None:
+    """Shards each decoder layer, and at the wrapper what is left (embedding, last norm, head), over the mesh (FSDP2)."""
+    cuda = mesh.device_type == "cuda"
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+    for module in (*decoder_layers(policy.model), policy):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        # Every loss is a sum over tokens divided by one global count, so gradients add up over ranks. By default they
+        # would be averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def fill(policy: Policy, source: nn.Module | None) -> None:
+    """Copies the weights of rank 0's `source` into the sharded policy, a tensor at a time. Collective."""
+    weights = source.state_dict() if source is not None else {}
+    device = this_device()
+    for name, target in policy.model.state_dict().items():
+        value = weights[name] if source is not None else torch.empty(target.shape, dtype=target.dtype)
+        target.copy_(distribute_tensor(value.to(device), target.device_mesh, target.placements))
+    for name, target in policy.model.named_buffers():  # rotary frequencies, which are in no state dict
+        if source is not None:
+            target.copy_(source.get_buffer(name))
+        dist.broadcast(target, 0)
+
+
+def is_sharded(policy: Policy) -> bool:
+    return isinstance(policy, FSDPModule)
+
+
+def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight whole, by its name in a checkpoint, a tied head under both its names. Only one is held at a time.
+
+    Gathering is collective: all ranks must go through it, in step.
+    """
+    if is_sharded(policy):
+        policy.reshard()  # a forward pass without a backward leaves the wrapper's weights gathered
+    for name, value in policy.model.state_dict().items():
+        value = value.to(dtype or value.dtype)
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def meta_causal_lm(model: str, dtype: torch.dtype) -> nn.Module:
+    """The model's structure, without memory for its weights."""
     config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    refuse_unusual_heads(model, causal_lm)
+    return causal_lm.eval()  # no dropout, in training either: the sampler and the trainer must be the same policy
+
+
+def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """`AutoModelForCausalLM` from safetensors, in evaluation mode."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device)
+    refuse_unusual_heads(model, causal_lm)
+    return causal_lm.eval()
+
+
+def refuse_unusual_heads(model: str, causal_lm: nn.Module) -> None:
+    """InputError for an output layer that the fused losses would get wrong."""
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
+        if getattr(causal_lm.config, name, None) not in (None, 1, 1.0):
             raise InputError(
                 f"model {model!r} rescales its logits ({name}), which the fused losses do not do; use another"
             )
-    causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device)
     if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
         raise InputError(f"model {model!r} has a bias in its output layer, which the fused losses ignore; use another")
-    return causal_lm.eval()  # no dropout, in training either: the sampler and the trainer must be the same policy
+
+
+def save_pretrained(policy: Policy, directory: Path) -> None:
+    """Writes config and safetensors, from rank 0; all ranks take part in gathering the weights."""
+    weights, kept = {}, {}  # kept: one copy of a tied matrix, so that it is written once
+    for (name, value), source in zip(full_weights(policy), policy.model.state_dict(keep_vars=True).values()):
+        if rank() == 0:
+            weights[name] = kept.setdefault(id(source), value.cpu())
+    if rank() == 0:
+        policy.model.save_pretrained(directory, state_dict=weights)
 
 
 def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
     """Clips the gradient to `max_grad_norm` (2-norm over all parameters), steps, clears it; returns the norm found."""
-    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)  # over the shards of all ranks
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -487,19 +840,6 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmu
         return peak
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def all_sum(value: float) -> float:
-    """The sum over ranks (the value itself in one process)."""
-    if not dist.is_initialized():
-        return value
-    total = torch.tensor(float(value), dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total)
 
 
 # Lineage: what a checkpoint is made of
@@ -573,8 +913,15 @@ class Run:
     def __init__(self, cfg, parents: dict[str, str]):
         self.out, self.partial = Path(cfg.out), Path(f"{cfg.out}.partial")
         self.save_every = cfg.save_every
-        self.start_step = 0
-        self.record = {
+        # Files are rank 0's; the others learn what it found.
+        self.record, self.state, self.start_step = on_rank_0(lambda: self._open(cfg, parents))
+        self._began = time.monotonic()
+        self._phases: dict[str, float] = defaultdict(float)
+        self._bar = None
+
+    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, Path | None, int]:
+        """Takes the directory; returns this run's record, the training state to continue from, and its step."""
+        record = {
             "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
             "config": dataclasses.asdict(cfg),
             "parents": {role: read_lineage(model) for role, model in parents.items()},
@@ -582,6 +929,7 @@ class Run:
             "code": code_version(),
             "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
             "hardware": hardware(),
+            "ranks": world_size(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seconds": 0.0,
         }
@@ -599,34 +947,30 @@ class Run:
             raise InputError(
                 f"--out {cfg.out!r} cannot be written ({error.strerror}); name another directory"
             ) from None
-
-        self._began = time.monotonic()
-        self._phases: dict[str, float] = defaultdict(float)
-        self._bar = None
-        self._find_state(cfg.resume)
+        state, start_step = self._find_state(cfg.resume, record)
         # Lines of steps that were not saved will be written again.
         path, lines = self.partial / "metrics.jsonl", []
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] < self.start_step]
+            lines = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] < start_step]
         path.write_text("".join(lines))
         self._metrics = path.open("a")
+        return record, state, start_step
 
-    def _find_state(self, resume: bool) -> None:
+    def _find_state(self, resume: bool, record: dict) -> tuple[Path | None, int]:
         states = sorted(path for path in self.partial.glob("state-*") if path.suffix != ".tmp")
-        self.state = states[-1] if states else None
-        if self.state is None:
-            return
+        if not states:
+            return None, 0
         if not resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
-        saved = json.loads((self.state / "run.json").read_text())
-        for name, value in json.loads(json.dumps(self.record["config"])).items():
+        saved = json.loads((states[-1] / "run.json").read_text())
+        for name, value in json.loads(json.dumps(record["config"])).items():
             if name != "resume" and saved["config"].get(name) != value:
                 raise InputError(
                     f"--resume: the interrupted run had {name} = {saved['config'].get(name)!r}, now it is {value!r}; "
                     f"give the same settings, or delete {self.partial}"
                 )
-        self.start_step, self.record["consumed"] = saved["steps"], saved["consumed"]
-        self.record["seconds"] = saved["seconds"]
+        record["consumed"], record["seconds"] = saved["consumed"], saved["seconds"]
+        return states[-1], saved["steps"]
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Loads the interrupted run's weights and optimizer state, if there is one to continue."""
@@ -635,21 +979,27 @@ class Run:
             state = {"model": model_state, "optimizer": optimizer_state}
             dcp.load(state, checkpoint_id=self.state, no_dist=not dist.is_initialized())
             set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-            print(f"{self.out}: continuing after step {self.start_step}")
+            say(f"{self.out}: continuing after step {self.start_step}")
 
     def checkpoint(self, steps: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """After every `save_every` steps, saves the training state; the last one goes only when the new one is whole."""
+        """After every `save_every` steps, saves the training state; the last one goes only when the new one is whole.
+
+        Every rank writes its own shards, so on several nodes the directory must be one that all of them see.
+        """
         if steps % self.save_every:
             return
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         state = self.partial / f"state-{steps:06d}"
         unfinished = state.with_suffix(".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
+        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         dcp.save(
             {"model": model_state, "optimizer": optimizer_state},
             checkpoint_id=unfinished,
             no_dist=not dist.is_initialized(),
         )
+        on_rank_0(lambda: self._accept_state(unfinished, state, steps))
+
+    def _accept_state(self, unfinished: Path, state: Path, steps: int) -> None:
         self._write_record(unfinished, steps)
         unfinished.rename(state)
         for older in self.partial.glob("state-*"):
@@ -663,7 +1013,7 @@ class Run:
 
     def steps(self, total: int) -> Iterable[int]:
         """The steps still to do, behind a progress bar."""
-        self._bar = tqdm(range(total), initial=self.start_step, total=total, desc=self.out.name, unit="step")
+        self._bar = progress_bar(total, self.out.name, "step", initial=self.start_step)
         for step in range(self.start_step, total):
             yield step
             self._bar.update()
@@ -684,6 +1034,8 @@ class Run:
         """Appends one line to metrics.jsonl; the metrics named in `show` stand beside the progress bar."""
         line = {"step": step, **metrics, **{f"seconds_{name}": round(s, 4) for name, s in self._phases.items()}}
         self._phases.clear()
+        if rank():
+            return
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         if self._bar is not None:
@@ -691,7 +1043,10 @@ class Run:
 
     def finish(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
         """Writes the checkpoint, its curves and its record, and gives the directory its final name."""
-        policy.model.save_pretrained(self.partial)
+        save_pretrained(policy, self.partial)
+        on_rank_0(lambda: self._complete(tokenizer, steps))
+
+    def _complete(self, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
         tokenizer.save_pretrained(self.partial)
         self._metrics.close()
         plot_metrics(self.partial / "metrics.jsonl", self.partial / "curves.png")

@@ -1,8 +1,10 @@
-"""Where rollouts come from: one interface, an embedded PyTorch sampler behind it.
+"""Where rollouts come from: one interface, with vLLM or an embedded PyTorch sampler behind it.
 
-An engine has two verbs. `sync(policy)` makes it sample from the policy's present weights; `generate(prompts, seeds,
+An engine has three verbs. `sync(policy)` makes it sample from the policy's present weights; `generate(prompts, seeds,
 sampling)` returns completions with the logprob of every sampled token under the *processed* distribution (after
-temperature, top-k and top-p), which is what an importance ratio must be taken against.
+temperature, top-k and top-p), which is what an importance ratio must be taken against; `sleep()` leaves the GPU's memory
+to the trainer until the next `sync`. Every rank has an engine of its own and samples its share of the rollouts, or
+`tensor_parallel` successive ranks have one together.
 
 Each request has its own seed, so what a prompt is answered does not depend on which other prompts stand in its batch,
 nor on their order, nor on the number of processes.
@@ -10,17 +12,20 @@ nor on their order, nor on the number of processes.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, DynamicCache, PreTrainedTokenizerBase
 
 import common
-from common import Policy, Problem, Rollout
+from common import InputError, Policy, Problem, Rollout
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Completion:
 
 
 def sample_rollouts(
-    engine: TorchEngine,
+    engine: TorchEngine | VLLMEngine,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     prompts: dict[str, list[int]],
@@ -48,15 +53,88 @@ def sample_rollouts(
     seed_key: Sequence[int | str],
     progress: str | None = None,
 ) -> list[Rollout]:
-    """`n` rollouts of each problem, grouped by problem; request seeds come from `seed_key`, problem id and sample."""
-    seeds = [[common.request_seed(*seed_key, problem.id, sample) for sample in range(n)] for problem in problems]
-    completions = engine.generate([prompts[problem.id] for problem in problems], seeds, sampling, progress)
-    flat = [completion for group in completions for completion in group]
-    texts = tokenizer.batch_decode([completion.token_ids for completion in flat], skip_special_tokens=True)
-    return [
-        Rollout(problem, sample, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
-        for (problem, sample), c, text in zip(((p, s) for p in problems for s in range(n)), flat, texts)
-    ]
+    """`n` rollouts of each problem, grouped by problem; request seeds come from `seed_key`, problem id and sample.
+
+    Spread over ranks by requests, so that few problems with many samples occupy all of them; every rank gets all
+    rollouts, which is what lets training deal them out anew, by their real lengths. Collective.
+    """
+
+    def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
+        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: request[0].id)]
+        ids = [prompts[group[0][0].id] for group in groups]
+        seeds = [[common.request_seed(*seed_key, problem.id, s) for problem, s in group] for group in groups]
+        completions = [c for group in engine.generate(ids, seeds, sampling, progress) for c in group]
+        texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        return [
+            Rollout(problem, number, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
+            for (problem, number), c, text in zip(requests, completions, texts)
+        ]
+
+    requests = [(problem, number) for problem in problems for number in range(n)]
+    return common.spread(sample, requests, engine.tensor_parallel)
+
+
+def chosen_engine(engine: str) -> str:
+    """ "auto" resolved: vLLM where it is installed and there is a GPU."""
+    if engine != "auto":
+        return engine
+    return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
+
+
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # that its attention on a CPU is compiled for
+
+
+def check_engine(cfg, model: str) -> None:
+    """InputError for settings that the engine of a stage's Config would fail on, before anything is loaded."""
+    if chosen_engine(cfg.engine) == "torch":
+        if cfg.tensor_parallel != 1:
+            raise InputError(f"--tensor-parallel {cfg.tensor_parallel} needs vLLM; give --engine vllm, or drop it")
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("--engine vllm: vLLM is not installed; install requirements.txt, or give --engine torch")
+    if common.world_size() % cfg.tensor_parallel:
+        raise InputError(
+            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({common.world_size()})"
+        )
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    longest, limit = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
+    if longest > limit:
+        raise InputError(
+            f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-response-tokens {cfg.max_response_tokens} make "
+            f"{longest}, and {model!r} has {limit} positions; lower one of them"
+        )
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not torch.cuda.is_available() and head_size not in VLLM_CPU_HEAD_SIZES:
+        raise InputError(
+            f"--engine vllm: on a CPU vLLM has no attention for heads of {head_size}, the size in {model!r}, only for "
+            f"{', '.join(map(str, VLLM_CPU_HEAD_SIZES))}; give --engine torch"
+        )
+
+
+def make_engine(
+    cfg, model: str, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None, sleeps: bool = True
+) -> TorchEngine | VLLMEngine:
+    """The engine that a Config asks for, with the weights of checkpoint `model`.
+
+    `policy`: the same checkpoint, if it is loaded already; unsharded it is sampled from in place. `sleeps`: whether its
+    `sleep` is to free a GPU's memory; vLLM allows that to one engine a process.
+    """
+    if chosen_engine(cfg.engine) == "vllm":
+        return VLLMEngine(
+            model,
+            tokenizer,
+            max_tokens=cfg.max_prompt_tokens + cfg.max_response_tokens,
+            max_sequences=cfg.max_sequences,
+            tensor_parallel=cfg.tensor_parallel,
+            kv_cache_gib=cfg.kv_cache_gib,
+            seed=cfg.seed,
+            sleeps=sleeps,
+        )
+    if policy is not None and not common.is_sharded(policy):
+        return TorchEngine(policy.model, tokenizer, cfg.max_sequences)
+    device = common.this_device()
+    replica = common.load_causal_lm(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    return TorchEngine(replica, tokenizer, cfg.max_sequences)
 
 
 class TorchEngine:
@@ -68,13 +146,22 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_sequences: int = 512):
         self.model = model
+        self.dtype = model.dtype
         self.max_sequences = max_sequences
-        configured = model.generation_config.eos_token_id
-        stop_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-        self.stop_ids = torch.tensor(sorted(stop_ids - {None}), device=model.device)
+        self.tensor_parallel = 1
+        self.stop_ids = torch.tensor(common.end_tokens(model.generation_config, tokenizer), device=model.device)
 
+    @torch.no_grad()
     def sync(self, policy: Policy) -> None:
-        self.model = policy.model  # in one process the sampler *is* the policy: no copy to go stale
+        if not common.is_sharded(policy):
+            self.model = policy.model  # in one process the sampler *is* the policy: no copy to go stale
+            return
+        replica = self.model.state_dict()
+        for name, value in common.full_weights(policy, self.dtype):
+            replica[name].copy_(value)
+
+    def sleep(self) -> None:
+        """Nothing to do: the cache is gone already, and the weights are the policy's or one replica."""
 
     @torch.inference_mode()
     def generate(
@@ -91,7 +178,7 @@ class TorchEngine:
         completions: list[list[Completion]] = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding within a batch
         per_batch = max(1, self.max_sequences // max(1, max(map(len, seeds), default=1)))
-        with tqdm(total=len(prompts), desc=progress, unit="prompt", disable=progress is None, leave=False) as bar:
+        with common.progress_bar(len(prompts), progress, "prompt", leave=False) as bar:
             for start in range(0, len(by_length), per_batch):
                 batch = by_length[start : start + per_batch]
                 rows = self._generate_batch([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
@@ -151,16 +238,131 @@ class TorchEngine:
             yield Completion(ids[:length], values[:length], "stop" if stop else "length")
 
     def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return output.logits[:, -1].float()  # (B, V)
+
+
+class VLLMEngine:
+    """vLLM inside this process, on the GPU that the trainer uses too.
+
+    With several ranks each has a whole engine, or `tensor_parallel` successive ranks one together (vLLM's external
+    launcher). On a GPU it is put to sleep while the policy is trained. Facts about vLLM 0.32 that this rests on are beside
+    the lines that use them.
+    """
+
+    _alive: ClassVar[list] = []  # a vLLM engine that is deleted takes the process group with it, so none is
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        max_sequences: int = 512,
+        tensor_parallel: int = 1,
+        kv_cache_gib: float = 16.0,
+        seed: int = 0,
+        sleeps: bool = True,
+    ):
+        common.start_process()
+        on_gpu = torch.cuda.is_available()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if not on_gpu:
+            # Compiling its samplers takes half a minute; torch may have read TORCH_COMPILE_DISABLE already.
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
+            torch._dynamo.config.disable = True
+        from vllm import LLM, SamplingParams
+
+        self._sampling_params = SamplingParams
+        self.dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.max_tokens, self.tensor_parallel = max_tokens, tensor_parallel
+        self._sleeps, self._asleep = sleeps and on_gpu, False
+        self.stop_ids = common.stop_token_ids(model, tokenizer)
+        self.llm = LLM(
+            model,
+            dtype=self.dtype,
+            skip_tokenizer_init=True,  # token ids go in and come out
+            max_model_len=max_tokens,
+            max_num_seqs=max_sequences,
+            kv_cache_memory_bytes=int((kv_cache_gib if on_gpu else min(kv_cache_gib, 0.25)) * 2**30),
+            enforce_eager=not on_gpu,
+            enable_sleep_mode=self._sleeps,
+            logprobs_mode="processed_logprobs",  # the default ones know nothing of temperature and top-p
+            tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="external_launcher" if common.world_size() > 1 else None,
+            seed=seed,
+            disable_log_stats=True,
+        )
+        self._alive.append(self.llm)
+
+    def sync(self, policy: Policy) -> None:
+        """Hands over the policy's weights, a full tensor at a time. Collective."""
+        if self._asleep:
+            self.llm.wake_up(tags=["weights"])
+        # reload_weights wants the tied head by its own name, too; `full_weights` gives it.
+        weights = common.full_weights(policy, self.dtype)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self._asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self.llm.reset_prefix_cache()  # else prompts longer than a block are answered from the old weights' cache
+
+    def sleep(self) -> None:
+        """Frees weights and cache; only `sync` brings them back. Without a GPU there is nothing to free."""
+        if self._sleeps and not self._asleep:
+            self.llm.sleep(level=2)
+            self._asleep = True
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        progress: str | None = None,
+    ) -> list[list[Completion]]:
+        """As `TorchEngine.generate`. InputError if a prompt leaves no room for a response of full length."""
+        longest = max(map(len, prompts), default=0)
+        if longest + sampling.max_response_tokens > self.max_tokens:
+            raise InputError(
+                f"a prompt of {longest} tokens and --max-response-tokens {sampling.max_response_tokens} are more than the "
+                f"{self.max_tokens} that the engine was made for; raise --max-prompt-tokens or drop the prompt"
+            )
+        requests = [(list(prompt), seed) for prompt, group in zip(prompts, seeds) for seed in group]
+        if not requests:
+            return [[] for _ in prompts]
+        params = [
+            self._sampling_params(
+                max_tokens=sampling.max_response_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=seed,
+                logprobs=0,  # of the sampled token alone
+                stop_token_ids=self.stop_ids,
+                detokenize=False,
+            )
+            for _, seed in requests
+        ]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in requests],
+            params,
+            use_tqdm=progress is not None and common.rank() == 0,
+        )
+        answers = iter(output.outputs[0] for output in outputs)
+        return [[_completion(next(answers)) for _ in group] for group in seeds]
+
+
+def _completion(output) -> Completion:
+    token_ids = list(output.token_ids)
+    logprobs = [candidates[token].logprob for token, candidates in zip(token_ids, output.logprobs)]
+    return Completion(token_ids, logprobs, output.finish_reason)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
+from transformers import AutoConfig
 
 import common
-from common import InputError
-from engines import Sampling, TorchEngine, sample_rollouts
+from common import InputError, Policy
+from engines import Sampling, check_engine, make_engine, sample_rollouts
 from verifier import Verifier
 
 
@@ -45,7 +47,10 @@ class Config:
     max_response_tokens: int = 16384  # Table 9
     instruction: str = common.INSTRUCTION  # appended to each problem, as in training
     thinking: bool = False  # as in training
-    max_sequences: int = 512  # sequences sampled at a time; lower it when memory runs out
+    max_sequences: int = 512  # sequences that a rank samples at a time; lower it when memory runs out
+    engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
+    tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
+    kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
     seed: int = 0  # of the samples
     responses: str | None = None  # grade this file instead of sampling from models
     merge: tuple[str, ...] = ()  # reports to put into one table instead
@@ -89,29 +94,52 @@ def paired_difference(first: dict[str, float], second: dict[str, float]) -> tupl
     return mean_and_error(np.array([first[problem_id] - second[problem_id] for problem_id in first]))
 
 
-def evaluate_model(model: str, label: str, cfg: Config, datasets: dict[str, list], verifier: Verifier) -> dict:
-    """Samples, grades and summarises one checkpoint on every data set; samples already on disk are taken from there."""
-    lineage = common.read_lineage(model)
+class Engines:
+    """One engine for each architecture; checkpoints that share it are put into it in turn.
+
+    Loading the next checkpoint is quicker than making an engine, and vLLM's cannot be taken down within a process.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.made = {}  # architecture -> engine, and the checkpoint in it
+
+    def get(self, model: str, tokenizer):
+        config = AutoConfig.from_pretrained(model).to_dict()
+        architecture = {key: value for key, value in config.items() if key not in ("transformers_version", "dtype")}
+        key = json.dumps([architecture, common.stop_token_ids(model, tokenizer)], sort_keys=True)
+        engine, present = self.made.get(key, (None, None))
+        if engine is None:
+            engine = make_engine(self.cfg, model, tokenizer, sleeps=False)
+        elif present != model:
+            engine.sync(Policy(common.load_causal_lm(model, engine.dtype, common.this_device())))
+        self.made[key] = engine, model
+        return engine
+
+
+def evaluate_model(
+    model: str, label: str, cfg: Config, datasets: dict[str, list], verifier: Verifier, engines: Engines
+) -> dict:
+    """Samples, grades and summarises one checkpoint on every data set; samples already on disk are taken from there.
+
+    Sampling and grading are spread over ranks; files are rank 0's, and so is what is returned."""
+    lineage = common.on_rank_0(lambda: common.read_lineage(model))
     trained_on = common.consumed_problems(lineage)
     settings = {"sha256": lineage["sha256"], **{name: getattr(cfg, name) for name in DECODING}}
     directory = Path(cfg.out) / label
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer, engine, report = common.load_tokenizer(model), None, {}
+    tokenizer, report = common.load_tokenizer(model), {}
     for name, problems in datasets.items():
         seen = sum(problem.id in trained_on for problem in problems)
         if seen:
-            print(
+            common.say(
                 f"{label}: {seen} of {len(problems)} problems of {name} were trained on; its score there is no test score"
             )
         path = directory / f"{name}.jsonl"
-        if not _has_samples(path, settings, len(problems) * cfg.k):
+        if not common.on_rank_0(lambda: _has_samples(path, settings, len(problems) * cfg.k)):
             prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
-            if engine is None:
-                policy = common.load_policy(model, trainable=False, device=common.best_device())
-                engine = TorchEngine(policy.model, tokenizer, cfg.max_sequences)
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
             rollouts = sample_rollouts(
-                engine,
+                engines.get(model, tokenizer),
                 tokenizer,
                 problems,
                 prompts,
@@ -121,13 +149,19 @@ def evaluate_model(model: str, label: str, cfg: Config, datasets: dict[str, list
                 progress=f"{label} {name}",
             )
             common.grade(rollouts, verifier)
-            lines = [json.dumps({"settings": settings}), *(json.dumps(as_sample(rollout)) for rollout in rollouts)]
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            unfinished.rename(path)
-        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-        report[name] = {**summarise(samples, cfg.k), "trained_on": seen}
+            common.on_rank_0(lambda: _write_samples(path, settings, rollouts))
+        if common.rank() == 0:
+            samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+            report[name] = {**summarise(samples, cfg.k), "trained_on": seen}
     return report
+
+
+def _write_samples(path: Path, settings: dict, rollouts: list[common.Rollout]) -> None:
+    lines = [json.dumps({"settings": settings}), *(json.dumps(as_sample(rollout)) for rollout in rollouts)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    unfinished.rename(path)
 
 
 def as_sample(rollout: common.Rollout) -> dict:
@@ -319,9 +353,9 @@ def merge_reports(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     if cfg.responses:
-        return grade_file(cfg)
+        return common.on_rank_0(lambda: grade_file(cfg))
     if cfg.merge:
-        return merge_reports(cfg)
+        return common.on_rank_0(lambda: merge_reports(cfg))
     if not cfg.models:
         raise InputError("nothing to evaluate: give --models, or --responses to grade, or --merge reports")
     common.check_settings(cfg, may_be_zero=("temperature",))
@@ -334,9 +368,17 @@ def main(cfg: Config) -> None:
     models = dict(zip(labels, cfg.models))
     for model in cfg.models:
         common.load_tokenizer(model, "--models")  # says so now if one does not exist
+        check_engine(cfg, model)
     with Verifier() as verifier:
-        results = {label: evaluate_model(model, label, cfg, datasets, verifier) for label, model in models.items()}
+        engines = Engines(cfg)
+        results = {
+            label: evaluate_model(model, label, cfg, datasets, verifier, engines) for label, model in models.items()
+        }
+    common.on_rank_0(lambda: write_report(results, models, cfg))
 
+
+def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cfg: Config) -> None:
+    """results.json, table.md, bars.png and curves.png."""
     out = Path(cfg.out)
     settings = {**dataclasses.asdict(cfg), "code": common.code_version(), "hardware": common.hardware()}
     (out / "results.json").write_text(json.dumps({"settings": settings, "results": results}) + "\n", encoding="utf-8")

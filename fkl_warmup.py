@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import common
 from common import Batch, InputError, Policy, Problem, Rollout
-from engines import Sampling, TorchEngine, sample_rollouts
+from engines import Sampling, check_engine, make_engine, sample_rollouts
 from kernels import fused_linear_kl, fused_linear_logprob
 from verifier import Verifier
 
@@ -64,7 +63,10 @@ class Config:
     weight_decay: float = 0.01  # not in the paper
     max_grad_norm: float = 1.0  # not in Table 10; as in Table 9
     micro_batch_tokens: int = 16384  # positions in one forward and backward pass; lower it when memory runs out
-    max_sequences: int = 512  # sequences sampled at a time; likewise
+    max_sequences: int = 512  # sequences that a rank samples at a time; likewise
+    engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
+    tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
+    kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
     activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
     seed: int = 0  # of the order of the data and of every sample
     save_every: int = 20  # steps between training states that --resume can continue from
@@ -75,7 +77,8 @@ class RolloutCache:
     """Teacher rollouts in a JSONL file, read one at a time: at the paper's scale they would fill memory.
 
     The first line says what the rollouts are (teacher, data, sampling); a file that says otherwise is refused. Rollouts
-    are appended problem by problem, so an interrupted run goes on with the problems that are missing.
+    are appended problem by problem, so an interrupted run goes on with the problems that are missing. Rank 0 writes it,
+    all ranks read it.
     """
 
     def __init__(self, path: Path, identity: dict, problems: list[Problem], prompts: dict[str, list[int]]):
@@ -84,17 +87,21 @@ class RolloutCache:
         self.offsets: list[int] = []  # where each rollout's line begins
         self.correct: list[bool] = []  # the verifier's word on each
         header = json.dumps(identity).encode() + b"\n"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(header)
-        self._file = path.open("r+b")
+
+        def create() -> None:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(header)
+
+        common.on_rank_0(create)
+        self._file = path.open("r+b" if common.rank() == 0 else "rb")
         found = self._file.readline()
         if found != header:
             raise InputError(
                 f"--rollouts {str(path)!r} holds other rollouts ({found.decode(errors='replace').strip()}) than this run "
                 f"needs ({header.decode().strip()}); name another file"
             )
-        end = self._file.tell()
+        self._end = self._file.tell()
         self.complete: set[str] = set()
         # A line group is one problem's rollouts and is written at once; a last line cut short is dropped with its group.
         group: list[tuple[int, bool]] = []
@@ -103,8 +110,10 @@ class RolloutCache:
             group.append((self._file.tell() - len(line), row["correct"]))
             if len(group) == identity["rollouts_per_prompt"]:
                 self._accept(row["id"], group)
-                group, end = [], self._file.tell()
-        self._file.truncate(end)
+                group, self._end = [], self._file.tell()
+        common.barrier()  # all have read what rank 0 cuts now
+        if common.rank() == 0:
+            self._file.truncate(self._end)
 
     def _accept(self, problem_id: str, group: list[tuple[int, bool]]) -> None:
         self.complete.add(problem_id)
@@ -113,19 +122,19 @@ class RolloutCache:
             self.correct.append(correct)
 
     def append(self, group: list[Rollout]) -> None:
-        """Writes all rollouts of one problem."""
-        self._file.seek(0, 2)
+        """Writes all rollouts of one problem. Every rank calls it and learns where they stand."""
         lines, places = [], []
-        position = self._file.tell()
         for rollout in group:
             row = {"id": rollout.problem.id, "sample": rollout.sample, "correct": rollout.correct,
                    "finish_reason": rollout.finish_reason, "response_ids": rollout.response_ids,
                    "logprobs": [round(value, 5) for value in rollout.logprobs], "text": rollout.text}  # fmt: skip
             lines.append(json.dumps(row).encode() + b"\n")
-            places.append((position, rollout.correct))
-            position += len(lines[-1])
-        self._file.write(b"".join(lines))
-        self._file.flush()
+            places.append((self._end, rollout.correct))
+            self._end += len(lines[-1])
+        if common.rank() == 0:
+            self._file.seek(0, 2)
+            self._file.write(b"".join(lines))
+            self._file.flush()
         self._accept(group[0].problem.id, places)
 
     def __getitem__(self, index: int) -> Rollout:
@@ -138,13 +147,15 @@ class RolloutCache:
         return len(self.offsets)
 
 
-def sample_teacher(cache: RolloutCache, teacher: Policy, tokenizer, cfg: Config) -> None:
+def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
     """Fills the cache with graded rollouts of the problems that are missing from it."""
     missing = [problem for problem in cache.problems.values() if problem.id not in cache.complete]
-    engine = TorchEngine(teacher.model, tokenizer, cfg.max_sequences)
+    if not missing:
+        return
+    engine = make_engine(cfg, cfg.teacher, tokenizer)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-    at_a_time = max(1, cfg.max_sequences // cfg.rollouts_per_prompt)
-    with Verifier() as verifier, tqdm(total=len(missing), desc="teacher rollouts", unit="prompt") as bar:
+    at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
+    with Verifier() as verifier, common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
         for start in range(0, len(missing), at_a_time):
             chosen = missing[start : start + at_a_time]
             key = (cfg.seed, "teacher")
@@ -153,6 +164,8 @@ def sample_teacher(cache: RolloutCache, teacher: Policy, tokenizer, cfg: Config)
             for first in range(0, len(rollouts), cfg.rollouts_per_prompt):
                 cache.append(rollouts[first : first + cfg.rollouts_per_prompt])
             bar.update(len(chosen))
+    engine.sleep()
+    common.barrier()  # every line is in the file before anyone reads it
 
 
 def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int | None = None) -> torch.Tensor:
@@ -182,6 +195,7 @@ def main(cfg: Config) -> None:
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = common.load_tokenizer(cfg.model)
     prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    check_engine(cfg, cfg.teacher)
     run = common.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
     identity = {
         "teacher_sha256": run.record["parents"]["teacher"]["sha256"],
@@ -191,15 +205,14 @@ def main(cfg: Config) -> None:
     cache = RolloutCache(Path(cfg.rollouts or run.partial / "teacher_rollouts.jsonl"), identity, problems, prompts)
 
     torch.manual_seed(cfg.seed)
-    device = common.best_device()
-    teacher = common.load_policy(cfg.teacher, False, device)
-    sample_teacher(cache, teacher, tokenizer, cfg)
-
-    policy = common.load_policy(cfg.model, True, device, cfg.activation_checkpointing)
+    device = common.this_device()
+    sample_teacher(cache, tokenizer, cfg)
+    teacher = common.load_policy(cfg.teacher, trainable=False)
+    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     run.restore(policy, optimizer)
     chosen = [index for index in range(len(cache)) if cfg.keep == "all" or cache.correct[index]]
-    print(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {len(chosen)}")
+    common.say(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {len(chosen)}")
     if not chosen:
         raise InputError("--keep correct leaves no rollout: the teacher answered nothing rightly; use --keep all")
     order = []
@@ -222,6 +235,7 @@ def main(cfg: Config) -> None:
                     loss = sft_loss(policy, batch)
                 (loss / num_tokens).backward()
                 loss_sum += loss.item()
+            loss_sum = common.all_sum({"loss": loss_sum})["loss"]
             grad_norm = common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
         run.consume(rollout.problem for rollout in rollouts)
         name = {"fkl": "forward_kl", "sft": "cross_entropy"}[cfg.loss]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import common
 from common import Batch, Policy
-from engines import Sampling, TorchEngine, sample_rollouts
+from engines import Sampling, check_engine, make_engine, sample_rollouts
 from kernels import fused_linear_kl, fused_linear_logprob
 from verifier import Verifier
 
@@ -59,7 +59,10 @@ class Config:
     weight_decay: float = 0.01  # not in the paper
     max_grad_norm: float = 1.0  # not in Table 10; as in Table 9
     micro_batch_tokens: int = 16384  # positions in one forward and backward pass; lower it when memory runs out
-    max_sequences: int = 512  # sequences sampled at a time; likewise
+    max_sequences: int = 512  # sequences that a rank samples at a time; likewise
+    engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
+    tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
+    kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
     activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
     seed: int = 0  # of the order of the data and of every sample
     save_every: int = 20  # steps between training states that --resume can continue from
@@ -109,17 +112,20 @@ def main(cfg: Config) -> None:
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = common.load_tokenizer(cfg.model)
     prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    check_engine(cfg, cfg.model)
     run = common.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
     if not common.was_rewarded(run.record["parents"]["teacher"]):
-        print("C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher.")
+        common.say(
+            "C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher."
+        )
 
     torch.manual_seed(cfg.seed)
-    device = common.best_device()
-    teacher = common.load_policy(cfg.teacher, False, device)
-    policy = common.load_policy(cfg.model, True, device, cfg.activation_checkpointing)
+    device = common.this_device()
+    teacher = common.load_policy(cfg.teacher, trainable=False)
+    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     run.restore(policy, optimizer)
-    engine = TorchEngine(policy.model, tokenizer, cfg.max_sequences)
+    engine = make_engine(cfg, cfg.model, tokenizer, policy)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
 
     batches = common.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
@@ -132,6 +138,7 @@ def main(cfg: Config) -> None:
                 )
             with run.phase("verify"):
                 common.grade(rollouts, verifier)
+            engine.sleep()
             num_tokens = common.count_tokens(rollouts)
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             kl_sum = 0.0
@@ -144,9 +151,11 @@ def main(cfg: Config) -> None:
                     (loss / num_tokens).backward()
                     kl_sum += kl.sum().item()
                 grad_norm = common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
-            reverse_kl = kl_sum / num_tokens
+            reverse_kl = common.all_sum({"kl": kl_sum})["kl"] / num_tokens
             if step == 0 and reverse_kl > FAR_FROM_TEACHER:
-                print(f"C2: the student starts {reverse_kl:.2f} nats a token from the teacher; a warmup would help.")
+                common.say(
+                    f"C2: the student starts {reverse_kl:.2f} nats a token from the teacher; a warmup would help."
+                )
             run.consume(batches[step])
             run.log(
                 step,

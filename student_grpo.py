@@ -30,7 +30,7 @@ class Config(teacher_grpo.Config):
 def main(cfg: Config) -> None:
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     common.load_tokenizer(cfg.model)  # says so if there is no such checkpoint
-    consumed = common.consumed_problems(common.read_lineage(cfg.model))
+    consumed = common.on_rank_0(lambda: common.consumed_problems(common.read_lineage(cfg.model)))
     seen = sum(problem.id in consumed for problem in problems)
     if seen and not cfg.replay:
         raise InputError(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import common
 from common import Batch, InputError, Policy, Rollout
-from engines import Sampling, TorchEngine, sample_rollouts
+from engines import Sampling, check_engine, make_engine, sample_rollouts
 from kernels import fused_linear_logprob
 from verifier import Verifier
 
@@ -64,7 +64,10 @@ class Config:
     weight_decay: float = 0.01  # not in the paper
     max_grad_norm: float = 1.0  # Table 9
     micro_batch_tokens: int = 16384  # positions in one forward and backward pass; lower it when memory runs out
-    max_sequences: int = 512  # sequences sampled at a time; likewise
+    max_sequences: int = 512  # sequences that a rank samples at a time; likewise
+    engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
+    tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
+    kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
     activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
     seed: int = 0  # of the order of the data and of every sample
     save_every: int = 20  # steps between training states that --resume can continue from
@@ -127,7 +130,7 @@ def update(
 ) -> dict[str, float]:
     """`inner_epochs` passes over the mini-batches of one rollout batch; returns token means of what is logged.
 
-    `rollouts` are grouped by prompt, `advantages` (P*G,) are theirs.
+    `rollouts` are those of all ranks, grouped by prompt; `advantages` (P*G,) are theirs.
     """
     device = advantages.device
 
@@ -177,8 +180,9 @@ def update(
                     totals[name] = totals.get(name, 0.0) + value.item()
             tokens += num_tokens
             norms.append(common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm))
-    means = {name: total / tokens for name, total in totals.items()}
-    return {**means, "sampler_mismatch_max": worst_mismatch, "grad_norm": sum(norms) / len(norms)}
+    means = {name: total / tokens for name, total in common.all_sum(totals).items()}
+    worst = common.all_max({"sampler_mismatch_max": worst_mismatch})
+    return {**means, **worst, "grad_norm": sum(norms) / len(norms)}
 
 
 def main(cfg: Config) -> None:
@@ -188,19 +192,20 @@ def main(cfg: Config) -> None:
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = common.load_tokenizer(cfg.model)
     prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    check_engine(cfg, cfg.model)
     run = common.Run(cfg, parents={"model": cfg.model})
 
     torch.manual_seed(cfg.seed)
-    device = common.best_device()
-    policy = common.load_policy(cfg.model, True, device, cfg.activation_checkpointing)
-    reference = common.load_policy(cfg.model, False, device) if cfg.kl_coef else None
+    device = common.this_device()
+    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing)
+    reference = common.load_policy(cfg.model, trainable=False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     run.restore(policy, optimizer)
-    engine = TorchEngine(policy.model, tokenizer, cfg.max_sequences)
+    engine = make_engine(cfg, cfg.model, tokenizer, policy)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
 
     batches = common.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
-    print(
+    common.say(
         "The loss below reads near zero, and should: a group's advantages sum to zero, so before the first update of a "
         "rollout batch the loss is about 0 whatever the policy; its gradient is not. Watch the reward."
     )
@@ -213,6 +218,7 @@ def main(cfg: Config) -> None:
                 )
             with run.phase("verify"):
                 common.grade(rollouts, verifier)
+            engine.sleep()
             finished = torch.tensor([r.finish_reason == "stop" or not cfg.require_finished for r in rollouts])
             rewards = torch.tensor([float(r.correct) for r in rollouts]) * finished  # (P*G,) R(x, y)
             groups = rewards.view(-1, cfg.group_size)  # (P, G)

@@ -66,6 +66,7 @@ class Config:
     teacher_skill: float = 0.9  # pretraining stops at this accuracy inside the careful habit
     student_skill: float = 0.5  # at 0.25 sparse reward only sharpens mistakes; fully skilled leaves nothing to teach
     max_steps: int = 3000  # pretraining steps at most
+    head_dim: int = 16  # of the models' attention; vLLM on a CPU has none smaller than 32
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -147,7 +148,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
                 num_hidden_layers=recipe.layers,
                 num_attention_heads=recipe.heads,
                 num_key_value_heads=recipe.heads // 2,
-                head_dim=16,
+                head_dim=cfg.head_dim,
                 initializer_range=0.1,  # the usual 0.02 is made for wide models, and trains these three times slower
                 max_position_embeddings=128,
                 tie_word_embeddings=True,

@@ -18,16 +18,20 @@ import toy
 torch.set_num_threads(1)
 
 SIZES = dict(
-    vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
     max_position_embeddings=128, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
 
 
-def tiny_model(seed: int = 0, hidden_size: int = 16, layers: int = 2, tied: bool = True, llama: bool = False):
+def tiny_model(
+    seed: int = 0, hidden_size: int = 16, layers: int = 2, tied: bool = True, llama: bool = False, **changes
+):
     """A random model with the toy's vocabulary; its wide initialisation makes its distributions far from uniform."""
     torch.manual_seed(seed)
     config, model = (LlamaConfig, LlamaForCausalLM) if llama else (Qwen3Config, Qwen3ForCausalLM)
-    return model(config(hidden_size=hidden_size, num_hidden_layers=layers, tie_word_embeddings=tied, **SIZES)).eval()
+    return model(
+        config(hidden_size=hidden_size, num_hidden_layers=layers, tie_word_embeddings=tied, **{**SIZES, **changes})
+    ).eval()
 
 
 def write_checkpoint(directory: Path, **options) -> str:

@@ -332,4 +332,4 @@ def test_unsafe_heads_are_refused(tmp_path):
     config = json.loads((tmp_path / "scaled" / "config.json").read_text())
     (tmp_path / "scaled" / "config.json").write_text(json.dumps({**config, "logit_scale": 0.5}))
     with pytest.raises(InputError, match="rescales its logits"):
-        common.load_policy(directory, True, torch.device("cpu"))
+        common.load_policy(directory, True)

@@ -1,0 +1,125 @@
+"""Two ranks against one, on the real scripts: the same rollouts, losses and weights, with either engine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_losses import make_rollouts
+
+import common
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["teacher", "warmup", "bridge", "student"]
+
+
+def launch(ranks: int, *words: str, timeout: int = 400) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *torchrun, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_stages(tmp_path_factory, student, teacher, problems):
+    made = {}
+
+    def run(ranks: int, engine: str) -> Path:
+        if (ranks, engine) not in made:
+            out = tmp_path_factory.mktemp(f"{engine}{ranks}")
+            done = launch(ranks, "tests/run_stages.py", str(out), student, teacher, problems, engine)
+            assert done.returncode == 0, done.stderr[-5000:]
+            made[ranks, engine] = out
+        return made[ranks, engine]
+
+    return run
+
+
+def weights(out: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(out / stage / "model.safetensors")
+
+
+def metrics(out: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_do_what_one_does(run_stages):
+    """Inside, each rank's shards are compared with the saved checkpoint, bit for bit."""
+    one, two = run_stages(1, "torch"), run_stages(2, "torch")
+    rollouts = json.loads((one / "rollouts.json").read_text())
+    assert rollouts == json.loads((two / "rollouts.json").read_text())
+    assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 100  # and samples differ
+    for stage in STAGES:
+        for alone, together in zip(metrics(one, stage), metrics(two, stage), strict=True):
+            for name in alone:
+                if name in ("loss", "forward_kl", "reverse_kl", "reward", "kl_to_reference", "entropy", "lr"):
+                    assert together[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (stage, name)
+                elif name == "grad_norm":
+                    assert together[name] == pytest.approx(alone[name], rel=1e-4), stage
+            assert alone["grad_norm"] > 0.01
+        first, second = weights(one, stage), weights(two, stage)
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
+    scores = [json.loads((out / "report" / "results.json").read_text())["results"] for out in (one, two)]
+    assert scores[0] == scores[1]
+
+
+def test_a_run_on_two_ranks_resumes(run_stages):
+    out = run_stages(2, "torch")
+    first, second = weights(out, "warmup"), weights(out, "again")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_chain_with_a_vllm_engine_on_each_of_two_ranks(run_stages):
+    """Trainer and sampler disagree by rounding alone, in every step of every stage that has both."""
+    pytest.importorskip("vllm")
+    out = run_stages(2, "vllm")
+    for stage in ("teacher", "student"):
+        for line in metrics(out, stage):
+            assert line["sampler_mismatch_max"] < 1e-5 and line["importance_clipped"] == 0
+            assert line["grad_norm"] > 0.01
+    assert json.loads((out / "report" / "results.json").read_text())["results"].keys() == {"warmup", "student", "teacher"}
+
+
+def test_bad_input_ends_all_ranks_and_is_said_once(problems, tmp_path):
+    arguments = ["--model", "./nowhere", "--data", problems, "--exclude", "--out", str(tmp_path / "out")]
+    done = launch(2, "teacher_grpo.py", *arguments, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --model './nowhere' is not a checkpoint directory") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_are_dealt_out_once_evenly_and_equally_many(monkeypatch, ranks, packed):
+    rollouts = make_rollouts(11, group=1)
+    monkeypatch.setattr(common, "world_size", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        shares.append(common.make_batches(rollouts, 16, torch.device("cpu"), packed))
+    assert len({len(share) for share in shares}) == 1
+    seen = [index for share in shares for batch in share for index in batch.rollout_index.unique().tolist()]
+    assert sorted(seen) == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
+    loads = [sum(batch.input_ids.count_nonzero().item() for batch in share) for share in shares]
+    assert max(loads) - min(loads) <= 13  # the longest sequence
+
+
+def test_work_is_spread_in_order(monkeypatch):
+    """Four ranks, two to an engine: partners do the same share, and each share counts once."""
+    items, done = list(range(7)), {}
+    monkeypatch.setattr(common, "world_size", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+
+        def gather(gathered, results, rank=rank):
+            done[rank] = results
+            gathered[:] = [done.get(other, done[max(done)]) for other in range(4)]
+
+        monkeypatch.setattr(common.dist, "all_gather_object", gather)
+        result = common.spread(lambda share: [10 * item for item in share], items, tensor_parallel=2)
+    assert done[0] == done[1] and done[2] == done[3] and result == [10 * item for item in items]

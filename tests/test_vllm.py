@@ -1,0 +1,155 @@
+"""The real vLLM, in this process: parity with the trainer, before and after syncs; what it must refuse."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_engines import model_logprobs
+
+import common
+import teacher_grpo
+import toy
+from common import InputError, Policy, Problem, Rollout
+from engines import Completion, Sampling, TorchEngine, VLLMEngine, check_engine
+
+pytest.importorskip("vllm")
+TOKENIZER = toy.make_tokenizer()
+LONG = [
+    2,
+    *[4 + (7 * i) % 21 for i in range(300)],
+    3,
+]  # more than two blocks of the prefix cache, which has 128 a block
+PROMPTS = [[2, 4, 11, 12, 5, 3], [2, 3], LONG, LONG[:200] + [3]]
+SEEDS = [[10 * i + j for j in range(4)] for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def pair(request, tmp_path_factory):
+    """A policy and an engine that was made from the same checkpoint."""
+    directory = tmp_path_factory.mktemp(request.param)
+    policy = Policy(tiny_model(seed=5, tied=request.param == "tied", max_position_embeddings=512))
+    policy.model.save_pretrained(directory)
+    TOKENIZER.save_pretrained(directory)
+    return policy, VLLMEngine(str(directory), TOKENIZER, max_tokens=400, max_sequences=64)
+
+
+def assert_parity(policy: Policy, groups: list[list[Completion]], temperature: float) -> None:
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            expected = model_logprobs(policy.model, prompt, completion.token_ids, temperature)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def train(policy: Policy, steps: int = 3) -> None:
+    """Steps large enough to be seen: the distributions move by nats."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.03)
+    for step in range(steps):
+        ids = torch.randint(2, 20, (4, 12), generator=torch.Generator().manual_seed(step))
+        policy.model(ids, labels=ids, use_cache=False).loss.backward()
+        common.optimizer_step(policy, optimizer, 0.03, 1.0)
+
+
+def test_parity_before_and_after_syncs(pair):
+    policy, engine = pair
+    policy = copy.deepcopy(policy)
+    engine.sync(policy)
+    for _ in range(3):  # the long prompts come again after every sync: an old prefix cache would answer them
+        for temperature in (0.5, 1.0):
+            groups = engine.generate(PROMPTS, SEEDS, Sampling(12, temperature))
+            assert_parity(policy, groups, temperature)
+        train(policy)
+        stale = engine.generate(PROMPTS[:1], SEEDS[:1], Sampling(12))[0][0]
+        now = model_logprobs(policy.model, PROMPTS[0], stale.token_ids, 1.0)
+        assert (torch.tensor(stale.logprobs) - now).abs().max() > 0.1  # so the steps do show
+        engine.sync(policy)
+
+
+def test_ends_and_lengths(pair):
+    policy, engine = pair
+    engine.sync(policy)
+    groups = engine.generate(PROMPTS[:2], [list(range(60)), list(range(60))], Sampling(9))
+    completions = [completion for group in groups for completion in group]
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    end = TOKENIZER.eos_token_id
+    for completion in completions:
+        assert len(completion.token_ids) == len(completion.logprobs) <= 9
+        assert (completion.token_ids[-1] == end) == (completion.finish_reason == "stop")
+        assert end not in completion.token_ids[:-1] and (
+            completion.finish_reason == "stop" or len(completion.token_ids) == 9
+        )
+
+
+def test_a_sample_depends_on_its_seed_alone(pair):
+    _, engine = pair
+    together = engine.generate(PROMPTS, SEEDS, Sampling(12))
+    backwards = engine.generate(PROMPTS[::-1], SEEDS[::-1], Sampling(12))[::-1]
+    alone = engine.generate([PROMPTS[1]], [[SEEDS[1][2]]], Sampling(12))
+    tokens = [[completion.token_ids for completion in group] for group in together]
+    assert tokens == [[completion.token_ids for completion in group] for group in backwards]
+    assert alone[0][0].token_ids == tokens[1][2]
+    assert len({tuple(ids) for group in tokens for ids in group}) > 10
+
+
+def test_greedy_and_truncated_sampling_agree_with_the_embedded_engine(pair):
+    policy, engine = pair
+    engine.sync(policy)
+    embedded = TorchEngine(policy.model, TOKENIZER)
+    for sampling in (Sampling(12, temperature=0), Sampling(12, top_k=1), Sampling(12, top_p=1e-6)):
+        ours, theirs = (e.generate(PROMPTS, [[0]] * 4, sampling) for e in (embedded, engine))
+        for [first], [second] in zip(ours, theirs):
+            assert first.token_ids == second.token_ids and first.finish_reason == second.finish_reason
+            assert first.logprobs == pytest.approx(second.logprobs, abs=1e-5)
+
+
+def test_too_long_prompts_get_our_error_and_leave_the_engine_well(pair):
+    policy, engine = pair
+    with pytest.raises(InputError, match="a prompt of 399 tokens and --max-response-tokens 12 are more than the 400"):
+        engine.generate([[2] * 399], [[0]], Sampling(12))
+    engine.sync(policy)
+    assert_parity(policy, engine.generate(PROMPTS, SEEDS, Sampling(12)), 1.0)
+    assert engine.generate([], [], Sampling(4)) == []
+
+
+def test_a_stale_sampler_is_measured_and_its_weights_are_cut(pair):
+    policy, engine = pair
+    policy = copy.deepcopy(policy)
+    engine.sync(policy)
+    sampled = engine.generate(PROMPTS, SEEDS, Sampling(12))
+    cfg = teacher_grpo.Config("", "", "", group_size=4, mini_batch_prompts=4, kl_coef=0.0)
+    advantages = torch.linspace(-1, 1, 16)
+
+    def metrics(trainer: Policy, cap: float = 2.0) -> tuple[dict, torch.Tensor]:
+        trainer = copy.deepcopy(trainer)
+        rollouts = [
+            Rollout(Problem(str(i), "", "1"), s, prompt, c.token_ids, c.logprobs, c.finish_reason, "")
+            for i, (prompt, group) in enumerate(zip(PROMPTS, sampled)) for s, c in enumerate(group)
+        ]  # fmt: skip
+        optimizer = torch.optim.SGD(trainer.parameters())
+        settings = dataclasses.replace(cfg, importance_cap=cap)
+        logged = teacher_grpo.update(trainer, None, optimizer, rollouts, advantages, 0.1, settings)
+        return logged, torch.cat([parameter.detach().flatten() for parameter in trainer.parameters()])
+
+    fresh, _ = metrics(policy)
+    assert fresh["sampler_mismatch_max"] < 1e-5 and fresh["importance_clipped"] == 0
+    train(policy)  # and no sync
+    stale, capped = metrics(policy)
+    assert stale["sampler_mismatch"] > 0.1 and stale["sampler_mismatch_max"] > 1 and stale["importance_clipped"] > 0
+    _, uncapped = metrics(policy, cap=1e9)
+    assert not torch.allclose(capped, uncapped)
+
+
+def test_settings_are_refused_before_anything_is_loaded(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    cfg = teacher_grpo.Config(str(tmp_path), "", "", engine="vllm", max_prompt_tokens=64, max_response_tokens=64)
+    check_engine(cfg, cfg.model)
+    with pytest.raises(InputError, match="make 129, and .* has 128 positions"):
+        check_engine(dataclasses.replace(cfg, max_response_tokens=65), cfg.model)
+    with pytest.raises(InputError, match="--tensor-parallel 2 must divide the number of processes"):
+        check_engine(dataclasses.replace(cfg, tensor_parallel=2), cfg.model)
+    with pytest.raises(InputError, match="--tensor-parallel 2 needs vLLM"):
+        check_engine(dataclasses.replace(cfg, engine="torch", tensor_parallel=2), cfg.model)
+    tiny_model(head_dim=8).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no attention for heads of 8"):
+        check_engine(cfg, cfg.model)
