@@ -61,7 +61,7 @@ def test_two_ranks_do_what_one_does(run_stages):
                     assert together[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (stage, name)
                 elif name == "grad_norm":
                     assert together[name] == pytest.approx(alone[name], rel=1e-4), stage
-            assert alone["grad_norm"] > 0.01
+        assert max(line["grad_norm"] for line in metrics(one, stage)) > 0.01  # a batch may lack spread, a run not
         first, second = weights(one, stage), weights(two, stage)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
@@ -82,7 +82,7 @@ def test_the_chain_with_a_vllm_engine_on_each_of_two_ranks(run_stages):
     for stage in ("teacher", "student"):
         for line in metrics(out, stage):
             assert line["sampler_mismatch_max"] < 1e-5 and line["importance_clipped"] == 0
-            assert line["grad_norm"] > 0.01
+        assert max(line["grad_norm"] for line in metrics(out, stage)) > 0.01
     assert json.loads((out / "report" / "results.json").read_text())["results"].keys() == {"warmup", "student", "teacher"}
 
 
