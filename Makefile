@@ -88,9 +88,9 @@ demo-seeds: setup
 # no attention on CPUs for heads as small as the demo's.
 LAUNCH := $(VENV)/bin/torchrun --standalone --nproc_per_node=2
 D := $(RUNS)/distributed
+DISTRIBUTED_STEPS ?= 10
 DISTRIBUTED := --data $(D)/raw/train.jsonl --exclude $(D)/raw/validation.jsonl $(D)/raw/test.jsonl --engine vllm \
 	--max-prompt-tokens 64 --max-response-tokens 24 --max-steps $(DISTRIBUTED_STEPS)
-DISTRIBUTED_STEPS ?= 10
 
 distributed-demo: setup $(TESTED_WITH)
 	rm -rf $(D)

@@ -1039,7 +1039,7 @@ class Run:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{metrics[name]:.4g}" for name in show})
+            self._bar.set_postfix({name: f"{metrics[name]:.4g}" for name in show if name in metrics})
 
     def finish(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
         """Writes the checkpoint, its curves and its record, and gives the directory its final name."""

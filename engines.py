@@ -299,6 +299,8 @@ class VLLMEngine:
             distributed_executor_backend="external_launcher" if common.world_size() > 1 else None,
             seed=seed,
             disable_log_stats=True,
+            # On a CPU vLLM fails on a seeded request whose prompt is prefilled in pieces, so it must be done in one.
+            **({} if on_gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
         )
         self._alive.append(self.llm)
 

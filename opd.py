@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import common
+import memory
 from common import Batch, Policy
 from engines import Sampling, check_engine, make_engine, sample_rollouts
 from kernels import fused_linear_kl, fused_linear_logprob
@@ -66,6 +67,7 @@ class Config:
     activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
     seed: int = 0  # of the order of the data and of every sample
     save_every: int = 20  # steps between training states that --resume can continue from
+    dry_run: bool = False  # print what each GPU would hold, and stop
     resume: bool = False  # continue an interrupted run of the same settings, if there is one
 
 
@@ -112,6 +114,8 @@ def main(cfg: Config) -> None:
     problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = common.load_tokenizer(cfg.model)
     prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    if cfg.dry_run:
+        return memory.report(cfg, cfg.teacher)
     check_engine(cfg, cfg.model)
     run = common.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
     if not common.was_rewarded(run.record["parents"]["teacher"]):

@@ -83,7 +83,11 @@ def test_the_chain_with_a_vllm_engine_on_each_of_two_ranks(run_stages):
         for line in metrics(out, stage):
             assert line["sampler_mismatch_max"] < 1e-5 and line["importance_clipped"] == 0
         assert max(line["grad_norm"] for line in metrics(out, stage)) > 0.01
-    assert json.loads((out / "report" / "results.json").read_text())["results"].keys() == {"warmup", "student", "teacher"}
+    assert json.loads((out / "report" / "results.json").read_text())["results"].keys() == {
+        "warmup",
+        "student",
+        "teacher",
+    }
 
 
 def test_bad_input_ends_all_ranks_and_is_said_once(problems, tmp_path):

@@ -81,6 +81,17 @@ def test_ends_and_lengths(pair):
         )
 
 
+def test_more_prompt_tokens_than_one_pass_takes(pair):
+    """Prompts beyond the scheduler's budget are prefilled in several passes, which seeded requests must survive."""
+    policy, engine = pair
+    engine.sync(policy)
+    prompts = [[2 + i % 20, *LONG[:250]] for i in range(50)]  # each different at its first token: nothing is cached
+    groups = engine.generate(prompts, [[i] for i in range(50)], Sampling(4))
+    for prompt, [completion] in list(zip(prompts, groups))[::7]:
+        expected = model_logprobs(policy.model, prompt, completion.token_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
 def test_a_sample_depends_on_its_seed_alone(pair):
     _, engine = pair
     together = engine.generate(PROMPTS, SEEDS, Sampling(12))

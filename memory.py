@@ -1,0 +1,195 @@
+"""What a stage will hold on each GPU, before one is paid for. Every stage prints it with --dry-run.
+
+Weights are counted on the meta device, so a 70B model takes seconds and no memory. Counted are the sharded parameters with
+their AdamW states and gradients, the layers that FSDP gathers, the frozen model (reference or teacher), activations of one
+micro-batch, the loss head's piece of logits and gradient of the output matrix, and vLLM's weights and cache.
+What is not: the CUDA context and NCCL (about 2 GiB), and fragmentation; `RESERVE` stands for them.
+
+    python memory.py                    the paper's pairs, as in results/memory/pairs.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+import common
+from common import InputError
+
+GIB = 2**30
+RESERVE = 6 * GIB  # CUDA context, NCCL buffers, fragmentation
+LOGITS = 5 << 28  # of the loss head at a time (kernels.GPU_LOGIT_BYTES), student and teacher each
+
+
+@dataclass(frozen=True)
+class Size:
+    """What memory depends on, of one model."""
+
+    parameters: int
+    largest_layer: int  # parameters of one decoder layer
+    outside: int  # parameters outside the layers: embedding, head, last norm
+    head: int  # parameters of the output matrix
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int  # width of all query heads
+    key_value: int  # width of all key heads, and of all value heads
+
+
+def size_of(config) -> Size:
+    """Counts a model's parameters on the meta device; tied matrices once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layers = common.decoder_layers(model)
+    counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    total = sum(p.numel() for p in model.parameters())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Size(
+        total, max(counts), total - sum(counts), model.get_output_embeddings().weight.numel(), len(layers),
+        config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim,
+        config.num_key_value_heads * head_dim,
+    )  # fmt: skip
+
+
+def plan(
+    trained: Size,
+    frozen: Size | None,
+    shards: int,
+    positions: int,
+    kv_cache_bytes: float,
+    tensor_parallel: int,
+    checkpointing: bool,
+    engine: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Bytes on each GPU by item, in the two states that alternate: {"sampling": {...}, "training": {...}}.
+
+    `shards`: GPUs that the weights are spread over, those of one node. `positions`: of one micro-batch. Mixed precision:
+    float32 weights, gradients and two AdamW states, bfloat16 compute.
+    """
+    always = {
+        "weights (float32, sharded)": 4 * trained.parameters / shards,
+        "AdamW states": 8 * trained.parameters / shards,
+    }
+    if frozen:
+        always["frozen model (bfloat16, sharded)"] = 2 * frozen.parameters / shards
+        always["its embedding and head, gathered"] = 2 * frozen.outside
+    # Saved for the backward pass of one layer, in bfloat16: inputs of the norms and projections, queries, keys, values
+    # and attention's output, the MLP's gate, up and product; a quarter more for float32 statistics and rotary copies.
+    per_layer = 2 * 1.25 * (4 * trained.hidden + 2 * trained.query + 2 * trained.key_value + 3 * trained.intermediate)
+    if checkpointing:
+        activations = positions * (trained.layers * 2 * trained.hidden + per_layer)
+    else:
+        activations = positions * trained.layers * per_layer
+    widest = max(size.largest_layer for size in (trained, frozen) if size)
+    training = {
+        "gradients (float32, sharded)": 4 * trained.parameters / shards,
+        # Two layers of weights (one ahead), one of gradients in bfloat16 and as float32 to be reduced; and the wrapper's.
+        "gathered layers and their gradients": 2 * 2 * widest + 6 * trained.largest_layer + 2 * trained.outside,
+        "activations of a micro-batch": activations,
+        "loss head: logits, gradient of the output matrix": LOGITS * (2 if frozen else 1) + (4 + 4) * trained.head,
+    }
+    sampling = {}
+    if engine:
+        sampling["vLLM weights (bfloat16)"] = 2 * trained.parameters / tensor_parallel
+        sampling["vLLM key/value cache"] = kv_cache_bytes
+    else:
+        sampling["replica to sample from (bfloat16)"] = 2 * trained.parameters
+        training["replica to sample from (bfloat16)"] = 2 * trained.parameters
+    return {"sampling": {**always, **sampling}, "training": {**always, **training}}
+
+
+def peak(planned: dict[str, dict[str, float]]) -> float:
+    return max(sum(items.values()) for items in planned.values())
+
+
+def verdict(planned: dict, gib: float) -> str:
+    free = gib * GIB - RESERVE - peak(planned)
+    return f"fits, {free / GIB:.0f} GiB to spare" if free > 0 else f"does NOT fit, {-free / GIB:.0f} GiB too much"
+
+
+def table(planned: dict) -> str:
+    items = list(dict.fromkeys(name for part in planned.values() for name in part))
+    rows = [
+        f"| {name} | "
+        + " | ".join(f"{part[name] / GIB:.1f}" if name in part else "" for part in planned.values())
+        + " |"
+        for name in items
+    ]
+    rows.append("| **sum** | " + " | ".join(f"**{sum(part.values()) / GIB:.1f}**" for part in planned.values()) + " |")
+    return "\n".join(["| GiB on each GPU | sampling | training |", "|---|---|---|", *rows])
+
+
+def report(cfg, frozen: str | None) -> None:
+    """Prints the plan of a stage's Config for 8 GPUs of 80 GB and for two nodes of 8 with 141 GB. `frozen`: its reference
+    or teacher."""
+    if common.rank():
+        return
+    sizes = [size_of(AutoConfig.from_pretrained(model)) if model else None for model in (cfg.model, frozen)]
+    positions = max(cfg.micro_batch_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
+    for name, shards, gib in (("8 x 80 GB", 8, 80e9 / GIB), ("2 x 8 x 141 GB", 8, 141e9 / GIB)):
+        planned = plan(
+            *sizes, shards, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
+            engine=cfg.engine != "torch",
+        )  # fmt: skip
+        print(f"\n{name}: {verdict(planned, gib)} (after {RESERVE / GIB:.0f} GiB for CUDA and NCCL)")
+    print(
+        f"\nmicro-batch of {positions} positions, weights sharded over 8 GPUs (each node has a replica)\n\n{table(planned)}"
+    )
+
+
+# The shapes of the paper's models, written out so that no hub is needed.
+QWEN3 = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, max_position_embeddings=40960)
+MODELS = {
+    "Qwen3-1.7B": Qwen3Config(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+                              tie_word_embeddings=True, **QWEN3),
+    "Qwen3-8B": Qwen3Config(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+                            tie_word_embeddings=False, **QWEN3),
+    "Qwen3-14B": Qwen3Config(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
+                             tie_word_embeddings=False, **QWEN3),
+    "Llama-3.1-8B": LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                                num_attention_heads=32, num_key_value_heads=8),
+    "Llama-3.3-70B": LlamaConfig(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                                 num_attention_heads=64, num_key_value_heads=8),
+}  # fmt: skip
+PAIRS = [("Qwen3-1.7B", "Qwen3-8B"), ("Qwen3-1.7B", "Qwen3-14B"), ("Llama-3.1-8B", "Llama-3.3-70B")]
+
+
+def pairs() -> str:
+    """Markdown: every stage of the paper's pairs at its lengths (3072 + 16384 and 2048 + 16384 tokens)."""
+    sizes = {name: size_of(config) for name, config in MODELS.items()}
+    lines = [
+        "GiB on each GPU at the larger of its two states, with activation checkpointing, one sequence of the paper's full "
+        "length in a micro-batch and 16 GiB of vLLM cache; weights sharded over the 8 GPUs of a node. Estimated on the meta "
+        "device, not measured. Command: `python memory.py`.",
+        "",
+        "| pair | stage | trained | frozen | tensor parallel | GiB | 8 x 80 GB | 2 x 8 x 141 GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for student, teacher in PAIRS:
+        for stage, trained, frozen, positions in (
+            ("1 GRPO", teacher, teacher, 3072 + 16384),
+            ("2 bridge", student, teacher, 2048 + 16384),
+            ("3 GRPO", student, student, 3072 + 16384),
+        ):
+            parallel = 8 if sizes[trained].parameters > 30e9 else 1
+            planned = plan(sizes[trained], sizes[frozen], 8, positions, 16 * GIB, parallel, checkpointing=True)
+            verdicts = [verdict(planned, gib * 1e9 / GIB) for gib in (80, 141)]
+            lines.append(
+                f"| {student} <- {teacher} | {stage} | {trained} ({sizes[trained].parameters / 1e9:.1f}B) | {frozen} | "
+                f"{parallel} | {peak(planned) / GIB:.0f} | {verdicts[0]} | {verdicts[1]} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        text = pairs()
+        path = Path("results/memory/pairs.md")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(text)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,34 @@
+"""The memory plan: parameter counts against real models, sums against hand arithmetic, and --dry-run."""
+
+import pytest
+from conftest import tiny_model
+
+import memory
+import teacher_grpo
+
+
+def test_counts_are_those_of_real_models_and_of_the_published_sizes():
+    for options in (dict(), dict(tied=False), dict(llama=True)):
+        model = tiny_model(**options)
+        assert memory.size_of(model.config).parameters == sum(p.numel() for p in model.parameters())
+    billions = {name: memory.size_of(config).parameters / 1e9 for name, config in memory.MODELS.items()}
+    published = {"Qwen3-1.7B": 1.72, "Qwen3-8B": 8.19, "Qwen3-14B": 14.77, "Llama-3.1-8B": 8.03, "Llama-3.3-70B": 70.55}
+    assert billions == pytest.approx(published, abs=0.01)
+
+
+def test_states_of_training_are_sixteen_bytes_a_parameter_over_the_shards():
+    size = memory.size_of(memory.MODELS["Qwen3-8B"])
+    training = memory.plan(size, size, 8, 4096, 0, 1, True)["training"]
+    states = [value for name, value in training.items() if "float32, sharded" in name or "AdamW" in name]
+    assert sum(states) == pytest.approx(16 * size.parameters / 8)
+    without = memory.plan(size, size, 8, 4096, 0, 1, False)["training"]["activations of a micro-batch"]
+    assert without > 10 * training["activations of a micro-batch"]
+
+
+def test_dry_run_loads_and_writes_nothing(student, problems, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(teacher_grpo.common, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    out = tmp_path / "out"
+    teacher_grpo.main(teacher_grpo.Config(student, problems, str(out), exclude=(), dry_run=True))
+    printed = capsys.readouterr().out
+    assert "8 x 80 GB: fits" in printed and "2 x 8 x 141 GB: fits" in printed and "AdamW states" in printed
+    assert not list(tmp_path.iterdir())
