@@ -17,6 +17,7 @@ The same script does the paper's two controls, which learn from the sampled toke
 - `--loss sft --keep correct` with the raw teacher as both model and teacher is the SFT'd teacher (route R6).
 
 One process:   python fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher --data dapo --half 1H --out runs/warmup
+Eight GPUs:    the same behind torchrun --nproc_per_node=8 fkl_warmup.py
 """
 
 from __future__ import annotations

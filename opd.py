@@ -16,6 +16,7 @@ exactly on-policy; Table 10's mini-batch of 64 counts prompts, each with all its
 the log only: no label enters the loss.
 
 One process:   python opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H --out runs/bridge
+Eight GPUs:    the same behind torchrun --nproc_per_node=8 opd.py
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ the control (route R7: 1H again, with the same number of problems and updates).
 
 One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
 The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay
+Eight GPUs:    the same behind torchrun --nproc_per_node=8 student_grpo.py
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ Our choices where the paper is silent, and what departs from other GRPO implemen
 - An answer counts only if the response was finished, not cut at the length limit.
 
 One process:   python teacher_grpo.py --model Qwen/Qwen3-8B --data dapo --half 1H --out runs/teacher
+Eight GPUs:    torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-8B --data dapo --half 1H \
+                   --out runs/teacher --activation-checkpointing
 The toy:       make demo
 Direct GRPO (route R1) is this script on the base student.
 """
