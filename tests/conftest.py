@@ -18,7 +18,7 @@ import toy
 torch.set_num_threads(1)
 
 SIZES = dict(
-    vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+    vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
     max_position_embeddings=128, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
 
@@ -48,14 +48,19 @@ def write_problems(path: Path, count: int, seed: int = 0) -> str:
     return str(path)
 
 
+# Heads of 32 are the smallest that vLLM can attend with on a CPU.
+
+
 @pytest.fixture(scope="session")
 def student(tmp_path_factory) -> str:
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "student", seed=1)
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "student", seed=1, head_dim=32)
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> str:
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "teacher", seed=2, hidden_size=24, tied=False)
+    return write_checkpoint(
+        tmp_path_factory.mktemp("models") / "teacher", seed=2, hidden_size=24, tied=False, head_dim=32
+    )
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ SEEDS = [[10 * i + j for j in range(4)] for i in range(len(PROMPTS))]
 def pair(request, tmp_path_factory):
     """A policy and an engine that was made from the same checkpoint."""
     directory = tmp_path_factory.mktemp(request.param)
-    policy = Policy(tiny_model(seed=5, tied=request.param == "tied", max_position_embeddings=512))
+    policy = Policy(tiny_model(seed=5, tied=request.param == "tied", max_position_embeddings=512, head_dim=32))
     policy.model.save_pretrained(directory)
     TOKENIZER.save_pretrained(directory)
     return policy, VLLMEngine(str(directory), TOKENIZER, max_tokens=400, max_sequences=64)
@@ -152,7 +152,7 @@ def test_a_stale_sampler_is_measured_and_its_weights_are_cut(pair):
 
 
 def test_settings_are_refused_before_anything_is_loaded(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+    tiny_model(head_dim=32).save_pretrained(tmp_path)
     cfg = teacher_grpo.Config(str(tmp_path), "", "", engine="vllm", max_prompt_tokens=64, max_response_tokens=64)
     check_engine(cfg, cfg.model)
     with pytest.raises(InputError, match="make 129, and .* has 128 positions"):
