@@ -109,6 +109,19 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, importance_c
     return -(weights * reward * logprobs).sum(), -reward
 
 
+@torch.no_grad()
+def sampler_mismatch(student: Policy, batch: Batch, temperature: float) -> dict[str, float]:
+    """How far the sampler's logprobs of one micro-batch are from the trainer's, over all ranks: mean and largest."""
+
+    def head(hidden, weight):
+        return fused_linear_logprob(hidden, weight, batch.targets, temperature)[0]
+
+    mismatch = (student(batch, head) - batch.sampler_logprobs).abs()  # (N,)
+    sums = common.all_sum({"total": mismatch.sum().item(), "count": len(mismatch)})
+    worst = common.all_max({"sampler_mismatch_max": mismatch.max().item() if len(mismatch) else 0.0})
+    return {"sampler_mismatch": sums["total"] / max(sums["count"], 1), **worst}
+
+
 def main(cfg: Config) -> None:
     common.check_settings(cfg)
     common.check_same_tokenizer(cfg.model, cfg.teacher)
@@ -148,7 +161,9 @@ def main(cfg: Config) -> None:
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             kl_sum = 0.0
             with run.phase("update"):
-                for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, device):
+                micro_batches = common.make_batches(rollouts, cfg.micro_batch_tokens, device)
+                mismatch = sampler_mismatch(policy, micro_batches[0], cfg.temperature)  # one tells if sync is broken
+                for batch in micro_batches:
                     if cfg.estimator == "full":
                         loss, kl = reverse_kl_loss(policy, teacher, batch, len(tokenizer))
                     else:
@@ -168,6 +183,7 @@ def main(cfg: Config) -> None:
                     "reverse_kl": reverse_kl,
                     "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
                     **common.response_statistics(rollouts),
+                    **mismatch,
                     "grad_norm": grad_norm,
                     "lr": lr,
                 },

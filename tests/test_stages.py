@@ -84,6 +84,12 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage):
     assert record["steps"] == len(lines) and record["config"]["seed"] == 0 and record["packages"]["torch"]
 
 
+@pytest.mark.parametrize("stage", ["teacher", "bridge", "student"])
+def test_the_sampler_is_the_trainers_policy_in_every_step(chain, stage):
+    for line in metrics(chain / stage):
+        assert 0 <= line["sampler_mismatch"] <= line["sampler_mismatch_max"] < 1e-4
+
+
 def test_weights_change_in_every_stage(chain, student, teacher):
     for before, after in [(teacher, chain / "teacher"), (student, chain / "warmup"), (chain / "warmup", chain / "bridge"),
                           (chain / "bridge", chain / "student")]:  # fmt: skip
