@@ -70,7 +70,7 @@ class Config:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of 25 tokens whose words include the paper's whole instruction, so that the toy's prompts
+    """A word-level tokenizer of 26 tokens whose words include the paper's whole instruction, so that the toy's prompts
     have the same format as real ones at the cost of one token."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     words = sorted(vocabulary, key=len, reverse=True)
