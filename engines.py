@@ -379,7 +379,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if sampling.top_p < 1.0:
         ordered, order = scores.sort(dim=-1, descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        mass = ordered.softmax(-1)
+        mass_before = mass.cumsum(-1) - mass
         outside = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, mass_before >= sampling.top_p)
         scores = scores.masked_fill(outside, -torch.inf)
     logprobs = scores.log_softmax(-1)  # (B, V)

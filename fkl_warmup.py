@@ -212,7 +212,7 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     device = common.this_device()
     sample_teacher(cache, tokenizer, cfg)
-    teacher = common.load_policy(cfg.teacher, trainable=False)
+    teacher = common.load_policy(cfg.teacher, trainable=False) if cfg.loss == "fkl" else None  # SFT has its tokens
     policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     run.restore(policy, optimizer)
