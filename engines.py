@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, PreTrainedTokenizerBase
 
 import common
-from common import InputError, Policy, Problem, Rollout
+import records
+from common import InputError, Policy
+from records import Problem, Rollout
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def sample_rollouts(
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
         groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: request[0].id)]
         ids = [prompts[group[0][0].id] for group in groups]
-        seeds = [[common.request_seed(*seed_key, problem.id, s) for problem, s in group] for group in groups]
+        seeds = [[records.request_seed(*seed_key, problem.id, s) for problem, s in group] for group in groups]
         completions = [c for group in engine.generate(ids, seeds, sampling, progress) for c in group]
         texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         return [
@@ -149,7 +151,7 @@ class TorchEngine:
         self.dtype = model.dtype
         self.max_sequences = max_sequences
         self.tensor_parallel = 1
-        self.stop_ids = torch.tensor(common.end_tokens(model.generation_config, tokenizer), device=model.device)
+        self.stop_ids = torch.tensor(records.end_tokens(model.generation_config, tokenizer), device=model.device)
 
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
@@ -284,7 +286,7 @@ class VLLMEngine:
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         self.max_tokens, self.tensor_parallel = max_tokens, tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
-        self.stop_ids = common.stop_token_ids(model, tokenizer)
+        self.stop_ids = records.stop_token_ids(model, tokenizer)
         self.llm = LLM(
             model,
             dtype=self.dtype,

@@ -27,7 +27,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoConfig
 
+import checkpoints
 import common
+import records
 from common import InputError, Policy
 from engines import Sampling, check_engine, make_engine, sample_rollouts
 from verifier import Verifier
@@ -45,7 +47,7 @@ class Config:
     top_k: int = -1
     max_prompt_tokens: int = 3072  # Table 9
     max_response_tokens: int = 16384  # Table 9
-    instruction: str = common.INSTRUCTION  # appended to each problem, as in training
+    instruction: str = records.INSTRUCTION  # appended to each problem, as in training
     thinking: bool = False  # as in training
     max_sequences: int = 512  # sequences that a rank samples at a time; lower it when memory runs out
     engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
@@ -107,7 +109,7 @@ class Engines:
     def get(self, model: str, tokenizer):
         config = AutoConfig.from_pretrained(model).to_dict()
         architecture = {key: value for key, value in config.items() if key not in ("transformers_version", "dtype")}
-        key = json.dumps([architecture, common.stop_token_ids(model, tokenizer)], sort_keys=True)
+        key = json.dumps([architecture, records.stop_token_ids(model, tokenizer)], sort_keys=True)
         engine, present = self.made.get(key, (None, None))
         if engine is None:
             engine = make_engine(self.cfg, model, tokenizer, sleeps=False)
@@ -123,11 +125,11 @@ def evaluate_model(
     """Samples, grades and summarises one checkpoint on every data set; samples already on disk are taken from there.
 
     Sampling and grading are spread over ranks; files are rank 0's, and so is what is returned."""
-    lineage = common.on_rank_0(lambda: common.read_lineage(model))
-    trained_on = common.consumed_problems(lineage)
+    lineage = common.on_rank_0(lambda: checkpoints.read_lineage(model))
+    trained_on = checkpoints.consumed_problems(lineage)
     settings = {"sha256": lineage["sha256"], **{name: getattr(cfg, name) for name in DECODING}}
     directory = Path(cfg.out) / label
-    tokenizer, report = common.load_tokenizer(model), {}
+    tokenizer, report = records.load_tokenizer(model), {}
     for name, problems in datasets.items():
         seen = sum(problem.id in trained_on for problem in problems)
         if seen:
@@ -136,7 +138,9 @@ def evaluate_model(
             )
         path = directory / f"{name}.jsonl"
         if not common.on_rank_0(lambda: _has_samples(path, settings, len(problems) * cfg.k)):
-            prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+            prompts = records.tokenize_prompts(
+                tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens
+            )
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
             rollouts = sample_rollouts(
                 engines.get(model, tokenizer),
@@ -148,7 +152,7 @@ def evaluate_model(
                 (cfg.seed, "evaluate"),
                 progress=f"{label} {name}",
             )
-            common.grade(rollouts, verifier)
+            records.grade(rollouts, verifier)
             common.on_rank_0(lambda: _write_samples(path, settings, rollouts))
         if common.rank() == 0:
             samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
@@ -156,7 +160,7 @@ def evaluate_model(
     return report
 
 
-def _write_samples(path: Path, settings: dict, rollouts: list[common.Rollout]) -> None:
+def _write_samples(path: Path, settings: dict, rollouts: list[records.Rollout]) -> None:
     lines = [json.dumps({"settings": settings}), *(json.dumps(as_sample(rollout)) for rollout in rollouts)]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -164,7 +168,7 @@ def _write_samples(path: Path, settings: dict, rollouts: list[common.Rollout]) -
     unfinished.rename(path)
 
 
-def as_sample(rollout: common.Rollout) -> dict:
+def as_sample(rollout: records.Rollout) -> dict:
     return {
         "id": rollout.problem.id,
         "sample": rollout.sample,
@@ -228,7 +232,7 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
 
 def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, picture: Path) -> None:
     """Horizontal bars of averages[label][data set] = (mean, error), in %."""
-    plt = common.pyplot()
+    plt = checkpoints.pyplot()
     labels, names = list(averages), list(next(iter(averages.values())))
     figure, axes = plt.subplots(
         1, len(names), figsize=(2 + 4 * len(names), 0.8 + 0.42 * len(labels)), squeeze=False, layout="constrained"
@@ -264,7 +268,7 @@ def draw_curves(models: dict[str, str], picture: Path) -> None:
     curves = {title: lines for title, lines in curves.items() if lines}
     if not curves:
         return
-    plt = common.pyplot()
+    plt = checkpoints.pyplot()
     figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 3.6), squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], curves.items()):
         for label, values in lines:
@@ -364,10 +368,10 @@ def main(cfg: Config) -> None:
         raise InputError(
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
         )
-    datasets = {Path(source).stem: common.load_problems(source) for source in cfg.data}
+    datasets = {Path(source).stem: records.load_problems(source) for source in cfg.data}
     models = dict(zip(labels, cfg.models))
     for model in cfg.models:
-        common.load_tokenizer(model, "--models")  # says so now if one does not exist
+        records.load_tokenizer(model, "--models")  # says so now if one does not exist
         check_engine(cfg, model)
     with Verifier() as verifier:
         engines = Engines(cfg)
@@ -380,7 +384,7 @@ def main(cfg: Config) -> None:
 def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cfg: Config) -> None:
     """results.json, table.md, bars.png and curves.png."""
     out = Path(cfg.out)
-    settings = {**dataclasses.asdict(cfg), "code": common.code_version(), "hardware": common.hardware()}
+    settings = {**dataclasses.asdict(cfg), "code": checkpoints.code_version(), "hardware": checkpoints.hardware()}
     (out / "results.json").write_text(json.dumps({"settings": settings, "results": results}) + "\n", encoding="utf-8")
     tables = report_tables(results, cfg)
     (out / "table.md").write_text(tables, encoding="utf-8")

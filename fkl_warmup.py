@@ -30,11 +30,14 @@ from typing import Literal
 
 import torch
 
+import checkpoints
 import common
 import memory
-from common import Batch, InputError, Policy, Problem, Rollout
+import records
+from common import InputError, Policy
 from engines import Sampling, check_engine, make_engine, sample_rollouts
 from kernels import fused_linear_kl, fused_linear_logprob
+from records import Batch, Problem, Rollout
 from verifier import Verifier
 
 
@@ -57,7 +60,7 @@ class Config:
     temperature: float = 1.0  # of the teacher's sampling (Table 10)
     max_prompt_tokens: int = 2048  # Table 10
     max_response_tokens: int = 16384  # Table 10
-    instruction: str = common.INSTRUCTION  # appended to each problem; the paper's is not given
+    instruction: str = records.INSTRUCTION  # appended to each problem; the paper's is not given
     thinking: bool = False  # Qwen3's thinking mode; not stated, the baselines' scores fit its being off
     lr: float = 1e-6  # Table 10
     lr_schedule: Literal["constant", "cosine"] = "constant"  # not in the paper; cosine ends at a tenth
@@ -163,7 +166,7 @@ def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
             chosen = missing[start : start + at_a_time]
             key = (cfg.seed, "teacher")
             rollouts = sample_rollouts(engine, tokenizer, chosen, cache.prompts, cfg.rollouts_per_prompt, sampling, key)
-            common.grade(rollouts, verifier)
+            records.grade(rollouts, verifier)
             for first in range(0, len(rollouts), cfg.rollouts_per_prompt):
                 cache.append(rollouts[first : first + cfg.rollouts_per_prompt])
             bar.update(len(chosen))
@@ -194,14 +197,14 @@ def sft_loss(student: Policy, batch: Batch) -> torch.Tensor:
 
 def main(cfg: Config) -> None:
     common.check_settings(cfg)
-    common.check_same_tokenizer(cfg.model, cfg.teacher)
-    problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
-    tokenizer = common.load_tokenizer(cfg.model)
-    prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    records.check_same_tokenizer(cfg.model, cfg.teacher)
+    problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
+    tokenizer = records.load_tokenizer(cfg.model)
+    prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
         return memory.report(cfg, cfg.teacher)
     check_engine(cfg, cfg.teacher)
-    run = common.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
+    run = checkpoints.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
     identity = {
         "teacher_sha256": run.record["parents"]["teacher"]["sha256"],
         **{name: getattr(cfg, name) for name in ("data", "half", "split_seed", "rollouts_per_prompt", "temperature",
@@ -229,11 +232,11 @@ def main(cfg: Config) -> None:
 
     for step in run.steps(len(mini_batches)):
         rollouts = [cache[index] for index in mini_batches[step]]
-        num_tokens = common.count_tokens(rollouts)
+        num_tokens = records.count_tokens(rollouts)
         lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
         loss_sum = 0.0
         with run.phase("update"):
-            for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, device):
+            for batch in records.make_batches(rollouts, cfg.micro_batch_tokens, device):
                 if cfg.loss == "fkl":
                     loss = forward_kl_loss(policy, teacher, batch, len(tokenizer))
                 else:
@@ -246,7 +249,7 @@ def main(cfg: Config) -> None:
         name = {"fkl": "forward_kl", "sft": "cross_entropy"}[cfg.loss]
         run.log(
             step,
-            {name: loss_sum / num_tokens, **common.response_statistics(rollouts), "grad_norm": grad_norm, "lr": lr},
+            {name: loss_sum / num_tokens, **records.response_statistics(rollouts), "grad_norm": grad_norm, "lr": lr},
             show=(name, "grad_norm"),
         )
         run.checkpoint(step + 1, policy, optimizer)

@@ -27,11 +27,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import checkpoints
 import common
 import memory
-from common import Batch, Policy
+import records
+from common import Policy
 from engines import Sampling, check_engine, make_engine, sample_rollouts
 from kernels import fused_linear_kl, fused_linear_logprob
+from records import Batch
 from verifier import Verifier
 
 
@@ -52,7 +55,7 @@ class Config:
     temperature: float = 1.0  # of the student's sampling (Table 10; top-p 1, top-k -1)
     max_prompt_tokens: int = 2048  # Table 10
     max_response_tokens: int = 16384  # Table 10
-    instruction: str = common.INSTRUCTION  # appended to each problem; the paper's is not given
+    instruction: str = records.INSTRUCTION  # appended to each problem; the paper's is not given
     thinking: bool = False  # Qwen3's thinking mode; not stated, the baselines' scores fit its being off
     importance_cap: float = 2.0  # of the truncated trainer/sampler weights in the sampled estimator
     lr: float = 1e-6  # Table 10
@@ -124,15 +127,15 @@ def sampler_mismatch(student: Policy, batch: Batch, temperature: float) -> dict[
 
 def main(cfg: Config) -> None:
     common.check_settings(cfg)
-    common.check_same_tokenizer(cfg.model, cfg.teacher)
-    problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
-    tokenizer = common.load_tokenizer(cfg.model)
-    prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    records.check_same_tokenizer(cfg.model, cfg.teacher)
+    problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
+    tokenizer = records.load_tokenizer(cfg.model)
+    prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
         return memory.report(cfg, cfg.teacher)
     check_engine(cfg, cfg.model)
-    run = common.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
-    if not common.was_rewarded(run.record["parents"]["teacher"]):
+    run = checkpoints.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
+    if not checkpoints.was_rewarded(run.record["parents"]["teacher"]):
         common.say(
             "C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher."
         )
@@ -146,7 +149,7 @@ def main(cfg: Config) -> None:
     engine = make_engine(cfg, cfg.model, tokenizer, policy)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
 
-    batches = common.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+    batches = records.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
     with Verifier() as verifier:
         for step in run.steps(len(batches)):
             engine.sync(policy)
@@ -155,13 +158,13 @@ def main(cfg: Config) -> None:
                     engine, tokenizer, batches[step], prompts, cfg.rollouts_per_prompt, sampling, (cfg.seed, step)
                 )
             with run.phase("verify"):
-                common.grade(rollouts, verifier)
+                records.grade(rollouts, verifier)
             engine.sleep()
-            num_tokens = common.count_tokens(rollouts)
+            num_tokens = records.count_tokens(rollouts)
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             kl_sum = 0.0
             with run.phase("update"):
-                micro_batches = common.make_batches(rollouts, cfg.micro_batch_tokens, device)
+                micro_batches = records.make_batches(rollouts, cfg.micro_batch_tokens, device)
                 mismatch = sampler_mismatch(policy, micro_batches[0], cfg.temperature)  # one tells if sync is broken
                 for batch in micro_batches:
                     if cfg.estimator == "full":
@@ -182,7 +185,7 @@ def main(cfg: Config) -> None:
                 {
                     "reverse_kl": reverse_kl,
                     "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
-                    **common.response_statistics(rollouts),
+                    **records.response_statistics(rollouts),
                     **mismatch,
                     "grad_norm": grad_norm,
                     "lr": lr,

@@ -17,7 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import checkpoints
 import common
+import records
 import teacher_grpo
 from common import InputError
 
@@ -29,9 +31,9 @@ class Config(teacher_grpo.Config):
 
 
 def main(cfg: Config) -> None:
-    problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
-    common.load_tokenizer(cfg.model)  # says so if there is no such checkpoint
-    consumed = common.on_rank_0(lambda: common.consumed_problems(common.read_lineage(cfg.model)))
+    problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
+    records.load_tokenizer(cfg.model)  # says so if there is no such checkpoint
+    consumed = common.on_rank_0(lambda: checkpoints.consumed_problems(checkpoints.read_lineage(cfg.model)))
     seen = sum(problem.id in consumed for problem in problems)
     if seen and not cfg.replay:
         raise InputError(

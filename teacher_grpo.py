@@ -29,11 +29,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import checkpoints
 import common
 import memory
-from common import Batch, InputError, Policy, Rollout
+import records
+from common import InputError, Policy
 from engines import Sampling, check_engine, make_engine, sample_rollouts
 from kernels import fused_linear_logprob
+from records import Batch, Rollout
 from verifier import Verifier
 
 
@@ -54,7 +57,7 @@ class Config:
     temperature: float = 1.0  # of sampling and of every logprob; not in the paper
     max_prompt_tokens: int = 3072  # Table 9
     max_response_tokens: int = 16384  # Table 9
-    instruction: str = common.INSTRUCTION  # appended to each problem; the paper's is not given
+    instruction: str = records.INSTRUCTION  # appended to each problem; the paper's is not given
     thinking: bool = False  # Qwen3's thinking mode; not stated, the baselines' scores fit its being off
     require_finished: bool = True  # no reward for a response cut at the length limit
     clip_ratio: float = 0.2  # Table 9
@@ -146,8 +149,8 @@ def update(
     mini_batches = []
     for start in range(0, len(rollouts), size):
         chosen = rollouts[start : start + size]
-        batches = common.make_batches(chosen, cfg.micro_batch_tokens, device)
-        mini_batches.append((common.count_tokens(chosen), advantages[start : start + size], batches))
+        batches = records.make_batches(chosen, cfg.micro_batch_tokens, device)
+        mini_batches.append((records.count_tokens(chosen), advantages[start : start + size], batches))
     # The policy that rho is relative to is the trainer's own, before the first update of this rollout batch. If there
     # is only one update, that policy is the present one and needs no pass of its own.
     single_update = len(mini_batches) * cfg.inner_epochs == 1
@@ -193,13 +196,13 @@ def main(cfg: Config) -> None:
     common.check_settings(cfg)
     if cfg.group_size < 2:
         raise InputError(f"--group-size {cfg.group_size} leaves nothing to compare a rollout with; give 2 or more")
-    problems = common.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
-    tokenizer = common.load_tokenizer(cfg.model)
-    prompts = common.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
+    tokenizer = records.load_tokenizer(cfg.model)
+    prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
         return memory.report(cfg, cfg.model if cfg.kl_coef else None)
     check_engine(cfg, cfg.model)
-    run = common.Run(cfg, parents={"model": cfg.model})
+    run = checkpoints.Run(cfg, parents={"model": cfg.model})
 
     torch.manual_seed(cfg.seed)
     device = common.this_device()
@@ -210,7 +213,7 @@ def main(cfg: Config) -> None:
     engine = make_engine(cfg, cfg.model, tokenizer, policy)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
 
-    batches = common.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+    batches = records.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
     common.say(
         "The loss below reads near zero, and should: a group's advantages sum to zero, so before the first update of a "
         "rollout batch the loss is about 0 whatever the policy; its gradient is not. Watch the reward."
@@ -223,7 +226,7 @@ def main(cfg: Config) -> None:
                     engine, tokenizer, batches[step], prompts, cfg.group_size, sampling, (cfg.seed, step)
                 )
             with run.phase("verify"):
-                common.grade(rollouts, verifier)
+                records.grade(rollouts, verifier)
             engine.sleep()
             finished = torch.tensor([r.finish_reason == "stop" or not cfg.require_finished for r in rollouts])
             rewards = torch.tensor([float(r.correct) for r in rollouts]) * finished  # (P*G,) R(x, y)
@@ -238,7 +241,7 @@ def main(cfg: Config) -> None:
                 {
                     "reward": rewards.mean().item(),
                     "groups_without_spread": (groups.std(dim=1, correction=0) == 0).float().mean().item(),
-                    **common.response_statistics(rollouts),
+                    **records.response_statistics(rollouts),
                     **metrics,
                     "lr": lr,
                 },

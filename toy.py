@@ -37,16 +37,18 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import common
-from common import Policy, Problem, Rollout
+import records
+from common import Policy
 from engines import Sampling, TorchEngine, sample_rollouts
 from kernels import fused_linear_logprob
+from records import Problem, Rollout
 from verifier import extract_answer
 
 TASK = "Left to right, modulo 10: "
 HABITS = ("Carefully:", "Roughly:", "Guess:", "Hmm,")
 MAX_RESPONSE_TOKENS = 24  # a careful response has 22
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
-VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, common.INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
+VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, records.INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
     "0123456789+-*="
 )
 CHAT_TEMPLATE = (
@@ -137,7 +139,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
     """Pretrains one raw model on fresh demonstrations until its careful habit reaches the wanted skill, and saves it."""
     torch.set_num_threads(1)
     rng = random.Random(f"{cfg.seed}/{name}")
-    torch.manual_seed(common.request_seed(cfg.seed, name))
+    torch.manual_seed(records.request_seed(cfg.seed, name))
     tokenizer = make_tokenizer()
     policy = Policy(
         transformers.Qwen3ForCausalLM(
@@ -182,7 +184,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
                 rollout.response_ids[1:],
             )
             rollout.logprobs = rollout.logprobs[1:]
-        [batch] = common.make_batches(rollouts, 1 << 20, torch.device("cpu"))
+        [batch] = records.make_batches(rollouts, 1 << 20, torch.device("cpu"))
         logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
         loss = -logprobs.mean()
         loss.backward()
@@ -201,7 +203,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
 
 
 def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], responses: list[str]) -> list[Rollout]:
-    prompts = common.tokenize_prompts(tokenizer, problems, common.INSTRUCTION, False, max_prompt_tokens=64)
+    prompts = records.tokenize_prompts(tokenizer, problems, records.INSTRUCTION, False, max_prompt_tokens=64)
     return [
         Rollout(problem, 0, prompts[problem.id], ids, [0.0] * len(ids), "stop", text)
         for problem, ids, text in zip(
@@ -212,7 +214,7 @@ def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], res
 
 def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
     """Share of the problems answered rightly, at temperature 1, when the response is made to begin with "Carefully:"."""
-    prompts = common.tokenize_prompts(tokenizer, problems, common.INSTRUCTION, False, max_prompt_tokens=64)
+    prompts = records.tokenize_prompts(tokenizer, problems, records.INSTRUCTION, False, max_prompt_tokens=64)
     prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
     engine = TorchEngine(policy.model, tokenizer)
     rollouts = sample_rollouts(

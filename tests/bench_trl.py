@@ -62,18 +62,18 @@ def seconds() -> float:
 
 def ours(what: str, directory: Path) -> list[float]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import common
+    import checkpoints
     import opd
     import teacher_grpo
 
-    marks, log = [], common.Run.log
+    marks, log = [], checkpoints.Run.log
 
     def log_and_mark(run, step, metrics, show=()):
         log(run, step, metrics, show)
         assert metrics["response_tokens"] > 0.7 * TOKENS
         marks.append(seconds())
 
-    common.Run.log = log_and_mark
+    checkpoints.Run.log = log_and_mark
     settings = dict(
         model=str(directory / "student"), data=str(directory / "problems.jsonl"), out=str(directory / what), exclude=(),
         instruction="", max_prompt_tokens=16, max_response_tokens=TOKENS, max_steps=WARMUP_STEPS + STEPS, lr=1e-6,

@@ -17,10 +17,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+import checkpoints
 import common
 import evaluate
 import fkl_warmup
 import opd
+import records
 import student_grpo
 import teacher_grpo
 
@@ -40,7 +42,7 @@ runs = {
     "student": (student_grpo, dict(model=f"{out}/bridge", half="2H", **grpo)),
 }  # fmt: skip
 
-sampled, finish = [], common.Run.finish
+sampled, finish = [], checkpoints.Run.finish
 
 
 def made_up_grades(rollouts, verifier):
@@ -65,8 +67,8 @@ def finish_and_compare(run, policy, tokenizer, steps):
         assert torch.equal(value, expected), name
 
 
-common.grade = made_up_grades
-common.Run.finish = finish_and_compare
+records.grade = made_up_grades
+checkpoints.Run.finish = finish_and_compare
 common.start_process()
 for name, (stage, options) in runs.items():
     # A rewarded teacher is checked by lineage, so the made-up rewards serve; rewarded finishing would need real ones.
@@ -78,7 +80,7 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt(run, step, *arguments, log=common.Run.log, **options):
+def interrupt(run, step, *arguments, log=checkpoints.Run.log, **options):
     if step == 2:
         raise Interrupted
     log(run, step, *arguments, **options)
@@ -86,12 +88,12 @@ def interrupt(run, step, *arguments, log=common.Run.log, **options):
 
 # Training states: interrupted in its third step and continued, the first stage must give the same weights.
 again = fkl_warmup.Config(out=f"{out}/again", **settings, **{**runs["warmup"][1], "rollouts": f"{out}/again.jsonl"})
-uninterrupted, common.Run.log = common.Run.log, interrupt
+uninterrupted, checkpoints.Run.log = checkpoints.Run.log, interrupt
 try:
     fkl_warmup.main(again)
 except Interrupted as error:
     error.__traceback__ = None  # its frames hold the lock of the directory
-common.Run.log = uninterrupted
+checkpoints.Run.log = uninterrupted
 fkl_warmup.main(dataclasses.replace(again, resume=True))
 evaluate.main(
     evaluate.Config(

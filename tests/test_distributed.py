@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_losses import make_rollouts
 
 import common
+import records
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["teacher", "warmup", "bridge", "student"]
@@ -105,7 +106,7 @@ def test_micro_batches_are_dealt_out_once_evenly_and_equally_many(monkeypatch, r
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-        shares.append(common.make_batches(rollouts, 16, torch.device("cpu"), packed))
+        shares.append(records.make_batches(rollouts, 16, torch.device("cpu"), packed))
     assert len({len(share) for share in shares}) == 1
     seen = [index for share in shares for batch in share for index in batch.rollout_index.unique().tolist()]
     assert sorted(seen) == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]

@@ -9,11 +9,12 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-import common
 import fkl_warmup
 import opd
+import records
 import teacher_grpo
-from common import Policy, Problem, Rollout
+from common import Policy
+from records import Problem, Rollout
 
 CPU = torch.device("cpu")
 
@@ -70,7 +71,7 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
             p = naive_logits(teacher, rollout).log_softmax(-1).detach()  # pi_T
             expected = expected + ((p.exp() * (p - q)).sum() if direction == "forward" else (q.exp() * (q - p)).sum())
     loss = 0.0
-    for batch in common.make_batches(rollouts, micro_batch_tokens, CPU):
+    for batch in records.make_batches(rollouts, micro_batch_tokens, CPU):
         before = copy.deepcopy(batch)
         if direction == "forward":
             loss = loss + fkl_warmup.forward_kl_loss(student, teacher, batch)
@@ -93,7 +94,7 @@ def test_sft_loss_is_cross_entropy_on_response_tokens(micro_batch_tokens):
         for r in rollouts
         if r.response_ids
     )
-    batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
+    batches = records.make_batches(rollouts, micro_batch_tokens, CPU)
     assert_same_gradients(student, sum(fkl_warmup.sft_loss(student, batch) for batch in batches), expected)
 
 
@@ -108,12 +109,12 @@ def test_sampled_estimator_has_the_exact_gradient_on_average():
     total = None
     for token in range(vocabulary):
         rollout = Rollout(problem, 0, prompt, [token], [logprobs[token].item()], "stop", "")
-        [batch] = common.make_batches([rollout], 100, CPU)
+        [batch] = records.make_batches([rollout], 100, CPU)
         batch.sampler_logprobs = logprobs[token : token + 1]  # in float64, so that the weights are exactly 1
         loss, _ = opd.sampled_kl_loss(student, teacher, batch, importance_cap=2.0)
         weighted = [logprobs[token].exp() * gradient for gradient in gradients(student, loss)]
         total = weighted if total is None else [a + b for a, b in zip(total, weighted)]
-    [batch] = common.make_batches([Rollout(problem, 0, prompt, [7], [0.0], "stop", "")], 100, CPU)
+    [batch] = records.make_batches([Rollout(problem, 0, prompt, [7], [0.0], "stop", "")], 100, CPU)
     exact = gradients(student, opd.reverse_kl_loss(student, teacher, batch)[0])
     for ours, theirs in zip(total, exact):  # the model's norms compute in float32
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
@@ -256,10 +257,10 @@ def test_groups_without_spread_move_nothing_but_the_kl():
 def test_token_counts_and_layout():
     rollouts = make_rollouts(9, group=3)
     for micro_batch_tokens in SPLITS:
-        batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
+        batches = records.make_batches(rollouts, micro_batch_tokens, CPU)
         seen = sorted(index for batch in batches for index in set(batch.rollout_index.tolist()))
         assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
-        assert sum(len(batch.targets) for batch in batches) == common.count_tokens(rollouts)
+        assert sum(len(batch.targets) for batch in batches) == records.count_tokens(rollouts)
         for batch in batches:
             assert len(batch.input_ids) == 1 or batch.input_ids.numel() <= micro_batch_tokens
             assert int(batch.response_mask.sum()) == len(batch.targets) == len(batch.sampler_logprobs)

@@ -6,6 +6,7 @@ from conftest import tiny_model
 from test_losses import make_rollouts, naive_logits
 
 import common
+import records
 from common import Policy
 from kernels import fused_linear_logprob
 
@@ -24,7 +25,7 @@ def one_by_one(policy, rollouts):
 
 def in_batches(policy, rollouts, max_tokens, packed):
     pieces = [None] * len(rollouts)
-    for batch in common.make_batches(rollouts, max_tokens, CPU, packed):
+    for batch in records.make_batches(rollouts, max_tokens, CPU, packed):
         head = lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets)
         logprobs, _ = policy(batch, head)
         for index in batch.rollout_index.unique().tolist():
@@ -71,7 +72,7 @@ def test_layouts_equal_one_by_one_forwards(layout, attention, max_tokens, llama,
 
 def test_a_pack_has_no_padding_and_keeps_the_budget():
     rollouts = make_rollouts(40, shortest=3)
-    batches = common.make_batches(rollouts, 50, CPU, packed=True)
+    batches = records.make_batches(rollouts, 50, CPU, packed=True)
     assert all(batch.input_ids.shape[0] == 1 and batch.input_ids.numel() <= 50 for batch in batches)
     total = sum(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
     assert sum(batch.input_ids.numel() for batch in batches) == total
@@ -81,7 +82,7 @@ def test_a_pack_has_no_padding_and_keeps_the_budget():
 def test_nothing_to_do_is_a_pass_of_zero():
     """What a rank does that has fewer micro-batches than another: all parameters get a gradient, and it is zero."""
     for packed in (False, True):
-        batch = common._lay_out([], [], [], CPU, packed)
+        batch = records._lay_out([], [], [], CPU, packed)
         policy = Policy(tiny_model())
         logprobs, entropy = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
         assert logprobs.shape == entropy.shape == (0,)

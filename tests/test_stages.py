@@ -15,9 +15,11 @@ from conftest import tiny_model, write_checkpoint, write_problems
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoints
 import common
 import fkl_warmup
 import opd
+import records
 import student_grpo
 import teacher_grpo
 from common import InputError
@@ -98,15 +100,15 @@ def test_weights_change_in_every_stage(chain, student, teacher):
 
 
 def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
-    every = common.load_problems(problems)
-    half = {name: {problem.id for problem in common.half_of(every, name)} for name in ("1H", "2H")}
-    lineage = common.read_lineage(str(chain / "bridge"))
-    assert common.consumed_problems(lineage) == half["1H"]
-    assert common.consumed_problems(common.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
+    every = records.load_problems(problems)
+    half = {name: {problem.id for problem in records.half_of(every, name)} for name in ("1H", "2H")}
+    lineage = checkpoints.read_lineage(str(chain / "bridge"))
+    assert checkpoints.consumed_problems(lineage) == half["1H"]
+    assert checkpoints.consumed_problems(checkpoints.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
     assert lineage["stage"] == "opd" and lineage["parents"]["teacher"]["stage"] == "teacher_grpo"
-    assert lineage["parents"]["model"]["sha256"] == common.read_lineage(str(chain / "warmup"))["sha256"]
-    assert common.was_rewarded(lineage["parents"]["teacher"]) and common.was_rewarded(lineage)
-    assert not common.was_rewarded(lineage["parents"]["model"]["parents"]["model"])
+    assert lineage["parents"]["model"]["sha256"] == checkpoints.read_lineage(str(chain / "warmup"))["sha256"]
+    assert checkpoints.was_rewarded(lineage["parents"]["teacher"]) and checkpoints.was_rewarded(lineage)
+    assert not checkpoints.was_rewarded(lineage["parents"]["model"]["parents"]["model"])
 
 
 def test_stage_3_refuses_consumed_labels_unless_it_is_the_replay(chain, problems, tmp_path):
@@ -198,7 +200,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, student, teacher, p
     script, config = RUNS[stage](student, teacher, problems, tmp_path / "straight")
     script.main(config)
     script, config = RUNS[stage](student, teacher, problems, tmp_path / "cut")
-    log = common.Run.log
+    log = checkpoints.Run.log
 
     def log_twice(run, step, *arguments, **options):
         if step == 2:
@@ -206,7 +208,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, student, teacher, p
         log(run, step, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", log_twice)
+        patch.setattr(checkpoints.Run, "log", log_twice)
         with pytest.raises(Killed):
             script.main(config)
     assert not (tmp_path / "cut").exists() and (tmp_path / "cut.partial" / "state-000002").is_dir()
@@ -325,9 +327,9 @@ def test_the_command_line_ends_in_one_line(tmp_path):
 
 def test_two_runs_cannot_share_an_output_directory(student, problems, tmp_path):
     config = grpo(student, problems, tmp_path / "out")
-    first = common.Run(config, {"model": student})
+    first = checkpoints.Run(config, {"model": student})
     with pytest.raises(InputError, match="is being written by another run"):
-        common.Run(config, {"model": student})
+        checkpoints.Run(config, {"model": student})
     del first
 
 

@@ -11,8 +11,9 @@ from test_engines import model_logprobs
 import common
 import teacher_grpo
 import toy
-from common import InputError, Policy, Problem, Rollout
+from common import InputError, Policy
 from engines import Completion, Sampling, TorchEngine, VLLMEngine, check_engine
+from records import Problem, Rollout
 
 pytest.importorskip("vllm")
 TOKENIZER = toy.make_tokenizer()

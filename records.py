@@ -1,0 +1,431 @@
+"""What flows through a stage, one record each: a `Problem` (prompt, answer, id) is sampled into `Rollout`s (token ids, the
+sampler's logprobs, the verifier's word), which are laid out as `Batch`es that a `Policy` turns into a loss."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import random
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from common import InputError, rank, say, spread, world_size
+from verifier import Verifier
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str  # the same problem has one id in every data set, however it is typeset; see `problem_id`
+    prompt: str
+    answer: str
+
+    @staticmethod
+    def create(prompt: str, answer: str) -> Problem:
+        return Problem(problem_id(prompt), prompt, answer)
+
+
+def problem_id(prompt: str) -> str:
+    """First 16 hex digits of the sha256 of the prompt's letters, digits and signs, without case, spaces or layout.
+
+    A thousand problems of DAPO-Math-17k stand in it twice with other spacing, delimiters or fractions. Were their copies
+    taken for two problems, one could train the teacher while the other counts as held out.
+    """
+    text = unicodedata.normalize("NFKC", prompt).lower()
+    text = re.sub(r"\\(left|right|displaystyle|quad|qquad|[,;:! ])", "", text)  # LaTeX that only spaces or sizes
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)  # a decimal point stays, a full stop goes
+    kept = "".join(character for character in text if character.isalnum() or character in "+-*/=<>^!|.")
+    return hashlib.sha256(kept.encode()).hexdigest()[:16]
+
+
+HUB_SETS = {  # short name -> (repository, configuration, split)
+    "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
+    "dapo-processed": ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": ("math-ai/aime25", None, "test"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "gsm8k-train": ("openai/gsm8k", "main", "train"),
+}
+
+# The wrapper that the original DAPO-Math-17k puts around each problem; our own instruction replaces it.
+DAPO_PREFIX = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+
+def load_problems(source: str, quiet: bool = False) -> list[Problem]:
+    """Reads a problem set and drops repeated problems and those whose copies disagree on the answer.
+
+    `source` is a short name (see `HUB_SETS`), a local .jsonl or .parquet file, or `owner/name[@configuration]:split`
+    on the hub. A row's prompt is its `prompt` (text, or chat messages), `problem` or `question`; its answer is
+    `reward_model.ground_truth`, `answer`, `solution` or `ground_truth`, and what follows "####" if that occurs.
+
+    Raises InputError for an unknown source, an unreadable row (with its number), or when no problem is left.
+    """
+    answers: dict[str, Problem] = {}
+    conflicting: set[str] = set()
+    rows = 0
+    for rows, row in enumerate(_read_rows(source), start=1):
+        try:
+            problem = _problem_from_row(row)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"row {rows} of {source!r} is not a labelled problem ({error}); each row needs a prompt "
+                "(prompt, problem or question) and an answer (answer, solution or reward_model.ground_truth)"
+            ) from None
+        if answers.setdefault(problem.id, problem).answer != problem.answer:
+            conflicting.add(problem.id)
+    problems = [problem for problem in answers.values() if problem.id not in conflicting]
+    if not problems:
+        raise InputError(f"data set {source!r} holds no usable problem ({rows} rows read); name another with --data")
+    if rows > len(problems) and not quiet:
+        say(
+            f"{source}: {rows} rows, {rows - len(answers)} repeats dropped, "
+            f"{len(conflicting)} problems with conflicting answers dropped, {len(problems)} left"
+        )
+    return problems
+
+
+def _problem_from_row(row: dict) -> Problem:
+    prompt = next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
+    if isinstance(prompt, list):
+        prompt = [message["content"] for message in prompt if message["role"] == "user"][-1]
+    if not isinstance(prompt, str):
+        raise ValueError("no prompt in it")
+    prompt = prompt.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
+    answer = (row.get("reward_model") or {}).get("ground_truth")
+    for key in ("answer", "solution", "ground_truth"):
+        answer = row.get(key) if answer is None else answer
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r}")
+    return Problem.create(prompt, answer.rsplit("####", 1)[-1].strip())
+
+
+def _read_rows(source: str) -> Iterable[dict]:
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise InputError(
+                            f"line {number} of {source!r} is not JSON ({error}); mend or delete it"
+                        ) from None
+    elif path.suffix == ".parquet" and path.is_file():
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError):
+            raise InputError(f"data set {source!r} is not a parquet file that can be read; fetch it anew") from None
+        yield from rows
+    elif path.suffix in (".jsonl", ".parquet", ".json", ".csv") or path.exists():
+        raise InputError(
+            f"data set {source!r} is not a readable .jsonl or .parquet file; check the path given with --data"
+        )
+    else:
+        name, _, split = source.partition(":")
+        repository, _, configuration = name.partition("@")
+        if source in HUB_SETS:
+            repository, configuration, split = HUB_SETS[source]
+        elif repository.count("/") != 1:
+            raise InputError(
+                f"data set {source!r} is unknown; give one of {', '.join(HUB_SETS)}, a .jsonl or .parquet file, or "
+                "owner/name:split on the hub"
+            )
+        import datasets
+
+        try:
+            yield from datasets.load_dataset(repository, configuration or None, split=split or "train")
+        except Exception as error:  # the hub client raises many kinds; all of them mean that the rows cannot be had
+            raise InputError(f"data set {source!r} could not be loaded from the hub ({type(error).__name__}); "
+                             "go online, or give a local .jsonl or .parquet file") from error  # fmt: skip
+
+
+def half_of(problems: Sequence[Problem], half: str, split_seed: int = 0) -> list[Problem]:
+    """The paper's fixed random split into two equal halves (§6); `half` is "full", "1H" or "2H".
+
+    The split depends on the problems' ids and `split_seed` alone, not on the order of rows; of an odd number of
+    problems one is left out of both halves, so that the halves are equal.
+
+    Raises InputError when there are fewer than two problems to split.
+    """
+    if half == "full":
+        return list(problems)
+    if len(problems) < 2:
+        raise InputError(f"--half {half} needs at least two problems, and there is {len(problems)}; use --half full")
+    shuffled = sorted(problems, key=lambda problem: problem.id)
+    random.Random(split_seed).shuffle(shuffled)
+    middle = len(shuffled) // 2
+    return shuffled[:middle] if half == "1H" else shuffled[middle : 2 * middle]
+
+
+def load_training_problems(data: str, half: str, split_seed: int, exclude: Sequence[str]) -> list[Problem]:
+    """The problems of one half of `data`, less every problem that stands in one of the `exclude`d evaluation sets.
+
+    The halves are cut before the exclusion, so that a checkpoint's half does not depend on what is evaluated.
+    """
+    problems = half_of(load_problems(data), half, split_seed)
+    held_out = {problem.id for source in exclude for problem in load_problems(source, quiet=True)}
+    kept = [problem for problem in problems if problem.id not in held_out]
+    if len(kept) < len(problems):
+        say(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {', '.join(exclude)}")
+    if not kept:
+        raise InputError(f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}")
+    return kept
+
+
+def problem_batches(problems: Sequence[Problem], size: int, passes: int, seed: int) -> list[list[Problem]]:
+    """`passes` shuffled passes over the problems, cut into batches of `size`.
+
+    The tail of a pass is filled from the next one, so every batch is full; the last batch of all may be cut short.
+    """
+    order = []
+    for number in range(passes):
+        one_pass = list(problems)
+        random.Random(f"{seed}/{number}").shuffle(one_pass)
+        order += one_pass
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+# Prompts and tokenizers
+
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint directory or hub name; InputError (naming `argument`) if there is none."""
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
+        raise InputError(f"{argument} {model!r} is not a checkpoint directory, nor a hub name (owner/name)")
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{argument} {model!r} has no tokenizer that transformers can load ({reason})") from None
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: str, instruction: str, thinking: bool) -> str:
+    """The problem with the instruction, in the model's own chat template (plain text for a model without one)."""
+    if tokenizer.chat_template is None:
+        return problem + instruction
+    messages = [{"role": "user", "content": problem + instruction}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    instruction: str,
+    thinking: bool,
+    max_prompt_tokens: int,
+) -> dict[str, list[int]]:
+    """Prompt token ids by problem id. InputError when a prompt is longer than `max_prompt_tokens`."""
+    texts = [render_prompt(tokenizer, problem.prompt, instruction, thinking) for problem in problems]
+    prompts = {}
+    # The template writes its own special tokens; a model without one wants the tokenizer's (a leading BOS, say).
+    encoded = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    for problem, ids in zip(problems, encoded):
+        if len(ids) > max_prompt_tokens:
+            raise InputError(
+                f"the prompt of problem {problem.id} ({problem.prompt[:40]!r}...) has {len(ids)} tokens, more than "
+                f"--max-prompt-tokens {max_prompt_tokens}; raise the limit or drop the problem"
+            )
+        prompts[problem.id] = ids
+    return prompts
+
+
+def end_tokens(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a response: the tokenizer's end of sequence, and those of the checkpoint's generation settings."""
+    configured = generation_config.eos_token_id if generation_config else None
+    return sorted({tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None})
+
+
+def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`end_tokens` of a checkpoint that is not loaded."""
+    try:
+        return end_tokens(GenerationConfig.from_pretrained(model), tokenizer)
+    except OSError:  # a checkpoint need not have generation settings
+        return end_tokens(None, tokenizer)
+
+
+def check_same_tokenizer(student: str, teacher: str) -> None:
+    """Teacher and student must read and write the same tokens: a KL between their distributions means nothing else.
+
+    Compares the vocabularies, the special tokens and the rendered prompt; InputError with the first difference.
+    """
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
+    pair = f"--model {student!r} and --teacher {teacher!r}"
+    if ours.get_vocab() != theirs.get_vocab():
+        differing = dict(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()))
+        example = min(differing, key=differing.get)
+        raise InputError(
+            f"{pair} have different vocabularies ({len(ours)} and {len(theirs)} tokens, first difference {example!r}); "
+            "distillation needs a teacher of the student's family"
+        )
+    for name in ("eos_token", "bos_token", "pad_token"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise InputError(
+                f"{pair} differ in their {name} ({getattr(ours, name)!r} and {getattr(theirs, name)!r}); "
+                "copy one tokenizer over the other"
+            )
+    for thinking in (False, True):
+        rendered = [render_prompt(tokenizer, "1+1", INSTRUCTION, thinking) for tokenizer in (ours, theirs)]
+        if rendered[0] != rendered[1]:
+            raise InputError(
+                f"{pair} render prompts differently ({rendered[0]!r} and {rendered[1]!r}); "
+                "give both the same chat template"
+            )
+
+
+# Rollouts and batches
+
+
+@dataclass
+class Rollout:
+    problem: Problem
+    sample: int  # 0..G-1 within the problem's group
+    prompt_ids: list[int]
+    response_ids: list[int]  # ends with the end-of-sequence token unless the length cap cut it
+    logprobs: list[float]  # of each response token, as the sampler computed it
+    finish_reason: str  # "stop" or "length"
+    text: str  # the decoded response, without special tokens
+    correct: bool | None = None  # the verifier's word
+
+
+def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:
+    """Sets `correct` on every rollout from its response and its problem's answer. Spread over ranks; collective."""
+
+    def verdicts(some: Sequence[Rollout]) -> list[bool]:
+        found = verifier.check([rollout.text for rollout in some], [rollout.problem.answer for rollout in some])
+        return [verdict.correct for verdict in found]
+
+    # One verdict for all ranks: a deadline met on one and missed on another would make them differ.
+    for rollout, correct in zip(rollouts, spread(verdicts, rollouts)):
+        rollout.correct = correct
+
+
+def response_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean response length in tokens, and the share of responses cut at the length limit."""
+    return {
+        "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
+        "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+    }
+
+
+def request_seed(*key: int | str) -> int:
+    """A 63-bit seed for one request from what names it: (run seed, step, problem id, sample)."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
+
+
+@dataclass
+class Batch:
+    """Sequences right-padded to one length, or packed one after another.
+
+    A causal model's valid positions never see the padding that follows them, so padded sequences need no attention mask;
+    packed ones are told apart by position_ids that begin again at 0. Which positions count is known from the lengths.
+    """
+
+    input_ids: Tensor  # (B, T) prompt and response; the last response token predicts nothing and is left off
+    position_ids: Tensor | None  # (1, T) if packed, with B = 1
+    response_mask: Tensor  # (B, T) bool, True where the next token is a response token; N entries are True
+    targets: Tensor  # (N,) those next tokens, row by row
+    rollout_index: Tensor  # (N,) which of the rollouts given to `make_batches` a token belongs to
+    sampler_logprobs: Tensor  # (N,) float32, the sampler's logprob of each target
+
+
+def make_batches(
+    rollouts: Sequence[Rollout], max_tokens: int, device: torch.device, packed: bool | None = None
+) -> list[Batch]:
+    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions, or of one longer sequence.
+
+    `rollouts` are those of all ranks. They are dealt out so that every rank has about as many tokens, and each is in
+    exactly one micro-batch of one rank. All ranks get equally many micro-batches, the last ones perhaps with nothing in
+    them, because each forward and backward pass of a sharded model is one of all ranks. None of this changes a loss:
+    losses are sums over tokens divided by one global count.
+
+    packed: lay sequences end to end instead of padding them; by default where attention can leave out what is between
+    sequences (a GPU). On a CPU a long pack costs more than the padding, as its attention is masked, not skipped.
+    """
+    packed = device.type == "cuda" if packed is None else packed
+    lengths = [len(rollout.prompt_ids) + max(len(rollout.response_ids) - 1, 0) for rollout in rollouts]
+    shares = [_group(share, lengths, max_tokens, packed) for share in deal(lengths, world_size())]
+    groups = shares[rank()]
+    groups += [[]] * (max(map(len, shares)) - len(groups))
+    return [_lay_out(rollouts, group, lengths, device, packed) for group in groups]
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices dealt into hands of about equal total length, each from long to short: the next longest goes to the hand
+    that has least so far."""
+    result: list[list[int]] = [[] for _ in range(hands)]
+    totals = [(0, hand) for hand in range(hands)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, hand = heapq.heappop(totals)
+        result[hand].append(index)
+        heapq.heappush(totals, (total + lengths[index], hand))
+    return result
+
+
+def _group(indices: Sequence[int], lengths: Sequence[int], max_tokens: int, packed: bool) -> list[list[int]]:
+    """Cuts indices, from long to short, into micro-batches; padding counts as positions."""
+    groups: list[list[int]] = []
+    for index in indices:
+        if groups:
+            members = [*groups[-1], index]
+            positions = sum(lengths[i] for i in members) if packed else lengths[members[0]] * len(members)
+            if positions <= max_tokens:
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    return groups
+
+
+def _lay_out(
+    rollouts: Sequence[Rollout], group: list[int], lengths: list[int], device: torch.device, packed: bool
+) -> Batch:
+    starts, position = [], 0  # where each sequence begins in the flattened (B, T)
+    width = max((lengths[index] for index in group), default=1)
+    for index in group:
+        starts.append(position)
+        position += lengths[index] if packed else width
+    total = max(position, 1)  # a micro-batch of nothing is one position, which predicts nothing
+    input_ids = torch.zeros(total, dtype=torch.long)
+    position_ids = torch.zeros(total, dtype=torch.long)
+    response_mask = torch.zeros(total, dtype=torch.bool)
+    for start, index in zip(starts, group):
+        rollout, length = rollouts[index], lengths[index]
+        input_ids[start : start + length] = torch.tensor((rollout.prompt_ids + rollout.response_ids)[:length])
+        position_ids[start : start + length] = torch.arange(length)
+        first = start + len(rollout.prompt_ids) - 1  # the last prompt token predicts the first response token
+        response_mask[first : first + len(rollout.response_ids)] = True
+    rows = 1 if packed else max(len(group), 1)
+    members = [rollouts[index] for index in group]
+    counts = torch.tensor([len(rollout.response_ids) for rollout in members], dtype=torch.long)
+    return Batch(
+        input_ids.view(rows, -1).to(device),
+        position_ids.view(rows, -1).to(device) if packed else None,
+        response_mask.view(rows, -1).to(device),
+        torch.tensor([token for rollout in members for token in rollout.response_ids], dtype=torch.long).to(device),
+        torch.tensor(group, dtype=torch.long).repeat_interleave(counts).to(device),
+        torch.tensor([value for rollout in members for value in rollout.logprobs], dtype=torch.float32).to(device),
+    )
+
+
+def count_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Response tokens of the rollouts of all ranks: what every summed loss of an optimizer step is divided by."""
+    return sum(len(rollout.response_ids) for rollout in rollouts)
