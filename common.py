@@ -65,8 +65,7 @@ def cli(main: Callable, config: type) -> None:
         print(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(2)
-    if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM does it on the way out, and wants to be the one
-        dist.destroy_process_group()
+    end_process()
 
 
 # Processes: one for each GPU, started by torchrun. Without torchrun there is one, and everything below is trivial.
@@ -90,6 +89,12 @@ def start_process() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if rank():
         transformers.utils.logging.disable_progress_bar()
+
+
+def end_process() -> None:
+    """Leaves the other processes. An interpreter that ends without it may abort in one of the group's threads."""
+    if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM does it on the way out, and wants to be the one
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from common import InputError, rank, say, spread, world_size
+import common
+from common import InputError, say
 from verifier import Verifier
 
 
@@ -315,7 +316,7 @@ def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:
         return [verdict.correct for verdict in found]
 
     # One verdict for all ranks: a deadline met on one and missed on another would make them differ.
-    for rollout, correct in zip(rollouts, spread(verdicts, rollouts)):
+    for rollout, correct in zip(rollouts, common.spread(verdicts, rollouts)):
         rollout.correct = correct
 
 
@@ -363,8 +364,8 @@ def make_batches(
     """
     packed = device.type == "cuda" if packed is None else packed
     lengths = [len(rollout.prompt_ids) + max(len(rollout.response_ids) - 1, 0) for rollout in rollouts]
-    shares = [_group(share, lengths, max_tokens, packed) for share in deal(lengths, world_size())]
-    groups = shares[rank()]
+    shares = [_group(share, lengths, max_tokens, packed) for share in deal(lengths, common.world_size())]
+    groups = shares[common.rank()]
     groups += [[]] * (max(map(len, shares)) - len(groups))
     return [_lay_out(rollouts, group, lengths, device, packed) for group in groups]
 

@@ -103,3 +103,4 @@ evaluate.main(
 )  # fmt: skip
 if common.rank() == 0:
     Path(out, "rollouts.json").write_text(json.dumps(sampled))
+common.end_process()
