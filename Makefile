@@ -8,15 +8,15 @@ RUNS ?= runs/toy
 VENV := .venv
 PY := $(VENV)/bin/python
 REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
-S := $(RUNS)/seed$(SEED)
-RAW := $(S)/raw
 
 # One thread for each process: the toy's matrices are too small to share.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup distributed-demo demo demo-seeds test lint clean
+.PHONY: setup tables paper-toy demo distributed-demo test lint clean
 .DELETE_ON_ERROR:
+# A checkpoint on the way to another one is not deleted.
+.SECONDARY:
 
 setup: $(VENV)/installed
 
@@ -41,48 +41,153 @@ test: setup $(TESTED_WITH)
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# The toy chain. 1H trains the teacher and bridges the student, 2H is held out for Stage 3 (route R5-half); direct GRPO
-# (route R1) has all the labels, and as many updates of the student as the bridge and Stage 3 together.
-TOY := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
+# The routes and controls of the paper's Table 1, as a graph of checkpoints HALF/TEACHER/WHAT: the labels it may use (full,
+# 1H), the teacher behind it (raw; sft: SFT on its own verified samples; rl: Stage 1; same: Stage 1 on a model of the
+# student's size), and what was done; -2H and -replay are Stage 3. SCALE=paper runs the same graph with the paper's models
+# and hyperparameters, which are the scripts' defaults: a toy differs in these variables and in nothing else.
+SCALE ?= toy
+POOL ?= test
+ifeq ($(SCALE),toy)
+S := $(RUNS)/seed$(SEED)
+RAW := $(S)/raw
+STUDENT := $(RAW)/raw_student
+TEACHER := $(RAW)/raw_teacher
+MADE := $(RAW)/test.jsonl
+RUN := $(PY)
+SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
 	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5
-GRPO := $(TOY) --lr 1e-3 --prompts-per-step 32 --mini-batch-prompts 16
-DISTILL := $(TOY) --lr 2e-3
+GRPO := --lr 1e-3 --prompts-per-step 32 --mini-batch-prompts 16
+DISTILL := --lr 2e-3
+WARMUP := --mini-batch-prompts 16
+OPD := --prompts-per-step 16
+TEACHER_PASSES := 6
+DIRECT_PASSES := 5
+STAGE3_PASSES := 3
+WARMUP_PASSES := 2
+OPD_PASSES := 4
+TESTS := $(RAW)/$(POOL).jsonl
+EVALUATE := --temperature 1 --top-p 1 --max-response-tokens 24 --seed $(SEED)
+else ifeq ($(SCALE),paper)
+PAIR ?= qwen3-8b
+MODELS_qwen3-8b := Qwen/Qwen3-1.7B Qwen/Qwen3-8B
+MODELS_qwen3-14b := Qwen/Qwen3-1.7B Qwen/Qwen3-14B
+MODELS_llama := meta-llama/Llama-3.1-8B-Instruct meta-llama/Llama-3.3-70B-Instruct
+S := runs/$(PAIR)
+STUDENT := $(word 1,$(MODELS_$(PAIR)))
+TEACHER := $(word 2,$(MODELS_$(PAIR)))
+MADE :=
+RUN := torchrun --nproc_per_node=8
+SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing
+TEACHER_PASSES := 10
+DIRECT_PASSES := 10
+STAGE3_PASSES := 10
+WARMUP_PASSES := 1
+OPD_PASSES := 1
+TESTS := math500 aime24 aime25
+EVALUATE :=
+$(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14b or llama))
+else
+$(error SCALE=$(SCALE) is unknown; give toy or paper)
+endif
+# What stands in for the two-stage bridge makes as many updates of the student.
+BRIDGE_PASSES := $(shell expr $(WARMUP_PASSES) + $(OPD_PASSES))
 
 $(RAW)/test.jsonl: | setup
 	$(PY) toy.py --out $(RAW) --seed $(SEED)
 
-$(S)/teacher/run.json: $(RAW)/test.jsonl
-	$(PY) teacher_grpo.py --model $(RAW)/raw_teacher --half 1H --out $(@D) $(GRPO) --max-steps 50
+# In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint that Stage 3 goes on from.
+half = $(firstword $(subst /, ,$*))
+which = $(notdir $*)
+teacher = $(if $(filter raw,$(which)),$(TEACHER),$(S)/$*/teacher)
+trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(S)/$1/teacher/run.json)
 
-$(S)/direct_grpo/run.json: $(RAW)/test.jsonl
-	$(PY) teacher_grpo.py --model $(RAW)/raw_student --half full --out $(@D) $(GRPO) --max-steps 72
+$(S)/%/rl/teacher/run.json: $(MADE)
+	$(RUN) teacher_grpo.py --model $(TEACHER) --half $* --out $(@D) $(SETTINGS) $(GRPO) --passes $(TEACHER_PASSES)
 
-$(S)/warmup/run.json: $(S)/teacher/run.json
-	$(PY) fkl_warmup.py --model $(RAW)/raw_student --teacher $(<D) --half 1H --out $(@D) $(DISTILL) \
-		--mini-batch-prompts 16 --passes 2
+$(S)/%/same/teacher/run.json: $(MADE)
+	$(RUN) teacher_grpo.py --model $(STUDENT) --half $* --out $(@D) $(SETTINGS) $(GRPO) --passes $(DIRECT_PASSES)
 
-$(S)/bridge/run.json: $(S)/warmup/run.json $(S)/teacher/run.json
-	$(PY) opd.py --model $(<D) --teacher $(S)/teacher --half 1H --out $(@D) $(DISTILL) \
-		--prompts-per-step 16 --passes 4
+$(S)/%/sft/teacher/run.json: $(MADE)
+	$(RUN) fkl_warmup.py --loss sft --keep correct --model $(TEACHER) --teacher $(TEACHER) --half $* --out $(@D) \
+		$(SETTINGS) $(DISTILL) $(WARMUP) --passes $(BRIDGE_PASSES)
 
-$(S)/student/run.json: $(S)/bridge/run.json
-	$(PY) student_grpo.py --model $(<D) --half 2H --out $(@D) $(GRPO) --max-steps 24
+.SECONDEXPANSION:
+$(S)/%/warmup/run.json: $$(call trained_teacher,%)
+	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(@D).rollouts.jsonl --passes $(WARMUP_PASSES)
 
-CHECKPOINTS := $(addprefix $(S)/,raw/raw_student direct_grpo raw/raw_teacher teacher warmup bridge student)
+$(S)/%/bridge/run.json: $(S)/%/warmup/run.json
+	$(RUN) opd.py --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
+		$(SETTINGS) $(DISTILL) $(OPD) --passes $(OPD_PASSES)
 
-$(S)/report/table.md: $(patsubst %,$(S)/%/run.json,teacher direct_grpo warmup bridge student) evaluate.py
-	$(PY) evaluate.py --models $(CHECKPOINTS) --data $(RAW)/test.jsonl --out $(@D) --temperature 1 --top-p 1 \
-		--max-response-tokens 24 --seed $(SEED) --labels "raw student" "direct GRPO" "raw teacher" "RL'd teacher" \
-		"warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)" > /dev/null
+$(S)/%/opd_only/run.json: $$(call trained_teacher,%)
+	$(RUN) opd.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
+		$(SETTINGS) $(DISTILL) $(OPD) --passes $(BRIDGE_PASSES)
 
-demo: $(S)/report/table.md
-	@cat $<
-	@echo "Pictures: $(S)/report/bars.png and $(S)/report/curves.png"
+# The warmup's rollouts serve these two as well.
+$(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json
+	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl --passes $(BRIDGE_PASSES)
 
-SEEDS ?= 0 1 2
-demo-seeds: setup
-	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed || exit 1; done
-	$(PY) evaluate.py --merge $(patsubst %,$(RUNS)/seed%/report,$(SEEDS)) --out $(RUNS)/report
+$(S)/%/sft_only/run.json: $(S)/%/warmup/run.json
+	$(RUN) fkl_warmup.py --loss sft --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl --passes $(BRIDGE_PASSES)
+
+$(S)/%-2H/run.json: $(S)/%/run.json
+	$(RUN) student_grpo.py --model $(<D) --half 2H --out $(@D) $(SETTINGS) $(GRPO) --passes $(STAGE3_PASSES)
+
+$(S)/%-replay/run.json: $(S)/%/run.json
+	$(RUN) student_grpo.py --model $(<D) --half 1H --replay --out $(@D) $(SETTINGS) $(GRPO) --passes $(STAGE3_PASSES)
+
+# The routes by the paper's names.
+R1 := full/same/teacher
+R2 := 1H/rl/sft_only-2H
+R3-full := full/rl/bridge
+R5-half := 1H/rl/bridge-2H
+R6 := 1H/sft/bridge-2H
+R7 := 1H/rl/bridge-replay
+R8 := 1H/rl/opd_only-2H
+ROUTES := R1 R2 R3-full R5-half R6 R7 R8
+.PHONY: $(ROUTES)
+$(ROUTES): %: $(S)/$$($$@)/run.json
+
+# Transfer alone, on all labels (Table 3 and the component ablation), and routes with held-out labels (Tables 4 to 6).
+TRANSFER := full/same/teacher full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge \
+	full/rl/bridge full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only full/rl/fkl_only
+HELD_OUT := 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
+	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
+DEMO := full/same/teacher 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
+
+# Their evaluations, on $(POOL) problems: settings are chosen on validation, results are reported on test.
+REPORT := $(S)/report-$(POOL)
+evaluate = $(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) \
+	--out $(@D) $(EVALUATE)
+
+$(REPORT)/transfer/results.json: $(TRANSFER:%=$(S)/%/run.json)
+	$(call evaluate,$(TRANSFER))
+
+$(REPORT)/held_out/results.json: $(HELD_OUT:%=$(S)/%/run.json)
+	$(call evaluate,$(HELD_OUT))
+
+$(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
+	$(call evaluate,$(DEMO))
+
+# The paper's tables from one run, and, on the toy, from several seeds, two checkpoints at a time.
+tables: $(REPORT)/transfer/results.json $(REPORT)/held_out/results.json
+	$(PY) tables.py --runs $(S) --pool $(POOL) --out $(REPORT)
+
+SEEDS ?= 0 1 2 3 4
+JOBS ?= 2
+paper-toy: setup
+	$(MAKE) --jobs=$(JOBS) $(SEEDS:%=seed-%)
+	$(PY) tables.py --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
+
+seed-%: setup
+	$(MAKE) $(RUNS)/seed$*/report-$(POOL)/transfer/results.json $(RUNS)/seed$*/report-$(POOL)/held_out/results.json SEED=$*
+
+demo: $(REPORT)/demo/results.json
+	@cat $(<D)/table.md
+	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png"
 
 # The toy chain again, as on a machine with several GPUs: two processes, sharded weights, a vLLM engine in each. vLLM has
 # no attention on CPUs for heads as small as the demo's.

@@ -62,10 +62,65 @@ def consumed_problems(lineage: dict) -> set[str]:
     return set(lineage.get("consumed", ())).union(*(map(consumed_problems, lineage.get("parents", {}).values())))
 
 
-def was_rewarded(lineage: dict) -> bool:
-    """Whether a checkpoint or one of its ancestors was trained on the sparse reward (condition C1 of a teacher)."""
-    stages = {"teacher_grpo", "student_grpo"}
-    return lineage.get("stage") in stages or any(map(was_rewarded, lineage.get("parents", {}).values()))
+def rewarded(lineage: dict) -> dict | None:
+    """The checkpoint or its nearest ancestor that was trained on the sparse reward (condition C1 of a teacher)."""
+    if "reward" in lineage.get("first", {}):
+        return lineage
+    return next(filter(None, map(rewarded, lineage.get("parents", {}).values())), None)
+
+
+def history(lineage: dict, scores: dict[str, str], role: str = "", indent: str = "") -> list[str]:
+    """A checkpoint's lineage as a tree, a line each: path, stage, labels, what its first and last step measured, scores.
+
+    `scores` are texts by content hash of the weights. A checkpoint that no stage wrote has no more than a path.
+    """
+    line = f"{role}{lineage['path']}"
+    if "stage" in lineage:
+        cfg = lineage["config"]
+        line += f"  [{lineage['stage']}, {cfg['half']}, {len(lineage['consumed'])} labels, {lineage['steps']} steps"
+        for name in MEASURES:
+            if name in lineage.get("first", {}):
+                line += f", {name} {lineage['first'][name]:.3g} -> {lineage['last'][name]:.3g}"
+        line += "]"
+    line += f"  {scores.get(lineage['sha256'], '')}"
+    lines = [line.rstrip()]
+    parents = list(lineage.get("parents", {}).items())
+    for number, (name, parent) in enumerate(parents):
+        last = number == len(parents) - 1
+        below = history(parent, scores, f"{name}: ")
+        lines += [indent + ("└─ " if last else "├─ ") + below[0]]
+        lines += [indent + ("   " if last else "│  ") + text for text in below[1:]]
+    return lines
+
+
+MEASURES = (
+    "reward",
+    "forward_kl",
+    "cross_entropy",
+    "reverse_kl",
+    "accuracy",
+)  # of training rollouts, worth a look back
+
+
+def differences(first: dict, second: dict) -> dict[str, tuple]:
+    """Every difference between two lineages that could explain one between their results: settings, parents, code.
+
+    Names of settings are as in a Config; the name of the output directory is no difference. Labels are compared by their
+    number and as sets: half 1H and 2H differ in `half` and in `labels`.
+    """
+    facts = []
+    for lineage in (first, second):
+        settings = {k: v for k, v in lineage.get("config", {}).items() if k not in ("out", "resume")}
+        parents = {f"{role} weights": parent["sha256"] for role, parent in lineage.get("parents", {}).items()}
+        labels = sorted(lineage.get("consumed", ()))
+        facts.append({
+            **settings, **parents, "stage": lineage.get("stage"), "steps": lineage.get("steps"),
+            "labels": f"{len(labels)} (sha256 {hashlib.sha256(' '.join(labels).encode()).hexdigest()[:8]})",
+            "code": lineage.get("code"), **lineage.get("packages", {}), "ranks": lineage.get("ranks"),
+        })  # fmt: skip
+    names = dict.fromkeys([*facts[0], *facts[1]])
+    pairs = {name: (facts[0].get(name), facts[1].get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def hardware() -> str:
@@ -238,7 +293,10 @@ class Run:
     def _complete(self, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
         tokenizer.save_pretrained(self.partial)
         self._metrics.close()
-        plot_metrics(self.partial / "metrics.jsonl", self.partial / "curves.png")
+        lines = [json.loads(line) for line in (self.partial / "metrics.jsonl").read_text().splitlines()]
+        if lines:
+            self.record |= {"first": lines[0], "last": lines[-1]}
+        plot_metrics(lines, self.partial / "curves.png")
         self._write_record(self.partial, steps)
         for state in self.partial.glob("state-*"):
             shutil.rmtree(state)
@@ -257,9 +315,8 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def plot_metrics(metrics: Path, picture: Path) -> None:
+def plot_metrics(lines: list[dict], picture: Path) -> None:
     """Draws every number of a metrics.jsonl against its step, one small panel each."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = [name for name in dict.fromkeys(key for line in lines for key in line) if name != "step"]
     if not names:
         return

@@ -13,6 +13,10 @@ Two more uses:
 - `--responses FILE.jsonl --out DIR` grades responses made elsewhere, without any model: one object a line with `answer`
   and `response`; DIR/FILE.jsonl receives the same lines with `correct` added. It is how to audit the verifier.
 - `--merge DIR DIR ... --out DIR` puts the reports of several seeds into one table, ± the standard error over seeds.
+
+And two looks at where checkpoints come from, which need no --out:
+- `--lineage DIR [--reports DIR ...]` prints a checkpoint's history as a tree, with its ancestors' scores from the reports;
+- `--compare DIR DIR` prints every setting, parent and label set in which two checkpoints differ: what a contrast rests on.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from verifier import Verifier
 
 @dataclass
 class Config:
-    out: str  # directory for the report
+    out: str | None = None  # directory for the report
     models: tuple[str, ...] = ()  # checkpoints to evaluate: directories, or names on the hub
     labels: tuple[str, ...] = ()  # their names in the tables; by default the directories'
     data: tuple[str, ...] = ("math500", "aime24", "aime25")  # data sets, in any form that the stages take
@@ -56,6 +60,9 @@ class Config:
     seed: int = 0  # of the samples
     responses: str | None = None  # grade this file instead of sampling from models
     merge: tuple[str, ...] = ()  # reports to put into one table instead
+    lineage: str | None = None  # print this checkpoint's history instead
+    reports: tuple[str, ...] = ()  # reports to take the history's scores from
+    compare: tuple[str, str] | None = None  # print how two checkpoints' runs differ instead
 
 
 DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "instruction", "thinking",
@@ -156,7 +163,7 @@ def evaluate_model(
             common.on_rank_0(lambda: _write_samples(path, settings, rollouts))
         if common.rank() == 0:
             samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-            report[name] = {**summarise(samples, cfg.k), "trained_on": seen}
+            report[name] = {**summarise(samples, cfg.k), "trained_on": seen, "sha256": lineage["sha256"]}
     return report
 
 
@@ -316,16 +323,17 @@ def grade_file(cfg: Config) -> None:
     print(f"{total} of {len(rows)} correct ({100 * total / len(rows):.1f} %); wrote {target}")
 
 
+def read_report(directory: str, argument: str) -> dict:
+    """A report's results.json. InputError, naming the argument, if there is none."""
+    path = Path(directory) / "results.json"
+    if not path.is_file():
+        raise InputError(f"{argument} {directory!r} holds no results.json; evaluate into it first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def merge_reports(cfg: Config) -> None:
     """One table of several seeds' reports: each seed's avg@k, their mean, ± its standard error over seeds."""
-    reports = {}
-    for directory in cfg.merge:
-        path = Path(directory) / "results.json"
-        if not path.is_file():
-            raise InputError(
-                f"--merge {directory!r} has no results.json; give directories that evaluate.py has written"
-            )
-        reports[directory] = json.loads(path.read_text(encoding="utf-8"))
+    reports = {directory: read_report(directory, "--merge") for directory in cfg.merge}
     results = [report["results"] for report in reports.values()]
     labels, names = list(results[0]), list(next(iter(results[0].values())))
     if any(list(result) != labels or list(next(iter(result.values()))) != names for result in results):
@@ -355,7 +363,29 @@ def merge_reports(cfg: Config) -> None:
     print("\n\n".join(parts))
 
 
+def print_lineage(cfg: Config) -> None:
+    scores: dict[str, str] = {}
+    for directory in cfg.reports:
+        for row in read_report(directory, "--reports")["results"].values():
+            for name, result in row.items():
+                score = f"{name} {percent(result['avg'], result['se'])} %"
+                scores[result["sha256"]] = ", ".join(filter(None, [scores.get(result["sha256"]), score]))
+    print("\n".join(checkpoints.history(checkpoints.read_lineage(cfg.lineage), scores)))
+
+
+def print_differences(cfg: Config) -> None:
+    first, second = map(checkpoints.read_lineage, cfg.compare)
+    rows = [[name, *map(str, pair)] for name, pair in checkpoints.differences(first, second).items()]
+    print(markdown_table(["", *cfg.compare], rows) if rows else "The two runs do not differ.")
+
+
 def main(cfg: Config) -> None:
+    if cfg.lineage:
+        return common.on_rank_0(lambda: print_lineage(cfg))
+    if cfg.compare:
+        return common.on_rank_0(lambda: print_differences(cfg))
+    if cfg.out is None:
+        raise InputError("--out is missing; name the directory for the report")
     if cfg.responses:
         return common.on_rank_0(lambda: grade_file(cfg))
     if cfg.merge:

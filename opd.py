@@ -135,10 +135,14 @@ def main(cfg: Config) -> None:
         return memory.report(cfg, cfg.teacher)
     check_engine(cfg, cfg.model)
     run = checkpoints.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
-    if not checkpoints.was_rewarded(run.record["parents"]["teacher"]):
+    rewarded = checkpoints.rewarded(run.record["parents"]["teacher"])
+    if rewarded is None:
         common.say(
             "C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher."
         )
+    else:
+        before, after = (rewarded[moment]["reward"] for moment in ("first", "last"))
+        common.say(f"C1: reward took the teacher's rollouts from {100 * before:.0f} % to {100 * after:.0f} % right.")
 
     torch.manual_seed(cfg.seed)
     device = common.this_device()

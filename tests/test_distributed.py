@@ -67,6 +67,9 @@ def test_two_ranks_do_what_one_does(run_stages):
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
     scores = [json.loads((out / "report" / "results.json").read_text())["results"] for out in (one, two)]
+    for rows in scores:
+        for result in (result for row in rows.values() for result in row.values()):
+            del result["sha256"]  # of weights that differ by rounding
     assert scores[0] == scores[1]
 
 

@@ -113,7 +113,7 @@ def test_bad_arguments(student, test_problems, tmp_path):
         (dict(models=(student, student)), "one different name for each of the 2 --models"),
         (dict(models=("nowhere",)), "--models 'nowhere' is not a checkpoint directory"),
         (dict(responses="nowhere.jsonl"), "--responses 'nowhere.jsonl' is not a file"),
-        (dict(merge=(str(tmp_path),)), "has no results.json"),
+        (dict(merge=(str(tmp_path),)), "holds no results.json"),
         (dict(models=(student,), k=0), "--k 0"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -107,8 +107,10 @@ def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
     assert checkpoints.consumed_problems(checkpoints.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
     assert lineage["stage"] == "opd" and lineage["parents"]["teacher"]["stage"] == "teacher_grpo"
     assert lineage["parents"]["model"]["sha256"] == checkpoints.read_lineage(str(chain / "warmup"))["sha256"]
-    assert checkpoints.was_rewarded(lineage["parents"]["teacher"]) and checkpoints.was_rewarded(lineage)
-    assert not checkpoints.was_rewarded(lineage["parents"]["model"]["parents"]["model"])
+    teacher = checkpoints.rewarded(lineage["parents"]["teacher"])
+    assert teacher["stage"] == "teacher_grpo" and 0 <= teacher["first"]["reward"] <= 1
+    assert checkpoints.rewarded(lineage)["sha256"] == teacher["sha256"]
+    assert checkpoints.rewarded(lineage["parents"]["model"]["parents"]["model"]) is None
 
 
 def test_stage_3_refuses_consumed_labels_unless_it_is_the_replay(chain, problems, tmp_path):

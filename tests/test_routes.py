@@ -1,0 +1,176 @@
+"""The paper's routes: what the Makefile would run, what two checkpoints differ in, and the tables made of them."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_stages import chain, grpo  # noqa: F401  (chain is a fixture)
+
+import checkpoints
+import evaluate
+import student_grpo
+import tables
+from common import InputError
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = "teacher_grpo|fkl_warmup|opd|student_grpo|evaluate|toy|tables"
+
+
+def plan(target: str, **variables) -> list[tuple[str, dict[str, str]]]:
+    """The commands that make would run from nothing, as (script, {option: words})."""
+    settings = [f"{name}={value}" for name, value in {"RUNS": "runs/none", **variables}.items()]
+    result = subprocess.run(["make", "-n", target, *settings], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    commands = []
+    for line in result.stdout.replace("\\\n", " ").splitlines():
+        if found := re.search(rf"\b({SCRIPTS})\.py (.*)", line):
+            options = dict(re.findall(r"--([\w-]+)((?: (?!--)\S+)*)", found[2]))
+            commands.append((found[1], {name: value.strip() for name, value in options.items()}))
+    return commands
+
+
+PLANS = {
+    "R1": ["teacher_grpo"],
+    "R2": ["teacher_grpo", "fkl_warmup", "fkl_warmup", "student_grpo"],  # the warmup is there for its rollouts
+    "R3-full": ["teacher_grpo", "fkl_warmup", "opd"],
+    "R5-half": ["teacher_grpo", "fkl_warmup", "opd", "student_grpo"],
+    "R6": ["fkl_warmup", "fkl_warmup", "opd", "student_grpo"],
+    "R7": ["teacher_grpo", "fkl_warmup", "opd", "student_grpo"],
+    "R8": ["teacher_grpo", "opd", "student_grpo"],
+}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("scale", ["toy", "paper"])
+@pytest.mark.parametrize("route", PLANS)
+def test_a_route_is_the_papers_chain_of_stages(route, scale):
+    commands = [(script, options) for script, options in plan(route, SCALE=scale) if script != "toy"]
+    assert [script for script, _ in commands] == PLANS[route]
+    halves = [options["half"] for _, options in commands]
+    assert set(halves[:-1]) <= {"full"} if route in ("R1", "R3-full") else set(halves[:-1]) == {"1H"}
+    assert halves[-1] == {"R1": "full", "R3-full": "full", "R7": "1H"}.get(route, "2H")
+    assert ("replay" in commands[-1][1]) == (route == "R7")
+    # Each stage trains what the one before it wrote, or learns from it.
+    written = [options["out"] for _, options in commands]
+    assert all(any(path in options.values() for _, options in commands[1:]) for path in written[:-1] if route != "R2")
+
+
+def test_all_tables_need_each_checkpoint_once():
+    commands = plan("tables", SCALE="paper")
+    written = [options["out"] for script, options in commands if script not in ("evaluate", "tables")]
+    assert len(written) == len(set(written)) == 30
+    rows = {row.checkpoint for rows in tables.TABLES.values() for row in rows} - {"student", "teacher"}
+    assert {f"runs/qwen3-8b/{row}" for row in rows} <= set(written)
+    for _, first, second, _ in tables.ABOVE + tables.EQUAL:
+        assert {first, second} <= rows | {"student", "teacher"}
+
+
+def test_matched_routes_differ_in_their_half_alone():
+    [fresh], [replay] = ([o for script, o in plan(route) if script == "student_grpo"] for route in ("R5-half", "R7"))
+    assert {name for name in fresh.keys() | replay.keys() if fresh.get(name) != replay.get(name)} == {
+        "half", "replay", "out",
+    }  # fmt: skip
+    # Direct GRPO has the settings of Stages 1 and 3; only model, half, passes and name are its own.
+    [direct] = [options for script, options in plan("R1") if script == "teacher_grpo"]
+    assert {name for name in direct.keys() | fresh.keys() if direct.get(name) != fresh.get(name)} <= {
+        "model", "half", "out", "passes",
+    }  # fmt: skip
+    # What stands in for the bridge makes as many updates of the student, with the same settings.
+    [warmup] = [options for script, options in plan("R3-full") if script == "fkl_warmup"]
+    [bridge], [only] = ([o for script, o in plan(route) if script == "opd"] for route in ("R5-half", "R8"))
+    assert int(only["passes"]) == int(bridge["passes"]) + int(warmup["passes"])
+    assert {name for name in only if only[name] != bridge[name]} == {"model", "out", "passes"}
+
+
+@pytest.fixture(scope="module")
+def replayed(chain, problems, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("replay") / "replay"
+    student_grpo.main(grpo(str(chain / "bridge"), problems, out, student_grpo.Config, half="1H", replay=True))
+    return out
+
+
+def test_fresh_labels_and_replay_are_compared(chain, replayed, capsys):  # noqa: F811
+    first, second = (checkpoints.read_lineage(str(path)) for path in (chain / "student", replayed))
+    assert checkpoints.differences(first, second).keys() == {"half", "replay", "labels"}
+    assert checkpoints.differences(first, first) == {}
+    evaluate.main(evaluate.Config(compare=(str(chain / "student"), str(replayed))))
+    assert "| half | 2H | 1H |" in capsys.readouterr().out
+    other = checkpoints.differences(first, checkpoints.read_lineage(str(chain / "bridge")))
+    assert {"stage", "model weights", "teacher weights", "teacher", "group_size"} <= other.keys()
+
+
+def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):  # noqa: F811
+    report = tmp_path / "report"
+    evaluate.main(
+        evaluate.Config(
+            out=str(report), models=(str(chain / "bridge"), str(chain / "student")), data=(test_problems,), k=2,
+            max_response_tokens=8,
+        )
+    )  # fmt: skip
+    capsys.readouterr()
+    evaluate.main(evaluate.Config(lineage=str(chain / "student"), reports=(str(report),)))
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r"[^ ]*/|  .*", "", line.lstrip("├└─│ ")) for line in lines] == [
+        "student", "model: bridge", "model: warmup", "model: student", "teacher: teacher", "model: teacher",
+        "teacher: teacher", "model: teacher",
+    ]  # fmt: skip
+    assert "[student_grpo, 2H, 6 labels, 2 steps, reward" in lines[0] and " %" in lines[0] and " %" in lines[1]
+    assert "[opd, 1H, 6 labels" in lines[1] and lines[1].startswith("└─ model: ")
+    assert lines[2].startswith("   ├─ model: ") and lines[3].startswith("   │  ├─ model: ")
+    with pytest.raises(InputError, match="--reports .* holds no results.json"):
+        evaluate.main(evaluate.Config(lineage=str(chain / "student"), reports=(str(tmp_path),)))
+    with pytest.raises(InputError, match="--out is missing"):
+        evaluate.main(evaluate.Config(models=(str(chain / "student"),)))
+
+
+def write_runs(directory: Path, averages: dict[str, float], seeds: int, shift: float) -> tuple[str, ...]:
+    """Reports of made-up checkpoints; every seed moves all averages, and problems differ far more than checkpoints."""
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        hardness = rng.uniform(-0.3, 0.3, 40)
+        results = {}
+        for checkpoint, average in averages.items():
+            scores = average + shift * seed + hardness + rng.normal(0, 0.01, 40)
+            mean, error = evaluate.mean_and_error(scores)
+            row = {"avg": mean, "se": error, "scores": dict(zip(map(str, range(40)), scores.tolist()))}
+            results[checkpoint] = {"test": row}
+        path = directory / f"seed{seed}" / "report-test" / "all" / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"results": results}))
+    return tuple(str(directory / f"seed{seed}") for seed in range(seeds))
+
+
+def test_tables_pair_problems_and_average_over_seeds(tmp_path, capsys):
+    averages = {"full/same/teacher": 0.5, "full/raw/bridge": 0.45, "full/rl/bridge": 0.44, "full/rl/opd_only": 0.40,
+                "1H/rl/bridge": 0.5, "1H/rl/bridge-replay": 0.5, "1H/rl/bridge-2H": 0.56}  # fmt: skip
+    runs = write_runs(tmp_path, averages, seeds=4, shift=0.05)
+    tables.main(tables.Config(runs=runs, out=str(tmp_path / "tables")))
+    found = {o["claim"]: o for o in json.loads((tmp_path / "tables" / "results.json").read_text())["orderings"]}
+    # Seeds differ by 5 points and problems by 17; both cancel in paired differences.
+    assert found["direct GRPO > bridge from the raw teacher"]["mean"] == pytest.approx(0.05, abs=0.005)
+    assert found["direct GRPO > bridge from the raw teacher"]["se"] < 0.005
+    assert {claim: o["verdict"] for claim, o in found.items()} == {
+        "direct GRPO > bridge from the raw teacher": "holds",
+        "bridge from the RL'd teacher > direct GRPO": "REVERSED",
+        "two-stage bridge > OPD only (no warmup)": "holds",
+        "bridge + 2H > bridge": "holds",
+        "bridge + 2H > bridge + replay": "holds",
+        "bridge + replay = bridge": "holds",
+    }
+    text = (tmp_path / "tables" / "tables.md").read_text()
+    assert "| - | direct GRPO (R1) |" in text and "75.9 / 19.8 / 17.1" in text and "teacher-sample SFT" not in text
+    assert (tmp_path / "tables" / "routes.png").stat().st_size > 10_000
+    assert [tables.verdict(0.01, 0.006, equal) for equal in (False, True)] == ["not resolved", "holds"]
+    assert [tables.verdict(0.01, float("nan"), False), tables.verdict(0.02, 0.006, True)] == [
+        "not resolved",
+        "does not hold",
+    ]
+    capsys.readouterr()
+    tables.main(tables.Config(runs=runs[:1], out=str(tmp_path / "one")))
+    assert "± SE over problems" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds no report-validation"):
+        tables.main(tables.Config(runs=runs, out=str(tmp_path / "x"), pool="validation"))
