@@ -15,13 +15,14 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, DynamicCache, PreTrainedTokenizerBase
 
 import common
@@ -198,57 +199,168 @@ class TorchEngine:
         repeats = torch.tensor([len(group) for group in seeds], device=device)
         origin = torch.arange(len(prompts), device=device).repeat_interleave(repeats)  # (B,) the prompt of each row
 
-        cache = DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
-        logits = self._forward(input_ids, mask, positions, cache)[origin]  # (B, V)
-        cache.batch_select_indices(origin)
-        mask, positions = mask[origin], positions[origin, -1:]
+        logits, decoder = prefill(self.model, input_ids, mask, origin)  # (B, V)
 
         budget = sampling.max_response_tokens
-        # Inverse-CDF sampling takes one uniform a token, so that a request's stream needs its seed and nothing else.
-        uniforms = torch.from_numpy(
-            np.stack(
-                [np.random.Generator(np.random.Philox(key=seed)).random(budget) for group in seeds for seed in group]
-            )
-        ).to(device)  # (B, budget) float64
+        uniforms = request_uniforms([seed for group in seeds for seed in group], budget).to(device)  # (B, budget)
         rows = torch.arange(len(origin), device=device)  # the rows still in the batch
+        running = torch.ones(len(rows), dtype=torch.bool, device=device)  # those of them that have not ended
         token_ids = torch.zeros(len(rows), budget, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(rows), budget, device=device)
-        lengths = torch.full((len(rows),), budget, device=device)
-        stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for step in range(budget):
             tokens, token_logprobs = sample_tokens(logits, uniforms[rows, step], sampling)  # (B,), (B,)
             token_ids[rows, step] = tokens
             logprobs[rows, step] = token_logprobs
-            ends = torch.isin(tokens, self.stop_ids) & ~stopped[rows]
-            lengths[rows[ends]] = step + 1
-            stopped[rows[ends]] = True
-            running = ~stopped[rows]
+            running &= ~torch.isin(tokens, self.stop_ids)
             remaining = int(running.sum())
             if remaining == 0 or step + 1 == budget:
                 break
             if remaining <= 0.75 * len(rows):  # dropping rows copies the cache, so not for every single one
                 keep = running.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, tokens, mask, positions = rows[keep], tokens[keep], mask[keep], positions[keep]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            positions = positions + 1
-            logits = self._forward(tokens[:, None], mask, positions, cache)
+                decoder.keep(keep)
+                rows, tokens, running = rows[keep], tokens[keep], running[keep]
+            logits = decoder.step(tokens)
 
-        lengths, stopped, token_ids, logprobs = (x.tolist() for x in (lengths, stopped, token_ids, logprobs))
-        for length, stop, ids, values in zip(lengths, stopped, token_ids, logprobs):
-            yield Completion(ids[:length], values[:length], "stop" if stop else "length")
+        stop_ids = set(self.stop_ids.tolist())
+        for ids, values in zip(token_ids.tolist(), logprobs.tolist()):
+            length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # what follows is idle
+            yield Completion(ids[:length], values[:length], "length" if length is None else "stop")
 
-    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()  # (B, V)
+
+def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """`count` uniforms in [0, 1) for each request, (B, count) float64, each row from its seed alone.
+
+    Inverse-CDF sampling takes one a token, so that a request's stream needs its seed and nothing else.
+    """
+    bits = np.random.Philox(key=0)  # one for all: making one asks the system for entropy, which a key has no use for
+    start, generator = bits.state, np.random.Generator(bits)
+    uniforms = np.empty((len(seeds), count))
+    for seed, row in zip(seeds, uniforms):
+        start["state"]["key"][0] = seed
+        bits.state = start
+        generator.random(out=row)
+    return torch.from_numpy(uniforms)
+
+
+# Decoding: the model's logits after one more token of every row
+
+
+def prefill(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, origin: Tensor
+) -> tuple[Tensor, ModelDecoder | LeanDecoder]:
+    """The first logits (B, V) of rows that continue the prompts `origin` (B,), and the decoder for all that follow.
+
+    input_ids (P, T) are the prompts, padded on the left where mask (P, T) is 0; each is computed once for all its rows.
+    """
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
+    logits = model_logits(model, input_ids, mask, positions, cache)
+    layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    known = type(model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    decoder = LeanDecoder if known and layer_types == {"full_attention"} else ModelDecoder
+    return logits[origin], decoder(model, cache, mask[origin], positions[origin, -1:], origin)
+
+
+def model_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    """Of the last position, float32; the cache grows by input_ids (B, T), and mask (B, length) covers all of it."""
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float()
+
+
+class ModelDecoder:
+    """For any architecture: the model's own forward and cache."""
+
+    def __init__(self, model: nn.Module, cache: DynamicCache, mask: Tensor, positions: Tensor, origin: Tensor):
+        self.model, self.cache, self.mask, self.positions = model, cache, mask, positions
+        cache.batch_select_indices(origin)
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """tokens (B,) -> logits (B, V)."""
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.positions = self.positions + 1
+        return model_logits(self.model, tokens[:, None], self.mask, self.positions, self.cache)
+
+
+class LeanDecoder:
+    """The same for the architectures of Llama, Qwen2 and Qwen3, out of the model's own modules.
+
+    At every token the model's forward makes a mask, copies each layer's cache to append to it, and copies it again to
+    give every head its own keys and values; on small models that is most of the time. Here the cache has room to be
+    written into, and the heads that share keys and values are the rows of one product with them.
+    """
+
+    def __init__(self, model: nn.Module, cache: DynamicCache, mask: Tensor, positions: Tensor, origin: Tensor):
+        self.model, self.positions, self.length = model, positions, mask.shape[1]
+        # What is added to attention scores, (B, 1, 1, room); None if nothing is padding.
+        self.bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+        self.bias = None if mask.all() else self.bias.masked_fill(mask == 0, -torch.inf)[:, None, None]
+        self.keys = [layer.keys[origin] for layer in cache.layers]  # each (B, K, room, d), `length` of it filled
+        self.values = [layer.values[origin] for layer in cache.layers]
+
+    def keep(self, rows: Tensor) -> None:
+        self.positions = self.positions[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
+        self._replace_cache(lambda x: x[rows])
+
+    def _replace_cache(self, change: Callable[[Tensor], Tensor]) -> None:
+        for stored in (self.keys, self.values):
+            for number, tensor in enumerate(stored):  # one by one: old and new of all layers together may not fit
+                stored[number] = change(tensor)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """tokens (B,) -> logits (B, V)."""
+        room = self.keys[0].shape[2]
+        if self.length == room:
+            more = max(32, room // 4)
+            self.bias = None if self.bias is None else F.pad(self.bias, (0, more))
+            self._replace_cache(lambda x: F.pad(x, (0, 0, 0, more)))
+        base, here, seen = self.model.base_model, self.length, slice(self.length + 1)
+        self.length += 1
+        self.positions = self.positions + 1
+        bias = None if self.bias is None else self.bias[..., seen]
+        hidden = base.embed_tokens(tokens)  # (B, D)
+        cos, sin = base.rotary_emb(hidden, self.positions)  # (B, 1, d)
+        for layer, keys, values in zip(base.layers, self.keys, self.values):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            query, key, value = (
+                project(normed).unflatten(-1, (-1, attention.head_dim))
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )  # (B, H, d), (B, K, d), (B, K, d)
+            if hasattr(attention, "q_norm"):
+                query, key = attention.q_norm(query), attention.k_norm(key)
+            keys[:, :, here] = rotated(key, cos, sin)
+            values[:, :, here] = value
+            query = rotated(query, cos, sin).unflatten(1, (key.shape[1], -1))  # (B, K, H / K, d)
+            mixed = attend(query, keys[:, :, seen], values[:, :, seen], bias, attention.scaling)
+            hidden = hidden + attention.o_proj(mixed.flatten(1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.lm_head(base.norm(hidden)).float()
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, heads, d) at cos, sin (B, 1, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of each row's last token: query (B, K, G, d), keys and values (B, K, T, d) -> (B, K, G, d)."""
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
+    scores = (query * scale) @ keys.transpose(2, 3)  # on a CPU the fused kernel is made for long queries
+    return (scores if bias is None else scores + bias).softmax(-1) @ values
 
 
 class VLLMEngine:

@@ -1,15 +1,52 @@
 """The sampler: its logprobs are the model's, its greedy output is `generate`'s, its samples depend on their seeds alone."""
 
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SIZES, tiny_model
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import toy
-from engines import Sampling, TorchEngine, sample_tokens
+from engines import LeanDecoder, ModelDecoder, Sampling, TorchEngine, attend, prefill, request_uniforms, sample_tokens
 
 TOKENIZER = toy.make_tokenizer()
 PROMPTS = [[2, 4, 11, 12, 5, 3], [2, 3], [2, 7, 8, 9, 10, 3, 4, 5, 6], [2, 4, 4, 3]]  # of different lengths
-MODELS = {"qwen3": dict(), "qwen3-untied": dict(tied=False), "llama": dict(llama=True)}
+GROUPED = dict(num_attention_heads=4, num_key_value_heads=2)
+MODELS = {
+    "qwen3": dict(),
+    "qwen3-untied": dict(tied=False, **GROUPED),
+    "llama": dict(llama=True, **GROUPED),
+    "llama-long-context": dict(
+        llama=True,
+        tied=False,
+        rope_parameters=dict(
+            rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "sliding-window": dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4),
+}  # fmt: skip
+
+
+def make_model(name):
+    if name == "qwen2":  # has biases, which are made as zeros
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(hidden_size=32, num_hidden_layers=2, **{**SIZES, **GROUPED})).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        return model
+    if name == "gpt-neox":
+        torch.manual_seed(0)
+        sizes = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
+        return GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, **sizes)).eval()
+    return tiny_model(**MODELS[name])
+
+
+DECODERS = {name: LeanDecoder for name in [*MODELS, "qwen2"]} | {
+    "sliding-window": ModelDecoder,
+    "gpt-neox": ModelDecoder,
+}
 
 
 def model_logprobs(model, prompt, response, temperature):
@@ -20,10 +57,10 @@ def model_logprobs(model, prompt, response, temperature):
     return logprobs[range(len(response)), response]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_logprobs_equal_a_plain_forward(name, temperature):
-    model = tiny_model(**MODELS[name])
+    model = make_model(name)
     seeds = [[100 * i + j for j in range(25)] for i in range(len(PROMPTS))]
     groups = TorchEngine(model, TOKENIZER).generate(PROMPTS, seeds, Sampling(20, temperature))
     lengths = set()
@@ -36,9 +73,34 @@ def test_logprobs_equal_a_plain_forward(name, temperature):
     assert temperature < 1 or len(lengths) > 3  # rows did leave the batch at different times
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0], PROMPTS[0][::-1]]], ids=["padded", "equally-long"])
+def test_every_step_of_decoding_equals_a_plain_forward(name, prompts):
+    """Over enough steps to fill the cache's first room, and while rows leave the batch."""
+    model, generator = make_model(name), torch.Generator().manual_seed(0)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    origin = torch.arange(len(prompts)).repeat_interleave(torch.arange(2, 2 + len(prompts)))
+    texts = [list(prompts[index]) for index in origin]
+    with torch.inference_mode():
+        logits, decoder = prefill(model, ids, mask, origin)
+        assert type(decoder) is DECODERS[name]
+        for step in range(50):
+            expected = torch.stack([model(torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts])
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+            if step % 15 == 7:
+                keep = torch.randperm(len(texts), generator=generator)[: len(texts) - 1].sort().values
+                decoder.keep(keep)
+                texts = [texts[index] for index in keep]
+            tokens = torch.randint(2, SIZES["vocab_size"], (len(texts),), generator=generator)
+            texts = [[*text, int(token)] for text, token in zip(texts, tokens)]
+            logits = decoder.step(tokens)
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_greedy_equals_generate(name):
-    model = tiny_model(**MODELS[name])
+    model = make_model(name)
     groups = TorchEngine(model, TOKENIZER).generate(PROMPTS, [[0]] * len(PROMPTS), Sampling(20, temperature=0))
     for prompt, [completion] in zip(PROMPTS, groups):
         ids = torch.tensor([prompt])
@@ -71,6 +133,12 @@ def test_a_request_depends_on_its_seed_alone():
     assert ids[0][0] != ids[0][1] != ids[0][2]
 
 
+def test_a_seed_names_one_stream():
+    seeds = [7, 0, 2**63 - 1, 7]
+    for seed, row in zip(seeds, request_uniforms(seeds, 9)):
+        assert row.tolist() == np.random.Generator(np.random.Philox(key=seed)).random(9).tolist()
+
+
 def test_no_prompts_give_no_completions():
     assert TorchEngine(tiny_model(), TOKENIZER).generate([], [], Sampling(4)) == []
 
@@ -97,3 +165,13 @@ def test_top_k_and_top_p_keep_the_right_tokens_and_renormalise():
         assert set(tokens.tolist()) == kept
         mass = sum([0.1, 0.4, 0.3, 0.2][token] for token in kept)
         torch.testing.assert_close(logprobs.exp(), logits.exp()[0, tokens] / mass)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_of_a_cpu_equals_the_fused_one_of_a_gpu(padded):
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(3, 2, n, 8, generator=generator) for n in (4, 11, 11))
+    bias = torch.zeros(3, 1, 1, 11).masked_fill(torch.arange(11) < torch.tensor([0, 2, 5]).view(3, 1, 1, 1), -torch.inf)
+    bias = bias if padded else None
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=0.3)
+    torch.testing.assert_close(attend(query, keys, values, bias, 0.3), expected)
