@@ -1,11 +1,13 @@
-"""What a stage will hold on each GPU, before one is paid for. Every stage prints it with --dry-run.
+"""What a stage will hold on each GPU, and what the paper's routes will cost, before a node is paid for.
+
+Every stage prints its memory with --dry-run.
 
 Weights are counted on the meta device, so a 70B model takes seconds and no memory. Counted are the sharded parameters with
 their AdamW states and gradients, the layers that FSDP gathers, the frozen model (reference or teacher), activations of one
 micro-batch, the loss head's piece of logits and gradient of the output matrix, and vLLM's weights and cache.
 What is not: the CUDA context and NCCL (about 2 GiB), and fragmentation; `RESERVE` stands for them.
 
-    python memory.py                    the paper's pairs, as in results/memory/pairs.md
+    python memory.py        the paper's pairs: results/memory/pairs.md (memory) and results/memory/hours.md (GPU-hours)
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import common
-from common import InputError
 
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL buffers, fragmentation
@@ -184,12 +185,80 @@ def pairs() -> str:
     return "\n".join(lines) + "\n"
 
 
+# What the estimate of time takes for granted: an H100, and lengths that nobody knows before the run.
+FLOPS, UTILISATION = 989e12, 0.4  # dense bfloat16, and the share of it that training reaches
+BANDWIDTH, OF_BANDWIDTH = 3.35e12, 0.6  # bytes a second, and the share of it that sampling reaches
+LABELS, PROMPT, RESPONSE = 16_199, 150, 2_000  # problems of DAPO-Math-17k; mean tokens, non-thinking
+GROUP = 8  # rollouts of a prompt, in every stage
+
+
+def tokens_per_second(size: Size, cache: float = 16 * GIB) -> float:
+    """Sampled by one GPU, bound by reading the weights and the cache of as many sequences as the cache holds."""
+    cached = size.layers * 2 * size.key_value * 2 * (PROMPT + RESPONSE / 2)  # bytes of a sequence, on average
+    sequences = min(512, cache / cached)
+    return sequences * OF_BANDWIDTH * BANDWIDTH / (2 * size.parameters + sequences * cached)
+
+
+def gpu_hours(rollouts: float, sampled: float, sampler: Size | None, trained: Size, passes: list[Size]) -> float:
+    """Of training on `rollouts`, after sampling `sampled` of them; `passes` are forward passes besides the training's."""
+    flops = 8 * trained.parameters + sum(2 * size.parameters for size in passes)  # with activations recomputed
+    seconds = rollouts * (PROMPT + RESPONSE) * flops / (FLOPS * UTILISATION)
+    if sampler:
+        seconds += sampled * RESPONSE / tokens_per_second(sampler)
+    return seconds / 3600
+
+
+def stage_hours(student: Size, teacher: Size, labels: int = LABELS) -> dict[str, float]:
+    """GPU-hours of every kind of checkpoint in the Makefile's graph at the paper's scale, on all labels."""
+    once = labels * GROUP  # rollouts of one pass
+    return {
+        "Stage 1, teacher (10 passes)": gpu_hours(10 * once, 10 * once, teacher, teacher, [teacher, teacher]),
+        "direct GRPO, Stage 3, replay (10 passes)": gpu_hours(10 * once, 10 * once, student, student, [student] * 2),
+        "filtered SFT of the teacher (2 passes)": gpu_hours(2 * once, once, teacher, teacher, []),
+        "2a warmup (1 pass)": gpu_hours(once, once, teacher, student, [teacher]),
+        "2b OPD (1 pass)": gpu_hours(once, once, student, student, [teacher]),
+        "OPD only (2 passes)": gpu_hours(2 * once, 2 * once, student, student, [teacher]),
+        "teacher-sample SFT, after the warmup's sampling (2 passes)": gpu_hours(2 * once, 0, None, student, []),
+        "forward KL only, likewise (2 passes)": gpu_hours(2 * once, 0, None, student, [teacher]),
+    }
+
+
+def hours() -> str:
+    """Markdown: GPU-hours of the stages and of the paper's tables, for its pairs."""
+    sizes = {name: size_of(config) for name, config in MODELS.items()}
+    columns = {f"{student} <- {teacher}": stage_hours(sizes[student], sizes[teacher]) for student, teacher in PAIRS}
+    # A teacher of the student's size is the direct-GRPO checkpoint, and costs as much to ask as the student.
+    same = {pair: stage_hours(*[sizes[pair.split(" <- ")[0]]] * 2) for pair in columns}
+    tables: dict[str, list[float]] = {"Tables 3 and 8, and the ablation": [], "Tables 4, 5 and 6": []}
+    for pair, column in columns.items():
+        stage1, grpo, sft_teacher, warmup, opd, opd_only, sft_only, fkl_only = column.values()
+        *_, same_warmup, same_opd, same_opd_only, same_sft_only, _ = same[pair].values()
+        transfer = stage1 + grpo + sft_teacher + 3 * (warmup + opd) + opd_only + sft_only + fkl_only
+        tables["Tables 3 and 8, and the ablation"].append(
+            transfer + same_warmup + same_opd + same_opd_only + same_sft_only
+        )
+        halves = stage1 + sft_teacher + 2 * (warmup + opd) + opd_only + sft_only + 6 * grpo
+        tables["Tables 4, 5 and 6"].append(halves / 2)
+    lines = [
+        f"H100 GPU-hours, estimated, not measured: {LABELS} labels, {GROUP} rollouts of a prompt in every stage, {PROMPT} "
+        f"prompt and {RESPONSE} response tokens on average, training at {100 * UTILISATION:.0f} % of {FLOPS / 1e12:.0f} "
+        f"TFLOP/s, sampling at {100 * OF_BANDWIDTH:.0f} % of {BANDWIDTH / 1e12:.2f} TB/s with 16 GiB of cache; halves of the "
+        "labels cost half. Evaluation is not in it. Time is in proportion to the length of the responses, which is a guess. "
+        "Command: `python memory.py`.",
+        "",
+        "| on all labels | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for stage in next(iter(columns.values())):
+        lines.append(f"| {stage} | " + " | ".join(f"{column[stage]:.0f}" for column in columns.values()) + " |")
+    for name, sums in tables.items():
+        lines.append(f"| **{name}** | " + " | ".join(f"**{value:.0f}**" for value in sums) + " |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    try:
-        text = pairs()
-        path = Path("results/memory/pairs.md")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    directory = Path("results/memory")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in (("pairs", pairs()), ("hours", hours())):
+        (directory / f"{name}.md").write_text(text)
         print(text)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None

@@ -32,3 +32,15 @@ def test_dry_run_loads_and_writes_nothing(student, problems, tmp_path, capsys, m
     printed = capsys.readouterr().out
     assert "8 x 80 GB: fits" in printed and "2 x 8 x 141 GB: fits" in printed and "AdamW states" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_hours_are_in_proportion_to_the_work():
+    size = memory.size_of(memory.MODELS["Qwen3-1.7B"])
+    hours = memory.stage_hours(size, size)
+    assert memory.stage_hours(size, size, labels=memory.LABELS // 2)["2b OPD (1 pass)"] == pytest.approx(
+        hours["2b OPD (1 pass)"] / 2, rel=1e-3
+    )
+    assert hours["OPD only (2 passes)"] == pytest.approx(2 * hours["2b OPD (1 pass)"])
+    assert hours["Stage 1, teacher (10 passes)"] == hours["direct GRPO, Stage 3, replay (10 passes)"]
+    assert hours["teacher-sample SFT, after the warmup's sampling (2 passes)"] < hours["2a warmup (1 pass)"] * 2
+    assert memory.tokens_per_second(size) > 2 * memory.tokens_per_second(memory.size_of(memory.MODELS["Qwen3-8B"]))
