@@ -227,18 +227,24 @@ def hours() -> str:
     """Markdown: GPU-hours of the stages and of the paper's tables, for its pairs."""
     sizes = {name: size_of(config) for name, config in MODELS.items()}
     columns = {f"{student} <- {teacher}": stage_hours(sizes[student], sizes[teacher]) for student, teacher in PAIRS}
-    # A teacher of the student's size is the direct-GRPO checkpoint, and costs as much to ask as the student.
-    same = {pair: stage_hours(*[sizes[pair.split(" <- ")[0]]] * 2) for pair in columns}
-    tables: dict[str, list[float]] = {"Tables 3 and 8, and the ablation": [], "Tables 4, 5 and 6": []}
+    sums: dict[str, list[float]] = {}
     for pair, column in columns.items():
         stage1, grpo, sft_teacher, warmup, opd, opd_only, sft_only, fkl_only = column.values()
-        *_, same_warmup, same_opd, same_opd_only, same_sft_only, _ = same[pair].values()
-        transfer = stage1 + grpo + sft_teacher + 3 * (warmup + opd) + opd_only + sft_only + fkl_only
-        tables["Tables 3 and 8, and the ablation"].append(
-            transfer + same_warmup + same_opd + same_opd_only + same_sft_only
-        )
-        halves = stage1 + sft_teacher + 2 * (warmup + opd) + opd_only + sft_only + 6 * grpo
-        tables["Tables 4, 5 and 6"].append(halves / 2)
+        # A teacher of the student's size is the direct-GRPO checkpoint, and costs as much to ask as the student.
+        same = stage_hours(*[sizes[pair.split(" <- ")[0]]] * 2)
+        *_, same_warmup, same_opd, same_opd_only, same_sft_only, _ = same.values()
+        for name, cost in {
+            "R1": grpo,
+            "R2": (stage1 + warmup + sft_only + grpo) / 2,
+            "R3-full": stage1 + warmup + opd,
+            "R5-half, or R7": (stage1 + warmup + opd + grpo) / 2,
+            "R6": (sft_teacher + warmup + opd + grpo) / 2,
+            "R8": (stage1 + opd_only + grpo) / 2,
+            "Tables 3 and 8, and the ablation": stage1 + grpo + sft_teacher + 3 * (warmup + opd) + opd_only + sft_only
+            + fkl_only + same_warmup + same_opd + same_opd_only + same_sft_only,
+            "Tables 4, 5 and 6": (stage1 + sft_teacher + 2 * (warmup + opd) + opd_only + sft_only + 6 * grpo) / 2,
+        }.items():  # fmt: skip
+            sums.setdefault(name, []).append(cost)
     lines = [
         f"H100 GPU-hours, estimated, not measured: {LABELS} labels, {GROUP} rollouts of a prompt in every stage, {PROMPT} "
         f"prompt and {RESPONSE} response tokens on average, training at {100 * UTILISATION:.0f} % of {FLOPS / 1e12:.0f} "
@@ -251,8 +257,8 @@ def hours() -> str:
     ]
     for stage in next(iter(columns.values())):
         lines.append(f"| {stage} | " + " | ".join(f"{column[stage]:.0f}" for column in columns.values()) + " |")
-    for name, sums in tables.items():
-        lines.append(f"| **{name}** | " + " | ".join(f"**{value:.0f}**" for value in sums) + " |")
+    for name, costs in sums.items():
+        lines.append(f"| **{name}**, from nothing | " + " | ".join(f"**{cost:.0f}**" for cost in costs) + " |")
     return "\n".join(lines) + "\n"
 
 
