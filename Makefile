@@ -56,15 +56,17 @@ MADE := $(RAW)/test.jsonl
 RUN := $(PY)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
 	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5
-GRPO := --lr 1e-3 --prompts-per-step 32 --mini-batch-prompts 16
+GRPO := --lr 5e-4 --prompts-per-step 32 --mini-batch-prompts 16
 DISTILL := --lr 2e-3
 WARMUP := --mini-batch-prompts 16
 OPD := --prompts-per-step 16
-TEACHER_PASSES := 6
-DIRECT_PASSES := 5
-STAGE3_PASSES := 3
-WARMUP_PASSES := 2
-OPD_PASSES := 4
+# Budgets are steps: as many on half of the labels as on all of them.
+TEACHER_BUDGET := --passes 99 --max-steps 48
+DIRECT_BUDGET := --passes 99 --max-steps 72
+STAGE3_BUDGET := --passes 99 --max-steps 36
+WARMUP_BUDGET := --passes 99 --max-steps 36
+OPD_BUDGET := --passes 99 --max-steps 108
+BRIDGE_BUDGET := --passes 99 --max-steps 144
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --max-response-tokens 24 --seed $(SEED)
 else ifeq ($(SCALE),paper)
@@ -78,19 +80,19 @@ TEACHER := $(word 2,$(MODELS_$(PAIR)))
 MADE :=
 RUN := torchrun --nproc_per_node=8
 SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing
-TEACHER_PASSES := 10
-DIRECT_PASSES := 10
-STAGE3_PASSES := 10
-WARMUP_PASSES := 1
-OPD_PASSES := 1
+TEACHER_BUDGET := --passes 10
+DIRECT_BUDGET := --passes 10
+STAGE3_BUDGET := --passes 10
+WARMUP_BUDGET := --passes 1
+OPD_BUDGET := --passes 1
+BRIDGE_BUDGET := --passes 2
 TESTS := math500 aime24 aime25
 EVALUATE :=
 $(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14b or llama))
 else
 $(error SCALE=$(SCALE) is unknown; give toy or paper)
 endif
-# What stands in for the two-stage bridge makes as many updates of the student.
-BRIDGE_PASSES := $(shell expr $(WARMUP_PASSES) + $(OPD_PASSES))
+# BRIDGE_BUDGET is that of what stands in for the two stages: as many updates of the student as both make.
 
 $(RAW)/test.jsonl: | setup
 	$(PY) toy.py --out $(RAW) --seed $(SEED)
@@ -102,42 +104,42 @@ teacher = $(if $(filter raw,$(which)),$(TEACHER),$(S)/$*/teacher)
 trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(S)/$1/teacher/run.json)
 
 $(S)/%/rl/teacher/run.json: $(MADE)
-	$(RUN) teacher_grpo.py --model $(TEACHER) --half $* --out $(@D) $(SETTINGS) $(GRPO) --passes $(TEACHER_PASSES)
+	$(RUN) teacher_grpo.py --model $(TEACHER) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(TEACHER_BUDGET)
 
 $(S)/%/same/teacher/run.json: $(MADE)
-	$(RUN) teacher_grpo.py --model $(STUDENT) --half $* --out $(@D) $(SETTINGS) $(GRPO) --passes $(DIRECT_PASSES)
+	$(RUN) teacher_grpo.py --model $(STUDENT) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(DIRECT_BUDGET)
 
 $(S)/%/sft/teacher/run.json: $(MADE)
 	$(RUN) fkl_warmup.py --loss sft --keep correct --model $(TEACHER) --teacher $(TEACHER) --half $* --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --passes $(BRIDGE_PASSES)
+		$(SETTINGS) $(DISTILL) $(WARMUP) $(BRIDGE_BUDGET)
 
 .SECONDEXPANSION:
 $(S)/%/warmup/run.json: $$(call trained_teacher,%)
 	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(@D).rollouts.jsonl --passes $(WARMUP_PASSES)
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(@D).rollouts.jsonl $(WARMUP_BUDGET)
 
 $(S)/%/bridge/run.json: $(S)/%/warmup/run.json
 	$(RUN) opd.py --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(OPD) --passes $(OPD_PASSES)
+		$(SETTINGS) $(DISTILL) $(OPD) $(OPD_BUDGET)
 
 $(S)/%/opd_only/run.json: $$(call trained_teacher,%)
 	$(RUN) opd.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(OPD) --passes $(BRIDGE_PASSES)
+		$(SETTINGS) $(DISTILL) $(OPD) $(BRIDGE_BUDGET)
 
 # The warmup's rollouts serve these two as well.
 $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json
 	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl --passes $(BRIDGE_PASSES)
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl $(BRIDGE_BUDGET)
 
 $(S)/%/sft_only/run.json: $(S)/%/warmup/run.json
 	$(RUN) fkl_warmup.py --loss sft --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl --passes $(BRIDGE_PASSES)
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl $(BRIDGE_BUDGET)
 
 $(S)/%-2H/run.json: $(S)/%/run.json
-	$(RUN) student_grpo.py --model $(<D) --half 2H --out $(@D) $(SETTINGS) $(GRPO) --passes $(STAGE3_PASSES)
+	$(RUN) student_grpo.py --model $(<D) --half 2H --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
 
 $(S)/%-replay/run.json: $(S)/%/run.json
-	$(RUN) student_grpo.py --model $(<D) --half 1H --replay --out $(@D) $(SETTINGS) $(GRPO) --passes $(STAGE3_PASSES)
+	$(RUN) student_grpo.py --model $(<D) --half 1H --replay --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
 
 # The routes by the paper's names.
 R1 := full/same/teacher
