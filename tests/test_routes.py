@@ -69,21 +69,31 @@ def test_all_tables_need_each_checkpoint_once():
         assert {first, second} <= rows | {"student", "teacher"}
 
 
-def test_matched_routes_differ_in_their_half_alone():
-    [fresh], [replay] = ([o for script, o in plan(route) if script == "student_grpo"] for route in ("R5-half", "R7"))
-    assert {name for name in fresh.keys() | replay.keys() if fresh.get(name) != replay.get(name)} == {
-        "half", "replay", "out",
-    }  # fmt: skip
-    # Direct GRPO has the settings of Stages 1 and 3; only model, half, passes and name are its own.
-    [direct] = [options for script, options in plan("R1") if script == "teacher_grpo"]
-    assert {name for name in direct.keys() | fresh.keys() if direct.get(name) != fresh.get(name)} <= {
-        "model", "half", "out", "passes",
-    }  # fmt: skip
+@pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("paper", "passes")])
+def test_matched_routes_differ_in_what_they_contrast_alone(scale, budget):
+    def options(route: str, script: str) -> dict[str, str]:
+        [found] = [options for name, options in plan(route, SCALE=scale) if name == script]
+        return found
+
+    def differing(first: dict, second: dict) -> set[str]:
+        return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+
+    fresh, replay = options("R5-half", "student_grpo"), options("R7", "student_grpo")
+    assert differing(fresh, replay) == {"half", "replay", "out"}
+    # Direct GRPO has the settings of Stages 1 and 3; only model, labels and budget are its own.
+    assert differing(fresh, options("R1", "teacher_grpo")) <= {"model", "half", "out", budget}
+    assert differing(options("R1", "teacher_grpo"), options("R5-half", "teacher_grpo")) <= {
+        "model",
+        "half",
+        "out",
+        budget,
+    }
     # What stands in for the bridge makes as many updates of the student, with the same settings.
-    [warmup] = [options for script, options in plan("R3-full") if script == "fkl_warmup"]
-    [bridge], [only] = ([o for script, o in plan(route) if script == "opd"] for route in ("R5-half", "R8"))
-    assert int(only["passes"]) == int(bridge["passes"]) + int(warmup["passes"])
-    assert {name for name in only if only[name] != bridge[name]} == {"model", "out", "passes"}
+    bridge, only = options("R5-half", "opd"), options("R8", "opd")
+    assert differing(bridge, only) == {"model", "out", budget}
+    assert int(only[budget]) == int(bridge[budget]) + int(options("R5-half", "fkl_warmup")[budget])
+    # Half of the labels or all of them, the bridge is the same.
+    assert differing(options("R3-full", "opd"), bridge) == {"model", "teacher", "half", "out"}
 
 
 @pytest.fixture(scope="module")
