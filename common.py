@@ -113,19 +113,24 @@ def this_device() -> torch.device:
 
 
 @cache  # vLLM overwrites LOCAL_WORLD_SIZE
-def device_mesh() -> DeviceMesh | None:
-    """What weights are sharded over: all ranks of one node, or, on several nodes, the ranks of each, with a replica on
-    every node (HSDP), so that weights are gathered inside a node and only gradients cross between them. None for a lone
-    process on a CPU."""
+def device_mesh(shard_nodes: int = 1) -> DeviceMesh | None:
+    """What weights are sharded over: the ranks of `shard_nodes` nodes, with a replica on every other such group (HSDP).
+
+    With one, weights are gathered inside a node and only gradients cross between nodes; a model too large for a node needs
+    more. None for a lone process on a CPU. InputError if the nodes cannot be grouped so.
+    """
     start_process()
     if world_size() == 1 and not torch.cuda.is_available():
         return None
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world_size() > per_node:
-        return init_device_mesh(
-            this_device().type, (world_size() // per_node, per_node), mesh_dim_names=("replicate", "shard")
+    together = shard_nodes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size() % together:
+        raise InputError(
+            f"--shard-nodes {shard_nodes}: {world_size()} processes cannot be grouped by {together}; give a divisor of the "
+            "number of nodes"
         )
-    return init_device_mesh(this_device().type, (world_size(),), mesh_dim_names=("shard",))
+    sizes, names = (world_size() // together, together), ("replicate", "shard")
+    keep = slice(1, None) if world_size() == together else slice(None)
+    return init_device_mesh(this_device().type, sizes[keep], mesh_dim_names=names[keep])
 
 
 def say(text: str) -> None:
@@ -191,12 +196,15 @@ def _all_reduce(values: dict[str, float], operation) -> dict[str, float]:
 
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
-    """InputError for a number of a Config that is not positive, unless zero is a seed or switches something off."""
+    """InputError for a number of a Config that is not positive, unless zero is a seed or switches something off, and for
+    nodes that cannot share the weights as it says."""
     allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":
             if value < 0 or (value == 0 and name not in allowed):
                 raise InputError(f"--{name.replace('_', '-')} {value} is too small; give a number above zero")
+    if hasattr(cfg, "shard_nodes"):
+        device_mesh(cfg.shard_nodes)
 
 
 # Models
@@ -272,12 +280,12 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", lambda *arguments, **options: None)
 
 
-def load_policy(model: str, trainable: bool, activation_checkpointing: bool = False) -> Policy:
+def load_policy(model: str, trainable: bool, activation_checkpointing: bool = False, shard_nodes: int = 1) -> Policy:
     """Loads a checkpoint onto this rank's device: in float32 to train it, or frozen, in bfloat16 on a GPU.
 
-    With several ranks, or a GPU, it is sharded over `device_mesh()` and computes in bfloat16 on GPUs; collective then.
+    With several ranks, or a GPU, it is sharded over `device_mesh(shard_nodes)` and computes in bfloat16 on GPUs; collective then.
     """
-    device, mesh = this_device(), device_mesh()
+    device, mesh = this_device(), device_mesh(shard_nodes)
     dtype = torch.float32 if trainable or device.type == "cpu" else torch.bfloat16
     if mesh is None:
         policy = Policy(load_causal_lm(model, dtype, device))

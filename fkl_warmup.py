@@ -71,6 +71,7 @@ class Config:
     max_sequences: int = 512  # sequences that a rank samples at a time; likewise
     engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
     tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
+    shard_nodes: int = 1  # nodes that hold the weights between them, for models too large for one
     kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
     activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
     seed: int = 0  # of the order of the data and of every sample
@@ -215,8 +216,10 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     device = common.this_device()
     sample_teacher(cache, tokenizer, cfg)
-    teacher = common.load_policy(cfg.teacher, trainable=False) if cfg.loss == "fkl" else None  # SFT has its tokens
-    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing)
+    teacher = (
+        common.load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.loss == "fkl" else None
+    )  # SFT has its tokens
+    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     run.restore(policy, optimizer)
     chosen = [index for index in range(len(cache)) if cfg.keep == "all" or cache.correct[index]]

@@ -130,14 +130,16 @@ def report(cfg, frozen: str | None) -> None:
         return
     sizes = [size_of(AutoConfig.from_pretrained(model)) if model else None for model in (cfg.model, frozen)]
     positions = max(cfg.micro_batch_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
-    for name, shards, gib in (("8 x 80 GB", 8, 80e9 / GIB), ("2 x 8 x 141 GB", 8, 141e9 / GIB)):
+    nodes = cfg.shard_nodes
+    for name, gib in ((f"{nodes} x 8 x 80 GB", 80e9 / GIB), (f"{max(nodes, 2)} x 8 x 141 GB", 141e9 / GIB)):
         planned = plan(
-            *sizes, shards, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
+            *sizes, 8 * nodes, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
             engine=cfg.engine != "torch",
         )  # fmt: skip
         print(f"\n{name}: {verdict(planned, gib)} (after {RESERVE / GIB:.0f} GiB for CUDA and NCCL)")
     print(
-        f"\nmicro-batch of {positions} positions, weights sharded over 8 GPUs (each node has a replica)\n\n{table(planned)}"
+        f"\nmicro-batch of {positions} positions, weights sharded over {8 * nodes} GPUs, with a replica on every further "
+        f"{'node' if nodes == 1 else f'{nodes} nodes'}\n\n{table(planned)}"
     )
 
 
@@ -163,10 +165,11 @@ def pairs() -> str:
     sizes = {name: size_of(config) for name, config in MODELS.items()}
     lines = [
         "GiB on each GPU at the larger of its two states, with activation checkpointing, one sequence of the paper's full "
-        "length in a micro-batch and 16 GiB of vLLM cache; weights sharded over the 8 GPUs of a node. Estimated on the meta "
-        "device, not measured. Command: `python memory.py`.",
+        "length in a micro-batch and 16 GiB of vLLM cache; weights sharded over the GPUs of one node, or of two where the "
+        "trained model is too large for one (`--shard-nodes 2`, `--tensor-parallel 8`, and 4 GiB of cache). Estimated on the "
+        "meta device, not measured. Command: `python memory.py`.",
         "",
-        "| pair | stage | trained | frozen | tensor parallel | GiB | 8 x 80 GB | 2 x 8 x 141 GB |",
+        "| pair | stage | trained | frozen | nodes that share the weights | GiB | 8 GPUs of 80 GB a node | 8 of 141 GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for student, teacher in PAIRS:
@@ -175,12 +178,14 @@ def pairs() -> str:
             ("2 bridge", student, teacher, 2048 + 16384),
             ("3 GRPO", student, student, 3072 + 16384),
         ):
-            parallel = 8 if sizes[trained].parameters > 30e9 else 1
-            planned = plan(sizes[trained], sizes[frozen], 8, positions, 16 * GIB, parallel, checkpointing=True)
+            nodes, parallel, cache = (2, 8, 4) if sizes[trained].parameters > 30e9 else (1, 1, 16)
+            planned = plan(
+                sizes[trained], sizes[frozen], 8 * nodes, positions, cache * GIB, parallel, checkpointing=True
+            )
             verdicts = [verdict(planned, gib * 1e9 / GIB) for gib in (80, 141)]
             lines.append(
                 f"| {student} <- {teacher} | {stage} | {trained} ({sizes[trained].parameters / 1e9:.1f}B) | {frozen} | "
-                f"{parallel} | {peak(planned) / GIB:.0f} | {verdicts[0]} | {verdicts[1]} |"
+                f"{nodes} | {peak(planned) / GIB:.0f} | {verdicts[0]} | {verdicts[1]} |"
             )
     return "\n".join(lines) + "\n"
 

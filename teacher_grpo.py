@@ -73,6 +73,7 @@ class Config:
     max_sequences: int = 512  # sequences that a rank samples at a time; likewise
     engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
     tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
+    shard_nodes: int = 1  # nodes that hold the weights between them, for models too large for one
     kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
     activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
     seed: int = 0  # of the order of the data and of every sample
@@ -206,8 +207,8 @@ def main(cfg: Config) -> None:
 
     torch.manual_seed(cfg.seed)
     device = common.this_device()
-    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing)
-    reference = common.load_policy(cfg.model, trainable=False) if cfg.kl_coef else None
+    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
+    reference = common.load_policy(cfg.model, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     run.restore(policy, optimizer)
     engine = make_engine(cfg, cfg.model, tokenizer, policy)

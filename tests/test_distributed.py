@@ -13,6 +13,7 @@ from test_losses import make_rollouts
 
 import common
 import records
+import teacher_grpo
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["teacher", "warmup", "bridge", "student"]
@@ -77,6 +78,26 @@ def test_a_run_on_two_ranks_resumes(run_stages):
     out = run_stages(2, "torch")
     first, second = weights(out, "warmup"), weights(out, "again")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_nodes_hold_a_copy_each_or_one_between_them(student, problems, tmp_path):
+    done = launch(2, "tests/run_nodes.py", student, problems, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second, start = (
+        weights(directory, "") for directory in (tmp_path / "nodes1", tmp_path / "nodes2", Path(student))
+    )
+    assert all(torch.allclose(first[name], second[name], atol=1e-5, rtol=0) for name in first)
+    assert any(not torch.equal(first[name], start[name]) for name in first)
+
+
+def test_nodes_that_cannot_be_grouped_are_refused(student, problems, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(
+        common.InputError, match="--shard-nodes 2: 24 processes cannot be grouped by 16; give a divisor"
+    ):
+        teacher_grpo.main(teacher_grpo.Config(student, problems, str(tmp_path / "x"), exclude=(), shard_nodes=2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_chain_with_a_vllm_engine_on_each_of_two_ranks(run_stages):

@@ -30,7 +30,7 @@ def test_dry_run_loads_and_writes_nothing(student, problems, tmp_path, capsys, m
     out = tmp_path / "out"
     teacher_grpo.main(teacher_grpo.Config(student, problems, str(out), exclude=(), dry_run=True))
     printed = capsys.readouterr().out
-    assert "8 x 80 GB: fits" in printed and "2 x 8 x 141 GB: fits" in printed and "AdamW states" in printed
+    assert "1 x 8 x 80 GB: fits" in printed and "2 x 8 x 141 GB: fits" in printed and "AdamW states" in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,24 @@
+"""One stage on two ranks that take themselves for two nodes: a replica on each (HSDP), then one copy between them.
+
+Launched by test_distributed.py under torchrun: python run_nodes.py MODEL DATA OUT
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["LOCAL_WORLD_SIZE"] = "1"
+
+import common
+import teacher_grpo
+
+model, data, out = sys.argv[1:]
+common.start_process()
+for nodes, mesh in ((1, {"replicate": 2, "shard": 1}), (2, {"shard": 2})):
+    found = common.device_mesh(nodes)
+    assert dict(zip(found.mesh_dim_names, found.shape)) == mesh
+    settings = dict(exclude=(), max_prompt_tokens=32, max_response_tokens=8, lr=1e-3, passes=1, max_steps=3)
+    sizes = dict(prompts_per_step=4, mini_batch_prompts=2, group_size=4, require_finished=False, engine="torch")
+    teacher_grpo.main(teacher_grpo.Config(model, data, f"{out}/nodes{nodes}", shard_nodes=nodes, **settings, **sizes))
+common.end_process()
