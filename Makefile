@@ -158,6 +158,11 @@ TRANSFER := full/same/teacher full/raw/bridge full/sft/teacher full/sft/bridge f
 	full/rl/bridge full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only full/rl/fkl_only
 HELD_OUT := 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
+ifeq ($(PAIR),llama)
+# Table 8 has only these.
+TRANSFER := full/same/teacher full/raw/bridge full/rl/teacher full/rl/bridge
+HELD_OUT :=
+endif
 DEMO := full/same/teacher 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
 
 # Their evaluations, on $(POOL) problems: settings are chosen on validation, results are reported on test.
@@ -175,8 +180,8 @@ $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
 	$(call evaluate,$(DEMO))
 
 # The paper's tables from one run, and, on the toy, from several seeds, two checkpoints at a time.
-tables: $(REPORT)/transfer/results.json $(REPORT)/held_out/results.json
-	$(PY) tables.py --runs $(S) --pool $(POOL) --out $(REPORT)
+tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/results.json)
+	$(PY) tables.py --runs $(S) --pool $(POOL) --out $(REPORT) $(if $(PAIR),--pair $(PAIR))
 
 SEEDS ?= 0 1 2 3 4
 JOBS ?= 2

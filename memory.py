@@ -245,7 +245,8 @@ def hours() -> str:
             "R5-half, or R7": (stage1 + warmup + opd + grpo) / 2,
             "R6": (sft_teacher + warmup + opd + grpo) / 2,
             "R8": (stage1 + opd_only + grpo) / 2,
-            "Tables 3 and 8, and the ablation": stage1 + grpo + sft_teacher + 3 * (warmup + opd) + opd_only + sft_only
+            "Table 8": stage1 + grpo + 2 * (warmup + opd),
+            "Table 3 and the ablation": stage1 + grpo + sft_teacher + 3 * (warmup + opd) + opd_only + sft_only
             + fkl_only + same_warmup + same_opd + same_opd_only + same_sft_only,
             "Tables 4, 5 and 6": (stage1 + sft_teacher + 2 * (warmup + opd) + opd_only + sft_only + 6 * grpo) / 2,
         }.items():  # fmt: skip

@@ -63,6 +63,8 @@ def test_all_tables_need_each_checkpoint_once():
     commands = plan("tables", SCALE="paper")
     written = [options["out"] for script, options in commands if script not in ("evaluate", "tables")]
     assert len(written) == len(set(written)) == 30
+    llama = [options["out"] for script, options in plan("tables", SCALE="paper", PAIR="llama") if "half" in options]
+    assert len(llama) == 6 and all(path.startswith("runs/llama/full/") for path in llama)
     rows = {row.checkpoint for rows in tables.TABLES.values() for row in rows} - {"student", "teacher"}
     assert {f"runs/qwen3-8b/{row}" for row in rows} <= set(written)
     for _, first, second, _ in tables.ABOVE + tables.EQUAL:
