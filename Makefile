@@ -58,12 +58,13 @@ SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/t
 	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5
 GRPO := --lr 5e-4 --prompts-per-step 32 --mini-batch-prompts 16
 DISTILL := --lr 2e-3
-WARMUP := --mini-batch-prompts 16
-OPD := --prompts-per-step 16
+WARMUP := --mini-batch-prompts 8
+OPD := --prompts-per-step 8
 # Budgets are steps: as many on half of the labels as on all of them.
 TEACHER_BUDGET := --passes 99 --max-steps 48
+SFT_TEACHER_BUDGET := --passes 99 --max-steps 72
 DIRECT_BUDGET := --passes 99 --max-steps 72
-STAGE3_BUDGET := --passes 99 --max-steps 36
+STAGE3_BUDGET := --passes 99 --max-steps 24
 WARMUP_BUDGET := --passes 99 --max-steps 36
 OPD_BUDGET := --passes 99 --max-steps 108
 BRIDGE_BUDGET := --passes 99 --max-steps 144
@@ -81,6 +82,7 @@ MADE :=
 RUN := torchrun --nproc_per_node=8
 SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing
 TEACHER_BUDGET := --passes 10
+SFT_TEACHER_BUDGET := --passes 2
 DIRECT_BUDGET := --passes 10
 STAGE3_BUDGET := --passes 10
 WARMUP_BUDGET := --passes 1
@@ -111,7 +113,7 @@ $(S)/%/same/teacher/run.json: $(MADE)
 
 $(S)/%/sft/teacher/run.json: $(MADE)
 	$(RUN) fkl_warmup.py --loss sft --keep correct --model $(TEACHER) --teacher $(TEACHER) --half $* --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) $(BRIDGE_BUDGET)
+		$(SETTINGS) $(DISTILL) $(WARMUP) $(SFT_TEACHER_BUDGET)
 
 .SECONDEXPANSION:
 $(S)/%/warmup/run.json: $$(call trained_teacher,%)
@@ -183,14 +185,13 @@ $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
 tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/results.json)
 	$(PY) tables.py --runs $(S) --pool $(POOL) --out $(REPORT) $(if $(PAIR),--pair $(PAIR))
 
+# Two seeds at a time; run_plan.py spares each stage the start of an interpreter.
 SEEDS ?= 0 1 2 3 4
 JOBS ?= 2
 paper-toy: setup
-	$(MAKE) --jobs=$(JOBS) $(SEEDS:%=seed-%)
+	printf '%s\n' $(SEEDS) | xargs -P $(JOBS) -I SEED sh -c \
+		'$(MAKE) --no-print-directory -n tables SEED=SEED POOL=$(POOL) > $(VENV)/plan-SEED && $(PY) run_plan.py < $(VENV)/plan-SEED'
 	$(PY) tables.py --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
-
-seed-%: setup
-	$(MAKE) $(RUNS)/seed$*/report-$(POOL)/transfer/results.json $(RUNS)/seed$*/report-$(POOL)/held_out/results.json SEED=$*
 
 demo: $(REPORT)/demo/results.json
 	@cat $(<D)/table.md

@@ -237,11 +237,20 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def pyplot():
+    """matplotlib.pyplot for pictures in files, with no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, picture: Path) -> None:
     """Horizontal bars of averages[label][data set] = (mean, error), in %."""
-    plt = checkpoints.pyplot()
     labels, names = list(averages), list(next(iter(averages.values())))
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         1, len(names), figsize=(2 + 4 * len(names), 0.8 + 0.42 * len(labels)), squeeze=False, layout="constrained"
     )
     for axis, name in zip(axes[0], names):
@@ -258,7 +267,7 @@ def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, p
         axis.set_xlabel(f"{name}: {title}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def draw_curves(models: dict[str, str], picture: Path) -> None:
@@ -275,8 +284,9 @@ def draw_curves(models: dict[str, str], picture: Path) -> None:
     curves = {title: lines for title, lines in curves.items() if lines}
     if not curves:
         return
-    plt = checkpoints.pyplot()
-    figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 3.6), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(
+        1, len(curves), figsize=(5.2 * len(curves), 3.6), squeeze=False, layout="constrained"
+    )
     for axis, (title, lines) in zip(axes[0], curves.items()):
         for label, values in lines:
             axis.plot(values, label=label, linewidth=1.4)
@@ -286,7 +296,7 @@ def draw_curves(models: dict[str, str], picture: Path) -> None:
         axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def grade_file(cfg: Config) -> None:
