@@ -188,9 +188,10 @@ tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/resu
 # Two seeds at a time; run_plan.py spares each stage the start of an interpreter.
 SEEDS ?= 0 1 2 3 4
 JOBS ?= 2
+PLAN := $(MAKE) --no-print-directory -n
 paper-toy: setup
 	printf '%s\n' $(SEEDS) | xargs -P $(JOBS) -I SEED sh -c \
-		'$(MAKE) --no-print-directory -n tables SEED=SEED POOL=$(POOL) > $(VENV)/plan-SEED && $(PY) run_plan.py < $(VENV)/plan-SEED'
+		'$(PLAN) tables SEED=SEED POOL=$(POOL) > $(VENV)/plan-SEED && $(PY) run_plan.py < $(VENV)/plan-SEED'
 	$(PY) tables.py --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
 
 demo: $(REPORT)/demo/results.json
