@@ -21,6 +21,7 @@ Eight GPUs:    the same behind torchrun --nproc_per_node=8 opd.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,7 +81,7 @@ FAR_FROM_TEACHER = 1.0  # nats a token; a student whose first KL is beyond it ha
 
 
 def reverse_kl_loss(
-    student: Policy, teacher: Policy, batch: Batch, vocab_size: int | None = None
+    student: Policy | Callable, teacher: Policy, batch: Batch, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Eq. 4 summed over the batch's tokens, and the KL of each, (N,): KL(pi_theta || pi_T) on the student's states.
 
@@ -95,7 +96,9 @@ def reverse_kl_loss(
     return student(batch, head)
 
 
-def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, importance_cap: float) -> tuple[Tensor, Tensor]:
+def sampled_kl_loss(
+    student: Policy | Callable, teacher: Policy, batch: Batch, importance_cap: float
+) -> tuple[Tensor, Tensor]:
     """A loss whose gradient is the one-sample estimate of Eq. 4's, and the k1 estimate of each token's KL, (N,).
 
     Policy gradient with the teacher-induced token reward log pi_T - log pi_theta (later versions of the paper), each
@@ -113,14 +116,23 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, importance_c
     return -(weights * reward * logprobs).sum(), -reward
 
 
-@torch.no_grad()
-def sampler_mismatch(student: Policy, batch: Batch, temperature: float) -> dict[str, float]:
-    """How far the sampler's logprobs of one micro-batch are from the trainer's, over all ranks: mean and largest."""
+def watched(student: Policy, temperature: float, mismatch: list[Tensor]) -> Callable:
+    """`student`, whose forward also notes how far the sampler's logprobs are from its own; no pass of its own for that."""
 
-    def head(hidden, weight):
-        return fused_linear_logprob(hidden, weight, batch.targets, temperature)[0]
+    def forward(batch: Batch, head: Callable):
+        def noting_head(hidden, weight):
+            with torch.no_grad():
+                logprobs, _ = fused_linear_logprob(hidden, weight, batch.targets, temperature)
+            mismatch.append((logprobs - batch.sampler_logprobs).abs())  # (N,)
+            return head(hidden, weight)
 
-    mismatch = (student(batch, head) - batch.sampler_logprobs).abs()  # (N,)
+        return student(batch, noting_head)
+
+    return forward
+
+
+def mismatch_statistics(mismatch: Tensor) -> dict[str, float]:
+    """Mean and largest over the tokens of all ranks."""
     sums = common.all_sum({"total": mismatch.sum().item(), "count": len(mismatch)})
     worst = common.all_max({"sampler_mismatch_max": mismatch.max().item() if len(mismatch) else 0.0})
     return {"sampler_mismatch": sums["total"] / max(sums["count"], 1), **worst}
@@ -170,12 +182,14 @@ def main(cfg: Config) -> None:
             kl_sum = 0.0
             with run.phase("update"):
                 micro_batches = records.make_batches(rollouts, cfg.micro_batch_tokens, device)
-                mismatch = sampler_mismatch(policy, micro_batches[0], cfg.temperature)  # one tells if sync is broken
+                mismatch: list[Tensor] = []
                 for batch in micro_batches:
+                    # One micro-batch tells if the sampler's weights are stale.
+                    student = policy if mismatch else watched(policy, cfg.temperature, mismatch)
                     if cfg.estimator == "full":
-                        loss, kl = reverse_kl_loss(policy, teacher, batch, len(tokenizer))
+                        loss, kl = reverse_kl_loss(student, teacher, batch, len(tokenizer))
                     else:
-                        loss, kl = sampled_kl_loss(policy, teacher, batch, cfg.importance_cap)
+                        loss, kl = sampled_kl_loss(student, teacher, batch, cfg.importance_cap)
                     (loss / num_tokens).backward()
                     kl_sum += kl.sum().item()
                 grad_norm = common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
@@ -191,7 +205,7 @@ def main(cfg: Config) -> None:
                     "reverse_kl": reverse_kl,
                     "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
                     **records.response_statistics(rollouts),
-                    **mismatch,
+                    **mismatch_statistics(mismatch[0]),
                     "grad_norm": grad_norm,
                     "lr": lr,
                 },

@@ -152,14 +152,15 @@ def update(
         chosen = rollouts[start : start + size]
         batches = records.make_batches(chosen, cfg.micro_batch_tokens, device)
         mini_batches.append((records.count_tokens(chosen), advantages[start : start + size], batches))
-    # The policy that rho is relative to is the trainer's own, before the first update of this rollout batch. If there
-    # is only one update, that policy is the present one and needs no pass of its own.
-    single_update = len(mini_batches) * cfg.inner_epochs == 1
+    # The policy that rho is relative to is the trainer's own, before the first update of this rollout batch. The first
+    # mini-batch is seen by that policy anyway, and needs no pass of its own.
     old_logprobs, ref_logprobs = {}, {}
     with torch.no_grad():
-        for batch in (batch for *_, batches in mini_batches for batch in batches):
-            old_logprobs[id(batch)] = None if single_update else token_logprobs(policy, batch)[0]  # (N,)
-            ref_logprobs[id(batch)] = token_logprobs(reference, batch)[0] if reference else None
+        for number, (*_, batches) in enumerate(mini_batches):
+            for batch in batches:
+                if number > 0:
+                    old_logprobs[id(batch)] = token_logprobs(policy, batch)[0]  # (N,)
+                ref_logprobs[id(batch)] = token_logprobs(reference, batch)[0] if reference else None
 
     totals: dict[str, float] = {}
     norms, tokens, worst_mismatch = [], 0, 0.0
@@ -167,7 +168,7 @@ def update(
         for num_tokens, mini_advantages, batches in mini_batches:
             for batch in batches:
                 logprobs, entropy = token_logprobs(policy, batch)  # (N,), (N,)
-                old = logprobs.detach() if single_update else old_logprobs[id(batch)]
+                old = old_logprobs.setdefault(id(batch), logprobs.detach())
                 ratio_to_sampler = torch.exp(old - batch.sampler_logprobs)
                 loss, sums = grpo_loss(
                     logprobs,
