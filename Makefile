@@ -56,18 +56,18 @@ MADE := $(RAW)/test.jsonl
 RUN := $(PY)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
 	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5
-GRPO := --lr 5e-4 --prompts-per-step 32 --mini-batch-prompts 16
+GRPO := --lr 3e-4 --prompts-per-step 32 --mini-batch-prompts 16
 DISTILL := --lr 2e-3
-WARMUP := --mini-batch-prompts 8
-OPD := --prompts-per-step 8
+WARMUP := --mini-batch-prompts 16
+OPD := --prompts-per-step 16
 # Budgets are steps: as many on half of the labels as on all of them.
 TEACHER_BUDGET := --passes 99 --max-steps 48
 SFT_TEACHER_BUDGET := --passes 99 --max-steps 72
 DIRECT_BUDGET := --passes 99 --max-steps 72
-STAGE3_BUDGET := --passes 99 --max-steps 24
-WARMUP_BUDGET := --passes 99 --max-steps 36
-OPD_BUDGET := --passes 99 --max-steps 108
-BRIDGE_BUDGET := --passes 99 --max-steps 144
+STAGE3_BUDGET := --passes 99 --max-steps 36
+WARMUP_BUDGET := --passes 99 --max-steps 30
+OPD_BUDGET := --passes 99 --max-steps 90
+BRIDGE_BUDGET := --passes 99 --max-steps 120
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --max-response-tokens 24 --seed $(SEED)
 else ifeq ($(SCALE),paper)

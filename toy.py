@@ -19,7 +19,7 @@ earlier: pretraining stops at a measured skill (accuracy when made to start with
 because a fixed number of steps leaves the student anywhere between hopeless and done.
 
 Written: tokenizer and weights in raw_teacher/ and raw_student/ (Qwen3 architecture), and train.jsonl (labelled,
-192 problems), validation.jsonl and test.jsonl, which share no problem with one another or with the demonstrations.
+160 problems), validation.jsonl and test.jsonl, which share no problem with one another or with the demonstrations.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CHAT_TEMPLATE = (
 class Config:
     out: str  # directory to write
     seed: int = 0  # of the problems, the demonstrations and the weights
-    train_problems: int = 192  # labelled problems
+    train_problems: int = 160  # labelled problems
     test_problems: int = 250  # held-out problems, as many for validation
     teacher_skill: float = 0.9  # pretraining stops at this accuracy inside the careful habit
     student_skill: float = 0.5  # at 0.25 sparse reward only sharpens mistakes; fully skilled leaves nothing to teach
