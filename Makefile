@@ -190,8 +190,8 @@ SEEDS ?= 0 1 2 3 4
 JOBS ?= 2
 PLAN := $(MAKE) --no-print-directory -n
 paper-toy: setup
-	printf '%s\n' $(SEEDS) | xargs -P $(JOBS) -I SEED sh -c \
-		'$(PLAN) tables SEED=SEED POOL=$(POOL) > $(VENV)/plan-SEED && $(PY) run_plan.py < $(VENV)/plan-SEED'
+	printf '%s\n' $(SEEDS) | xargs -P $(JOBS) -I @ sh -c \
+		'$(PLAN) tables SEED=@ POOL=$(POOL) > $(VENV)/plan-@ && $(PY) run_plan.py < $(VENV)/plan-@'
 	$(PY) tables.py --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
 
 demo: $(REPORT)/demo/results.json
