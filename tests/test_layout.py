@@ -47,6 +47,13 @@ def test_every_import_is_in_the_requirements(name):
     assert not third_party & {"trl", "accelerate", "deepspeed", "lightning", "ray"}
 
 
+def test_the_readme_names_tests_that_exist():
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
+
+
 FREE = {"numpy", "triton"}  # other packages pin these two: vLLM's numba, PyTorch's CUDA build
 
 
