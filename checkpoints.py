@@ -529,8 +529,8 @@ class Run:
 def _tidy(checkpoint: Path) -> None:
     """Removes what a finished run needs no more."""
     for state in checkpoint.glob("state-*"):
-        shutil.rmtree(state)
-    (checkpoint / "lock").unlink()
+        shutil.rmtree(state, ignore_errors=True)
+    (checkpoint / "lock").unlink(missing_ok=True)
 
 
 def _reason(error: BaseException) -> str:

@@ -60,8 +60,8 @@ def stages(student: str, teacher: str, data: str, engine: str) -> dict:
 class Moments:
     """Counts moments by kind, and does something at the one that was drawn."""
 
-    def __init__(self, directory: Path, drawn: tuple[str, int] | None, action):
-        self.directory, self.drawn, self.action = str(directory), drawn, action
+    def __init__(self, out: Path, drawn: tuple[str, int] | None, action):
+        self.out, self.drawn, self.action = out, drawn, action
         self.seen: Counter[str] = Counter()
 
     def pass_by(self, kind: str) -> None:
@@ -74,9 +74,9 @@ class Moments:
         """Python's own report of what it is about to do to files."""
         writes = event == "open" and (arguments[1] or "r")[0] in "wa"
         if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-            path = str(arguments[0])
-            if path.startswith(self.directory):
-                self.pass_by(f"{event.removeprefix('os.')} " + re.sub(r"\d{6}", "N", path.removeprefix(self.directory)))
+            path = re.sub(r"\d{6}", "N", str(arguments[0]).replace(str(self.out), "OUT"))
+            if path.startswith(("OUT.partial", "OUT/")):
+                self.pass_by(f"{event.removeprefix('os.')} {path.removeprefix('OUT.partial/')}")
 
 
 class Halved:
@@ -146,7 +146,7 @@ def child(script, settings: dict, out: Path, drawn, action, said: Path) -> None:
     status = 1
     try:
         records.grade = made_up_grades
-        moments = Moments(out.with_name(f"{out.name}.partial"), drawn, action)
+        moments = Moments(out, drawn, action)
         instrument(moments)
         script.main(script.Config(out=str(out), resume=True, **settings))
         status = 0
@@ -213,12 +213,14 @@ def gauntlet(name: str, script, settings: dict, directory: Path, kills: int, rng
     def die(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    tries = 0
+    tries = reached = 0
     while len(died) < kills:
         tries += 1
         assert tries < 20 * kills
         kind = rng.choice(sorted(kinds))
         before = newest_state(out)
+        assert before >= reached, f"{name} had saved step {reached}, and after {died[-1]} has {before}"
+        reached = before
         if rng.random() < 0.25:
             kind = f"after {rng.uniform(0.1, 0.9) * seconds:.2f} s"
             status, text = start(script, settings, out, said, after=float(kind.split()[1]))
@@ -235,6 +237,7 @@ def gauntlet(name: str, script, settings: dict, directory: Path, kills: int, rng
                 assert status == 2 and "already exists" in text, text
             check(out, straight, text)
             shutil.rmtree(out)
+            reached = 0
     status, text = start(script, settings, out, said)
     assert status == 0, text
     check(out, straight, text)
@@ -272,7 +275,7 @@ def main(out: str, student: str, teacher: str, problems: str, kills: str, seed: 
     script, settings = every["teacher"]
     straight = outcome(directory / "teacher-straight")
     print("\nWrites made to fail, and what was said:\n")
-    for kind, occurrence in (("open /state-N.tmp/__0_0.distcp", 2), ("before saving the weights", 1)):
+    for kind, occurrence in (("open state-N.tmp/__0_0.distcp", 2), ("before saving the weights", 1)):
         sentence = full_disk(script, settings, directory, straight, kind, occurrence)
         print(f"- {kind}: `{sentence}`", flush=True)
 

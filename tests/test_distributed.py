@@ -55,7 +55,7 @@ def test_two_ranks_do_what_one_does(run_stages):
     one, two = run_stages(1, "torch"), run_stages(2, "torch")
     rollouts = json.loads((one / "rollouts.json").read_text())
     assert rollouts == json.loads((two / "rollouts.json").read_text())
-    assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 100  # and samples differ
+    assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 60  # and samples differ
     for stage in STAGES:
         for alone, together in zip(metrics(one, stage), metrics(two, stage), strict=True):
             for name in alone:
