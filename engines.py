@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 import common
 import records
@@ -97,9 +97,10 @@ def check_engine(cfg, model: str) -> None:
         raise InputError("--engine vllm: vLLM is not installed; install requirements.txt, or give --engine torch")
     if common.world_size() % cfg.tensor_parallel:
         raise InputError(
-            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({common.world_size()})"
+            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({common.world_size()}); give "
+            "one that does"
         )
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = common.load_config(model).get_text_config()
     longest, limit = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
     if longest > limit:
         raise InputError(

@@ -29,7 +29,6 @@ from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoConfig
 
 import checkpoints
 import common
@@ -114,7 +113,7 @@ class Engines:
         self.made = {}  # architecture -> engine, and the checkpoint in it
 
     def get(self, model: str, tokenizer):
-        config = AutoConfig.from_pretrained(model).to_dict()
+        config = common.load_config(model).to_dict()
         architecture = {key: value for key, value in config.items() if key not in ("transformers_version", "dtype")}
         key = json.dumps([architecture, records.stop_token_ids(model, tokenizer)], sort_keys=True)
         engine, present = self.made.get(key, (None, None))
@@ -307,19 +306,22 @@ def grade_file(cfg: Config) -> None:
     if target.exists() and target.samefile(source):
         raise InputError(f"--out {cfg.out!r} is the directory of --responses itself; name another")
     rows = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(source.read_bytes().splitlines(), start=1):  # of bytes: text has more line ends
         try:
             row = json.loads(line)
             answer, response = row["answer"], row["response"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"line {number} of {cfg.responses!r} is not an object with answer and response") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(
+                f"line {number} of {cfg.responses!r} is not an object with answer and response; mend it"
+            ) from None
         if not isinstance(answer, str) or not isinstance(response, str) or not answer.strip():
             raise InputError(
-                f"line {number} of {cfg.responses!r}: answer and response must be text, the answer not empty"
+                f"line {number} of {cfg.responses!r}: answer and response must be text, the answer not empty; mend it"
             )
         rows.append(row)
     if not rows:
-        raise InputError(f"--responses {cfg.responses!r} is empty")
+        raise InputError(f"--responses {cfg.responses!r} is empty; give a line for each response")
+    checkpoints.check_writable(cfg.out)
     with Verifier() as verifier, tqdm(total=len(rows), desc="grading", unit="response") as bar:
         for start in range(0, len(rows), 256):
             chunk = rows[start : start + 256]
@@ -334,20 +336,36 @@ def grade_file(cfg: Config) -> None:
 
 
 def read_report(directory: str, argument: str) -> dict:
-    """A report's results.json. InputError, naming the argument, if there is none."""
+    """A report's results.json. InputError, naming the argument, if there is none, or not of one evaluation."""
     path = Path(directory) / "results.json"
     if not path.is_file():
         raise InputError(f"{argument} {directory!r} holds no results.json; evaluate into it first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        whole = all({"avg", "se"} <= result.keys() for row in report["results"].values() for result in row.values())
+        if whole and report["results"] and isinstance(report["settings"], dict):
+            return report
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{argument} {directory!r}: its results.json is not a report of one evaluation; evaluate it anew")
 
 
 def merge_reports(cfg: Config) -> None:
     """One table of several seeds' reports: each seed's avg@k, their mean, ± its standard error over seeds."""
-    reports = {directory: read_report(directory, "--merge") for directory in cfg.merge}
+    reports, shapes = {}, []
+    for directory in cfg.merge:
+        report = reports[directory] = read_report(directory, "--merge")
+        rows = {label: sorted(row) for label, row in report["results"].items()}
+        shapes.append((rows, {name: report["settings"].get(name) for name in DECODING if name != "seed"}))
+    for directory, (rows, settings) in zip(cfg.merge, shapes):
+        if rows != shapes[0][0] or settings != shapes[0][1]:
+            what = "checkpoints and data sets" if rows != shapes[0][0] else "settings"
+            raise InputError(
+                f"--merge: {directory!r} and {cfg.merge[0]!r} do not have the same {what}; evaluate them alike"
+            )
+    checkpoints.check_writable(cfg.out)
     results = [report["results"] for report in reports.values()]
     labels, names = list(results[0]), list(next(iter(results[0].values())))
-    if any(list(result) != labels or list(next(iter(result.values()))) != names for result in results):
-        raise InputError("--merge: the reports do not have the same checkpoints and data sets; evaluate them alike")
     averages = {
         label: {name: mean_and_error(np.array([result[label][name]["avg"] for result in results])) for name in names}
         for label in labels
@@ -408,11 +426,22 @@ def main(cfg: Config) -> None:
         raise InputError(
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
         )
+    if cfg.top_p > 1:
+        raise InputError(f"--top-p {cfg.top_p} is more than all of the distribution; give 1 or less")
+    if cfg.top_k < 1 and cfg.top_k != -1:
+        raise InputError(f"--top-k {cfg.top_k} keeps no token; give 1 or more, or -1 for all")
     datasets = {Path(source).stem: records.load_problems(source) for source in cfg.data}
+    if len(datasets) < len(cfg.data):
+        raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
     models = dict(zip(labels, cfg.models))
-    for model in cfg.models:
-        records.load_tokenizer(model, "--models")  # says so now if one does not exist
+    for model in cfg.models:  # all that can be known before anything is sampled
+        tokenizer = records.load_tokenizer(model, "--models")
+        common.check_checkpoint(model, len(tokenizer))
         check_engine(cfg, model)
+        for problems in datasets.values():
+            records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+        common.on_rank_0(lambda: checkpoints.read_run(model))
+    checkpoints.check_writable(cfg.out)
     with Verifier() as verifier:
         engines = Engines(cfg)
         results = {

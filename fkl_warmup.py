@@ -22,7 +22,9 @@ Eight GPUs:    the same behind torchrun --nproc_per_node=8 fkl_warmup.py
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,25 +98,42 @@ class RolloutCache:
         header = json.dumps(identity).encode() + b"\n"
 
         def create() -> None:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(header)
+            try:
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    unfinished = path.with_name(f"{path.name}.tmp")
+                    unfinished.write_bytes(header)
+                    unfinished.rename(path)  # a kill must not leave half a header
+                path.open("r+b").close()
+            except OSError as error:
+                raise InputError(
+                    f"--rollouts {str(path)!r} cannot be written ({error.strerror}); name another file"
+                ) from None
 
         common.on_rank_0(create)
         self._file = path.open("r+b" if common.rank() == 0 else "rb")
         found = self._file.readline()
         if found != header:
             raise InputError(
-                f"--rollouts {str(path)!r} holds other rollouts ({found.decode(errors='replace').strip()}) than this run "
-                f"needs ({header.decode().strip()}); name another file"
+                f"--rollouts {str(path)!r} holds other rollouts ({_difference(found, identity)}); name another file"
             )
         self._end = self._file.tell()
         self.complete: set[str] = set()
         # A line group is one problem's rollouts and is written at once; a last line cut short is dropped with its group.
         group: list[tuple[int, bool]] = []
+        number = 1
         while (line := self._file.readline()).endswith(b"\n"):
-            row = json.loads(line)
-            group.append((self._file.tell() - len(line), row["correct"]))
+            number += 1
+            try:
+                row = json.loads(line)
+                group.append((self._file.tell() - len(line), row["correct"]))
+                if row["sample"] != len(group) - 1 or row["id"] not in self.problems:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"--rollouts {str(path)!r} is damaged at line {number}; delete the file, or that line and all "
+                    "after it"
+                ) from None
             if len(group) == identity["rollouts_per_prompt"]:
                 self._accept(row["id"], group)
                 group, self._end = [], self._file.tell()
@@ -139,9 +158,15 @@ class RolloutCache:
             places.append((self._end, rollout.correct))
             self._end += len(lines[-1])
         if common.rank() == 0:
-            self._file.seek(0, 2)
-            self._file.write(b"".join(lines))
-            self._file.flush()
+            try:
+                self._file.seek(0, 2)
+                self._file.write(b"".join(lines))
+                self._file.flush()
+            except OSError as error:
+                raise InputError(
+                    f"the teacher's rollouts could not be written to {self.path} ({error.strerror}); make room, then "
+                    "--resume to keep those that are there"
+                ) from None
         self._accept(group[0].problem.id, places)
 
     def __getitem__(self, index: int) -> Rollout:
@@ -152,6 +177,16 @@ class RolloutCache:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+
+def _difference(header: bytes, identity: dict) -> str:
+    """The first setting in which the header of a rollout file differs from what this run needs."""
+    try:
+        found = dict(json.loads(header))
+    except (ValueError, TypeError):
+        return "its first line does not say which"
+    name = next((name for name in identity if found.get(name) != identity[name]), "its settings")
+    return f"with {name} = {found.get(name)!r}, and this run needs {identity.get(name)!r}"
 
 
 def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
@@ -201,62 +236,73 @@ def main(cfg: Config) -> None:
     records.check_same_tokenizer(cfg.model, cfg.teacher)
     problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = records.load_tokenizer(cfg.model)
+    for model in (cfg.model, cfg.teacher):
+        common.check_checkpoint(model, len(tokenizer))
     prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
         return memory.report(cfg, cfg.teacher)
     check_engine(cfg, cfg.teacher)
-    run = checkpoints.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
-    identity = {
-        "teacher_sha256": run.record["parents"]["teacher"]["sha256"],
-        **{name: getattr(cfg, name) for name in ("data", "half", "split_seed", "rollouts_per_prompt", "temperature",
-                                                 "max_response_tokens", "instruction", "thinking", "seed")},
-    }  # fmt: skip
-    cache = RolloutCache(Path(cfg.rollouts or run.partial / "teacher_rollouts.jsonl"), identity, problems, prompts)
+    with checkpoints.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run:
+        identity = {
+            "teacher_sha256": run.record["parents"]["teacher"]["sha256"],
+            "problems": hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest(),
+            **{name: getattr(cfg, name) for name in ("data", "half", "split_seed", "rollouts_per_prompt", "temperature",
+                                                     "max_response_tokens", "instruction", "thinking", "seed")},
+        }  # fmt: skip
+        cache = RolloutCache(Path(cfg.rollouts or run.partial / "teacher_rollouts.jsonl"), identity, problems, prompts)
 
-    torch.manual_seed(cfg.seed)
-    device = common.this_device()
-    sample_teacher(cache, tokenizer, cfg)
-    teacher = (
-        common.load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.loss == "fkl" else None
-    )  # SFT has its tokens
-    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    run.restore(policy, optimizer)
-    chosen = [index for index in range(len(cache)) if cfg.keep == "all" or cache.correct[index]]
-    common.say(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {len(chosen)}")
-    if not chosen:
-        raise InputError("--keep correct leaves no rollout: the teacher answered nothing rightly; use --keep all")
-    order = []
-    for number in range(cfg.passes):
-        random.Random(f"{cfg.seed}/{number}").shuffle(chosen)
-        order += chosen
-    size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
-    mini_batches = [order[start : start + size] for start in range(0, len(order), size)][: cfg.max_steps]
+        torch.manual_seed(cfg.seed)
+        device = common.this_device()
+        sample_teacher(cache, tokenizer, cfg)
+        teacher = None  # SFT has its tokens
+        if cfg.loss == "fkl":
+            teacher = common.load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
+        policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        run.restore(policy, optimizer)
+        chosen = [index for index in range(len(cache)) if cfg.keep == "all" or cache.correct[index]]
+        common.say(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {len(chosen)}")
+        if not chosen:
+            raise InputError("--keep correct leaves no rollout: the teacher answered nothing rightly; give --keep all")
+        order = []
+        for number in range(cfg.passes):
+            random.Random(f"{cfg.seed}/{number}").shuffle(chosen)
+            order += chosen
+        size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
+        mini_batches = [order[start : start + size] for start in range(0, len(order), size)][: cfg.max_steps]
 
-    for step in run.steps(len(mini_batches)):
-        rollouts = [cache[index] for index in mini_batches[step]]
-        num_tokens = records.count_tokens(rollouts)
-        lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
-        loss_sum = 0.0
-        with run.phase("update"):
-            for batch in records.make_batches(rollouts, cfg.micro_batch_tokens, device):
-                if cfg.loss == "fkl":
-                    loss = forward_kl_loss(policy, teacher, batch, len(tokenizer))
-                else:
-                    loss = sft_loss(policy, batch)
-                (loss / num_tokens).backward()
-                loss_sum += loss.item()
-            loss_sum = common.all_sum({"loss": loss_sum})["loss"]
-            grad_norm = common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
-        run.consume(rollout.problem for rollout in rollouts)
-        name = {"fkl": "forward_kl", "sft": "cross_entropy"}[cfg.loss]
-        run.log(
-            step,
-            {name: loss_sum / num_tokens, **records.response_statistics(rollouts), "grad_norm": grad_norm, "lr": lr},
-            show=(name, "grad_norm"),
-        )
-        run.checkpoint(step + 1, policy, optimizer)
-    run.finish(policy, tokenizer, len(mini_batches))
+        for step in run.steps(len(mini_batches)):
+            rollouts = [cache[index] for index in mini_batches[step]]
+            num_tokens = records.count_tokens(rollouts)
+            lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
+            loss_sum = 0.0
+            with run.phase("update"):
+                for batch in records.make_batches(rollouts, cfg.micro_batch_tokens, device):
+                    if cfg.loss == "fkl":
+                        loss = forward_kl_loss(policy, teacher, batch, len(tokenizer))
+                    else:
+                        loss = sft_loss(policy, batch)
+                    (loss / num_tokens).backward()
+                    loss_sum += loss.item()
+                loss_sum = common.all_sum({"loss": loss_sum})["loss"]
+                grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
+            skipped = int(not math.isfinite(grad_norm))
+            run.consume(rollout.problem for rollout in rollouts)
+            name = {"fkl": "forward_kl", "sft": "cross_entropy"}[cfg.loss]
+            run.log(
+                step,
+                {
+                    name: loss_sum / num_tokens,
+                    **records.response_statistics(rollouts),
+                    "grad_norm": grad_norm,
+                    "skipped_steps": skipped,
+                    "lr": lr,
+                },
+                show=(name, "grad_norm"),
+            )
+            run.stop_if_repeated(step, skipped, rollouts)
+            run.checkpoint(step + 1, policy, optimizer)
+        run.finish(policy, tokenizer, len(mini_batches))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import common
 
@@ -128,7 +128,7 @@ def report(cfg, frozen: str | None) -> None:
     or teacher."""
     if common.rank():
         return
-    sizes = [size_of(AutoConfig.from_pretrained(model)) if model else None for model in (cfg.model, frozen)]
+    sizes = [size_of(common.load_config(model)) if model else None for model in (cfg.model, frozen)]
     positions = max(cfg.micro_batch_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
     nodes = cfg.shard_nodes
     for name, gib in ((f"{nodes} x 8 x 80 GB", 80e9 / GIB), (f"{max(nodes, 2)} x 8 x 141 GB", 141e9 / GIB)):

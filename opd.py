@@ -21,6 +21,7 @@ Eight GPUs:    the same behind torchrun --nproc_per_node=8 opd.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -143,31 +144,36 @@ def main(cfg: Config) -> None:
     records.check_same_tokenizer(cfg.model, cfg.teacher)
     problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = records.load_tokenizer(cfg.model)
+    for model in (cfg.model, cfg.teacher):
+        common.check_checkpoint(model, len(tokenizer))
     prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
         return memory.report(cfg, cfg.teacher)
     check_engine(cfg, cfg.model)
-    run = checkpoints.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher})
-    rewarded = checkpoints.rewarded(run.record["parents"]["teacher"])
-    if rewarded is None:
-        common.say(
-            "C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher."
-        )
-    else:
-        before, after = (rewarded[moment]["reward"] for moment in ("first", "last"))
-        common.say(f"C1: reward took the teacher's rollouts from {100 * before:.0f} % to {100 * after:.0f} % right.")
+    parents = {"model": cfg.model, "teacher": cfg.teacher}
+    with checkpoints.Run(cfg, parents) as run, Verifier() as verifier:
+        rewarded = checkpoints.rewarded(run.record["parents"]["teacher"])
+        if rewarded is None:
+            common.say(
+                "C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher."
+            )
+        else:
+            before, after = (rewarded[moment]["reward"] for moment in ("first", "last"))
+            common.say(
+                f"C1: reward took the teacher's rollouts from {100 * before:.0f} % to {100 * after:.0f} % right."
+            )
 
-    torch.manual_seed(cfg.seed)
-    device = common.this_device()
-    teacher = common.load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
-    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    run.restore(policy, optimizer)
-    engine = make_engine(cfg, cfg.model, tokenizer, policy)
-    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
+        torch.manual_seed(cfg.seed)
+        device = common.this_device()
+        teacher = common.load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
+        policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        run.restore(policy, optimizer)
+        engine = make_engine(cfg, cfg.model, tokenizer, policy)
+        sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
 
-    batches = records.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
-    with Verifier() as verifier:
+        batches = records.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+
         for step in run.steps(len(batches)):
             engine.sync(policy)
             with run.phase("rollout"):
@@ -179,7 +185,7 @@ def main(cfg: Config) -> None:
             engine.sleep()
             num_tokens = records.count_tokens(rollouts)
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
-            kl_sum = 0.0
+            loss_sum = kl_sum = 0.0
             with run.phase("update"):
                 micro_batches = records.make_batches(rollouts, cfg.micro_batch_tokens, device)
                 mismatch: list[Tensor] = []
@@ -191,9 +197,11 @@ def main(cfg: Config) -> None:
                     else:
                         loss, kl = sampled_kl_loss(student, teacher, batch, cfg.importance_cap)
                     (loss / num_tokens).backward()
+                    loss_sum += loss.item()
                     kl_sum += kl.sum().item()
-                grad_norm = common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
+                grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
             reverse_kl = common.all_sum({"kl": kl_sum})["kl"] / num_tokens
+            skipped = int(not math.isfinite(grad_norm))
             if step == 0 and reverse_kl > FAR_FROM_TEACHER:
                 common.say(
                     f"C2: the student starts {reverse_kl:.2f} nats a token from the teacher; a warmup would help."
@@ -207,12 +215,14 @@ def main(cfg: Config) -> None:
                     **records.response_statistics(rollouts),
                     **mismatch_statistics(mismatch[0]),
                     "grad_norm": grad_norm,
+                    "skipped_steps": skipped,
                     "lr": lr,
                 },
                 show=("reverse_kl", "accuracy", "response_tokens"),
             )
+            run.stop_if_repeated(step, skipped, rollouts)
             run.checkpoint(step + 1, policy, optimizer)
-    run.finish(policy, tokenizer, len(batches))
+        run.finish(policy, tokenizer, len(batches))
 
 
 if __name__ == "__main__":

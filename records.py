@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import os
 import random
 import re
 import unicodedata
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import common
-from common import InputError, say
+from common import InputError, first_line, say
 from verifier import Verifier
 
 
@@ -99,10 +100,12 @@ def load_problems(source: str, quiet: bool = False) -> list[Problem]:
 
 
 def _problem_from_row(row: dict) -> Problem:
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {row!r:.40}, not an object")
     prompt = next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
     if isinstance(prompt, list):
-        prompt = [message["content"] for message in prompt if message["role"] == "user"][-1]
-    if not isinstance(prompt, str):
+        prompt = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), None)
+    if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("no prompt in it")
     prompt = prompt.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
     answer = (row.get("reward_model") or {}).get("ground_truth")
@@ -110,20 +113,21 @@ def _problem_from_row(row: dict) -> Problem:
         answer = row.get(key) if answer is None else answer
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r}")
+    if not isinstance(answer, str) or not answer.rsplit("####", 1)[-1].strip():
+        raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r:.40}")
+    answer.encode()  # fails on half of a surrogate pair, which JSON can say and nothing can write
     return Problem.create(prompt, answer.rsplit("####", 1)[-1].strip())
 
 
 def _read_rows(source: str) -> Iterable[dict]:
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
                         yield json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise InputError(
                             f"line {number} of {source!r} is not JSON ({error}); mend or delete it"
                         ) from None
@@ -187,7 +191,9 @@ def load_training_problems(data: str, half: str, split_seed: int, exclude: Seque
     if len(kept) < len(problems):
         say(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {', '.join(exclude)}")
     if not kept:
-        raise InputError(f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}")
+        raise InputError(
+            f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}; name others"
+        )
     return kept
 
 
@@ -214,10 +220,17 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
     if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise InputError(f"{argument} {model!r} is not a checkpoint directory, nor a hub name (owner/name)")
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{argument} {model!r} has no tokenizer that transformers can load ({reason})") from None
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        if not tokenizer("1+1")[
+            "input_ids"
+        ]:  # where the files are missing, transformers makes one without a vocabulary
+            raise ValueError("it has no vocabulary")
+        return tokenizer
+    except Exception as error:  # Rust's tokenizers raise a bare one
+        raise InputError(
+            f"{argument} {model!r} has no tokenizer that transformers can load ({first_line(error)}); put its files beside the "
+            "weights"
+        ) from None
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: str, instruction: str, thinking: bool) -> str:
@@ -260,36 +273,46 @@ def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`end_tokens` of a checkpoint that is not loaded."""
     try:
         return end_tokens(GenerationConfig.from_pretrained(model), tokenizer)
-    except OSError:  # a checkpoint need not have generation settings
+    except OSError as error:  # a checkpoint need not have generation settings
+        if (Path(model) / "generation_config.json").exists():
+            raise InputError(
+                f"model {model!r} has a generation_config.json that cannot be read ({first_line(error)}); mend or delete it"
+            ) from None
         return end_tokens(None, tokenizer)
 
 
 def check_same_tokenizer(student: str, teacher: str) -> None:
     """Teacher and student must read and write the same tokens: a KL between their distributions means nothing else.
 
-    Compares the vocabularies, the special tokens and the rendered prompt; InputError with the first difference.
+    Compares the vocabularies, the special tokens and the rendered prompt; InputError with what differs.
     """
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
     pair = f"--model {student!r} and --teacher {teacher!r}"
-    if ours.get_vocab() != theirs.get_vocab():
-        differing = dict(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()))
-        example = min(differing, key=differing.get)
-        raise InputError(
-            f"{pair} have different vocabularies ({len(ours)} and {len(theirs)} tokens, first difference {example!r}); "
-            "distillation needs a teacher of the student's family"
+    first, second = ours.get_vocab(), theirs.get_vocab()
+    if first != second:
+        differing = sorted(
+            {token for token, _ in first.items() ^ second.items()}, key=lambda t: first.get(t, second.get(t))
         )
-    for name in ("eos_token", "bos_token", "pad_token"):
-        if getattr(ours, name) != getattr(theirs, name):
+        examples = ", ".join(
+            f"{token!r} is {first.get(token, 'absent')} and {second.get(token, 'absent')}" for token in differing[:3]
+        )
+        raise InputError(
+            f"{pair} have different vocabularies ({len(first)} and {len(second)} tokens, {len(differing)} differ: "
+            f"{examples}); distillation needs a teacher of the student's family"
+        )
+    for name in ("eos_token", "bos_token", "pad_token", "all_special_tokens"):
+        first, second = getattr(ours, name), getattr(theirs, name)
+        if first != second and not (isinstance(first, list) and sorted(first) == sorted(second)):
             raise InputError(
-                f"{pair} differ in their {name} ({getattr(ours, name)!r} and {getattr(theirs, name)!r}); "
-                "copy one tokenizer over the other"
+                f"{pair} differ in their {name} ({first!r} and {second!r}); copy one tokenizer over the other"
             )
     for thinking in (False, True):
-        rendered = [render_prompt(tokenizer, "1+1", INSTRUCTION, thinking) for tokenizer in (ours, theirs)]
-        if rendered[0] != rendered[1]:
+        first, second = (render_prompt(tokenizer, "1+1", INSTRUCTION, thinking) for tokenizer in (ours, theirs))
+        if first != second:
+            same = len(os.path.commonprefix([first, second]))
             raise InputError(
-                f"{pair} render prompts differently ({rendered[0]!r} and {rendered[1]!r}); "
-                "give both the same chat template"
+                f"{pair} render prompts differently (after {first[:same][-20:]!r} one has {first[same:][:40]!r}, the other "
+                f"{second[same:][:40]!r}); give both the same chat template"
             )
 
 

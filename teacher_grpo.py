@@ -23,6 +23,7 @@ Direct GRPO (route R1) is this script on the base student.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,6 +167,7 @@ def update(
     norms, tokens, worst_mismatch = [], 0, 0.0
     for _ in range(cfg.inner_epochs):
         for num_tokens, mini_advantages, batches in mini_batches:
+            mini_loss = 0.0
             for batch in batches:
                 logprobs, entropy = token_logprobs(policy, batch)  # (N,), (N,)
                 old = old_logprobs.setdefault(id(batch), logprobs.detach())
@@ -185,13 +187,20 @@ def update(
                 sums["sampler_mismatch"] = mismatch.sum()
                 sums["importance_clipped"] = (ratio_to_sampler > cfg.importance_cap).sum()
                 worst_mismatch = max(worst_mismatch, mismatch.max().item() if len(mismatch) else 0.0)
+                mini_loss += sums["loss"].item()
                 for name, value in sums.items():
                     totals[name] = totals.get(name, 0.0) + value.item()
             tokens += num_tokens
-            norms.append(common.optimizer_step(policy, optimizer, lr, cfg.max_grad_norm))
+            norms.append(common.optimizer_step(policy, optimizer, mini_loss, lr, cfg.max_grad_norm))
     means = {name: total / tokens for name, total in common.all_sum(totals).items()}
     worst = common.all_max({"sampler_mismatch_max": worst_mismatch})
-    return {**means, **worst, "grad_norm": sum(norms) / len(norms)}
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    return {
+        **means,
+        **worst,
+        "grad_norm": sum(taken) / len(taken) if taken else math.nan,
+        "skipped_steps": len(norms) - len(taken),
+    }
 
 
 def main(cfg: Config) -> None:
@@ -200,27 +209,27 @@ def main(cfg: Config) -> None:
         raise InputError(f"--group-size {cfg.group_size} leaves nothing to compare a rollout with; give 2 or more")
     problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = records.load_tokenizer(cfg.model)
+    common.check_checkpoint(cfg.model, len(tokenizer))
     prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
         return memory.report(cfg, cfg.model if cfg.kl_coef else None)
     check_engine(cfg, cfg.model)
-    run = checkpoints.Run(cfg, parents={"model": cfg.model})
+    with checkpoints.Run(cfg, parents={"model": cfg.model}) as run, Verifier() as verifier:
+        torch.manual_seed(cfg.seed)
+        device = common.this_device()
+        policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
+        reference = common.load_policy(cfg.model, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.kl_coef else None
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        run.restore(policy, optimizer)
+        engine = make_engine(cfg, cfg.model, tokenizer, policy)
+        sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
 
-    torch.manual_seed(cfg.seed)
-    device = common.this_device()
-    policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
-    reference = common.load_policy(cfg.model, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    run.restore(policy, optimizer)
-    engine = make_engine(cfg, cfg.model, tokenizer, policy)
-    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
+        batches = records.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+        common.say(
+            "The loss below reads near zero, and should: a group's advantages sum to zero, so before the first update of a "
+            "rollout batch the loss is about 0 whatever the policy; its gradient is not. Watch the reward."
+        )
 
-    batches = records.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
-    common.say(
-        "The loss below reads near zero, and should: a group's advantages sum to zero, so before the first update of a "
-        "rollout batch the loss is about 0 whatever the policy; its gradient is not. Watch the reward."
-    )
-    with Verifier() as verifier:
         for step in run.steps(len(batches)):
             engine.sync(policy)
             with run.phase("rollout"):
@@ -249,8 +258,9 @@ def main(cfg: Config) -> None:
                 },
                 show=("reward", "response_tokens", "kl_to_reference", "loss"),
             )
+            run.stop_if_repeated(step, metrics["skipped_steps"], rollouts)
             run.checkpoint(step + 1, policy, optimizer)
-    run.finish(policy, tokenizer, len(batches))
+        run.finish(policy, tokenizer, len(batches))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,8 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
         logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
         loss = -logprobs.mean()
         loss.backward()
-        common.optimizer_step(policy, optimizer, recipe.peak_lr * min(1.0, (step + 1) / 50), max_grad_norm=1.0)
+        lr = recipe.peak_lr * min(1.0, (step + 1) / 50)
+        common.optimizer_step(policy, optimizer, loss.item(), lr, max_grad_norm=1.0)
         if step % 10 == 9:
             skill = careful_accuracy(policy, tokenizer, validation)
             bar.set_postfix(loss=f"{loss.item():.3f}", skill=f"{skill:.2f}")

@@ -6,8 +6,8 @@ Batches are cut so that ranks get unequal numbers of micro-batches, and sometime
 responses, so that groups have spread: random models solve nothing.
 """
 
-import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,7 +42,7 @@ runs = {
     "student": (student_grpo, dict(model=f"{out}/bridge", half="2H", **grpo)),
 }  # fmt: skip
 
-sampled, finish = [], checkpoints.Run.finish
+sampled, finish, checkpoint = [], checkpoints.Run.finish, checkpoints.Run.checkpoint
 
 
 def made_up_grades(rollouts, verifier):
@@ -67,7 +67,14 @@ def finish_and_compare(run, policy, tokenizer, steps):
         assert torch.equal(value, expected), name
 
 
+def checkpoint_and_copy(run, steps, *arguments):
+    checkpoint(run, steps, *arguments)
+    if common.rank() == 0 and steps == 2 and not run.out.name.startswith("again"):
+        shutil.copytree(run.partial, run.partial.with_name(f"again-{run.partial.name}"))
+
+
 records.grade = made_up_grades
+checkpoints.Run.checkpoint = checkpoint_and_copy
 checkpoints.Run.finish = finish_and_compare
 common.start_process()
 for name, (stage, options) in runs.items():
@@ -76,25 +83,36 @@ for name, (stage, options) in runs.items():
     stage.main(stage.Config(out=f"{out}/{name}", **settings, **options, **extra))
 
 
-class Interrupted(Exception):
-    pass
+# Each stage again, from what a kill in its third step would have left.
+straight = list(sampled)
+for name, (stage, options) in runs.items():
+    extra = {"require_finished": False} if stage in (teacher_grpo, student_grpo) else {}
+    stage.main(stage.Config(out=f"{out}/again-{name}", resume=True, **settings, **options, **extra))
+
+# What is not finite on one rank is seen by all, and none of them steps.
+policy = common.load_policy(student, True)
+optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+rollouts = [records.Rollout(None, 0, [2, 4, 3], [5 + i, 6, 1], [0.0] * 3, "stop", "") for i in range(4)]
 
 
-def interrupt(run, step, *arguments, log=checkpoints.Run.log, **options):
-    if step == 2:
-        raise Interrupted
-    log(run, step, *arguments, **options)
+def step(loss: float, spoil: bool) -> tuple[float, list[torch.Tensor]]:
+    for batch in records.make_batches(rollouts, 8, common.this_device()):
+        fkl_warmup.sft_loss(policy, batch).backward()
+    if spoil:
+        gradient = next(parameter.grad for parameter in policy.parameters())
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(torch.nan)
+    norm = common.optimizer_step(policy, optimizer, loss, 0.1, 1.0)
+    return norm, [value.clone() for _, value in common.full_weights(policy)]
 
 
-# Training states: interrupted in its third step and continued, the first stage must give the same weights.
-again = fkl_warmup.Config(out=f"{out}/again", **settings, **{**runs["warmup"][1], "rollouts": f"{out}/again.jsonl"})
-uninterrupted, checkpoints.Run.log = checkpoints.Run.log, interrupt
-try:
-    fkl_warmup.main(again)
-except Interrupted as error:
-    error.__traceback__ = None  # its frames hold the lock of the directory
-checkpoints.Run.log = uninterrupted
-fkl_warmup.main(dataclasses.replace(again, resume=True))
+last = common.rank() == common.world_size() - 1
+_, before = step(1.0, False)
+for loss, spoil in ((float("inf") if last else 1.0, False), (1.0, last)):
+    norm, after = step(loss, spoil)
+    assert norm != norm and all(torch.equal(x, y) for x, y in zip(before, after))
+norm, after = step(1.0, False)
+assert norm > 0 and not all(torch.equal(x, y) for x, y in zip(before, after))
+
 evaluate.main(
     evaluate.Config(
         out=f"{out}/report", models=(f"{out}/warmup", f"{out}/student", f"{out}/teacher"), data=(problems,), k=3,
@@ -102,5 +120,5 @@ evaluate.main(
     )
 )  # fmt: skip
 if common.rank() == 0:
-    Path(out, "rollouts.json").write_text(json.dumps(sampled))
+    Path(out, "rollouts.json").write_text(json.dumps(straight))
 common.end_process()

@@ -55,7 +55,7 @@ def test_two_ranks_do_what_one_does(run_stages):
     one, two = run_stages(1, "torch"), run_stages(2, "torch")
     rollouts = json.loads((one / "rollouts.json").read_text())
     assert rollouts == json.loads((two / "rollouts.json").read_text())
-    assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 100  # and samples differ
+    assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 60  # and samples differ
     for stage in STAGES:
         for alone, together in zip(metrics(one, stage), metrics(two, stage), strict=True):
             for name in alone:
@@ -74,10 +74,18 @@ def test_two_ranks_do_what_one_does(run_stages):
     assert scores[0] == scores[1]
 
 
-def test_a_run_on_two_ranks_resumes(run_stages):
-    out = run_stages(2, "torch")
-    first, second = weights(out, "warmup"), weights(out, "again")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_a_run_on_two_ranks_resumes_bit_for_bit(run_stages, engine):
+    """Every stage, from the state of its second step; inside, too, that a rank's broken numbers stop all from stepping."""
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    out = run_stages(2, engine)
+    for stage in STAGES:
+        first, second = weights(out, stage), weights(out, f"again-{stage}")
+        assert all(torch.equal(first[name], second[name]) for name in first), stage
+        lines = [[{k: v for k, v in line.items() if not k.startswith("seconds")} for line in metrics(out, name)]
+                 for name in (stage, f"again-{stage}")]  # fmt: skip
+        assert lines[0] == lines[1] and len(lines[0]) == 3, stage
 
 
 def test_two_nodes_hold_a_copy_each_or_one_between_them(student, problems, tmp_path):

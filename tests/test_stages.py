@@ -181,11 +181,7 @@ def test_verifier_filtered_sft_keeps_correct_rollouts_only(student, teacher, pro
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
 
 
-# Interruption
-
-
-class Killed(Exception):
-    pass
+# Interruption; tests/test_faults.py kills every stage many times
 
 
 RUNS = {
@@ -194,35 +190,6 @@ RUNS = {
     "bridge": lambda s, t, data, out, **k: (opd, distill(s, t, data, out, **k)),
     "student": lambda s, t, data, out, **k: (student_grpo, grpo(s, data, out, student_grpo.Config, passes=3, **k)),
 }
-
-
-@pytest.mark.parametrize("stage", RUNS)
-def test_interrupted_and_resumed_equals_uninterrupted(stage, student, teacher, problems, tmp_path, monkeypatch):
-    """2 steps + an exception in the third + resume = straight through: weights and metrics, bit for bit."""
-    script, config = RUNS[stage](student, teacher, problems, tmp_path / "straight")
-    script.main(config)
-    script, config = RUNS[stage](student, teacher, problems, tmp_path / "cut")
-    log = checkpoints.Run.log
-
-    def log_twice(run, step, *arguments, **options):
-        if step == 2:
-            raise Killed
-        log(run, step, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Run, "log", log_twice)
-        with pytest.raises(Killed):
-            script.main(config)
-    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.partial" / "state-000002").is_dir()
-    with pytest.raises(InputError, match="add --resume to continue it"):
-        script.main(config)
-    with pytest.raises(InputError, match="the interrupted run had lr = 0.01, now it is 0.5"):
-        script.main(dataclasses.replace(config, lr=0.5, resume=True))
-    script.main(dataclasses.replace(config, resume=True))
-    assert_same_weights(tmp_path / "straight", tmp_path / "cut")
-    assert metrics(tmp_path / "straight") == metrics(tmp_path / "cut")
-    consumed = [json.loads((tmp_path / name / "run.json").read_text())["consumed"] for name in ("straight", "cut")]
-    assert consumed[0] == consumed[1]
 
 
 def command_line(script, config):

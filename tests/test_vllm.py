@@ -48,8 +48,9 @@ def train(policy: Policy, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.03)
     for step in range(steps):
         ids = torch.randint(2, 20, (4, 12), generator=torch.Generator().manual_seed(step))
-        policy.model(ids, labels=ids, use_cache=False).loss.backward()
-        common.optimizer_step(policy, optimizer, 0.03, 1.0)
+        loss = policy.model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        common.optimizer_step(policy, optimizer, loss.item(), 0.03, 1.0)
 
 
 def test_parity_before_and_after_syncs(pair):

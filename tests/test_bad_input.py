@@ -1,0 +1,456 @@
+"""Wrong invocations and corrupt files: the one sentence that each must end in, and that nothing is left behind.
+
+Every case runs a script's command line in this process on small inputs. `{tmp}` in words and sentences is the case's own
+directory, `{student}`, `{teacher}` and `{problems}` are good inputs.
+"""
+
+import fcntl
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
+
+import checkpoints
+import common
+import toy
+
+ROOT = Path(__file__).parent.parent
+
+GOOD = "--exclude --max-prompt-tokens 64 --max-response-tokens 8"
+SCRIPTS = {
+    "teacher_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
+    "student_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
+    "fkl_warmup": f"--model {{student}} --teacher {{teacher}} --data {{problems}} --out {{tmp}}/out {GOOD}",
+    "opd": f"--model {{student}} --teacher {{teacher}} --data {{problems}} --out {{tmp}}/out {GOOD}",
+    "evaluate": "--models {student} --data {problems} --out {tmp}/out --max-response-tokens 8",
+}
+
+# What stands in {tmp} before the script is run.
+
+
+def lines(*rows, name: str = "data.jsonl"):
+    """A file of these lines: text or bytes as they are, all else as JSON."""
+    encoded = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
+
+    def prepare(place):
+        (place.tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.tmp / name).write_bytes(b"".join(row + b"\n" for row in encoded))
+
+    return prepare
+
+
+def copied(*changes, of: str = "student"):
+    """{tmp}/bad, a copy of a good checkpoint with something done to it."""
+
+    def prepare(place):
+        shutil.copytree(getattr(place, of), place.tmp / "bad")
+        for change in changes:
+            change(place.tmp / "bad")
+
+    return prepare
+
+
+def config_json(**changes):
+    def change(bad):
+        config = json.loads((bad / "config.json").read_text())
+        (bad / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def cut(name: str, size: int):
+    return lambda bad: os.truncate(bad / name, size)
+
+
+def without(*names: str):
+    return lambda bad: [(bad / name).unlink() for name in names]
+
+
+def text(name: str, content: str):
+    return lambda bad: (bad / name).write_text(content)
+
+
+def not_a_number(bad):
+    weights = load_file(bad / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickled(bad):
+    torch.save(load_file(bad / "model.safetensors"), bad / "pytorch_model.bin")
+    (bad / "model.safetensors").unlink()
+
+
+def tokenizer(**changes):
+    def change(bad):
+        changed = AutoTokenizer.from_pretrained(bad)
+        for name, value in changes.items():
+            changed.add_tokens(value) if name == "tokens" else setattr(changed, name, value)
+        changed.save_pretrained(bad)
+
+    return change
+
+
+def with_bias(bad):
+    PhiForCausalLM(
+        PhiConfig(vocab_size=26, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(bad)
+
+
+def trained_on_everything(bad):
+    from records import load_problems
+
+    ids = [problem.id for problem in load_problems(str(bad.parent / "seen.jsonl"), quiet=True)]
+    (bad / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "consumed": ids}))
+
+
+def locked(place):
+    (place.tmp / "out.partial").mkdir()
+    place.lock = (place.tmp / "out.partial" / "lock").open("w")
+    fcntl.flock(place.lock, fcntl.LOCK_EX)
+
+
+def interrupted(*changes):
+    """{tmp}/out.partial, in which a run of `teacher_grpo` with its defaults has saved two steps."""
+
+    def prepare(place):
+        teacher_grpo = importlib.import_module("teacher_grpo")
+        cfg = teacher_grpo.Config(
+            str(place.student), str(place.problems), str(place.tmp / "out"), exclude=(), max_prompt_tokens=64,
+            max_response_tokens=8, save_every=1, max_steps=2, passes=1, prompts_per_step=2,
+        )  # fmt: skip
+        with checkpoints.Run(cfg, {"model": cfg.model}) as run:
+            policy = common.load_policy(cfg.model, True)
+            run.checkpoint(1, policy, torch.optim.AdamW(policy.parameters()))
+        for change in changes:
+            change(place.tmp / "out.partial" / "state-000001")
+
+    return prepare
+
+
+RESUMED = "--save-every 1 --max-steps 2 --passes 1 --prompts-per-step 2 --resume"
+
+
+def cached_rollouts(*changes):
+    """{tmp}/cache.jsonl, complete and with no right answer, made by a run that is gone."""
+
+    def prepare(place):
+        fkl_warmup = importlib.import_module("fkl_warmup")
+        cfg = fkl_warmup.Config(
+            str(place.student), str(place.teacher), str(place.problems), str(place.tmp / "made"), exclude=(),
+            max_prompt_tokens=64, max_response_tokens=8, rollouts=str(place.tmp / "cache.jsonl"), rollouts_per_prompt=2,
+            max_steps=1,
+        )  # fmt: skip
+        fkl_warmup.main(cfg)
+        shutil.rmtree(place.tmp / "made")
+        path = place.tmp / "cache.jsonl"
+        rows = path.read_text().replace('"correct": true', '"correct": false').splitlines()
+        for change in changes:
+            rows = change(rows)
+        path.write_text("\n".join(rows) + "\n")
+
+    return prepare
+
+
+CACHE = "--rollouts {tmp}/cache.jsonl --rollouts-per-prompt 2 --max-steps 1"
+
+
+def report(name: str, content: str | dict):
+    return lines(content, name=f"{name}/results.json")
+
+
+def both(*prepares):
+    return lambda place: [prepare(place) for prepare in prepares]
+
+
+def one_report(label: str = "a", **settings):
+    return {"settings": {"k": 16, **settings}, "results": {label: {"test": {"avg": 0.5, "se": 0.1}}}}
+
+
+ROW = {"prompt": "1+1", "answer": "2"}
+FINE = {"answer": "2", "response": "\\boxed{2}"}
+NEEDS = "each row needs a prompt (prompt, problem or question) and an answer (answer, solution or reward_model.ground_truth)"
+DATA = "--data {tmp}/data.jsonl"
+BAD = "--model {tmp}/bad"
+
+CASES = {
+    # data sets
+    "no such data file": ("teacher_grpo", "--data {tmp}/nowhere.jsonl", None,
+        "data set '{tmp}/nowhere.jsonl' is not a readable .jsonl or .parquet file; check the path given with --data"),
+    "unknown data set": ("teacher_grpo", "--data dapoo", None,
+        "data set 'dapoo' is unknown; give one of dapo, dapo-processed, math500, aime24, aime25, gsm8k, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub"),
+    "a directory as data": ("opd", "--data {tmp}", None,
+        "data set '{tmp}' is not a readable .jsonl or .parquet file; check the path given with --data"),
+    "data in another format": ("fkl_warmup", "--data {tmp}/data.csv", lines("a,b", name="data.csv"),
+        "data set '{tmp}/data.csv' is not a readable .jsonl or .parquet file; check the path given with --data"),
+    "JSONL with a bad line 731": ("teacher_grpo", DATA, lines(*[ROW] * 730, '{"prompt": "b", "ans'),
+        "line 731 of '{tmp}/data.jsonl' is not JSON (…); mend or delete it"),
+    "undecodable bytes": ("teacher_grpo", DATA, lines(ROW, b'{"prompt": "\xff\xfe", "answer": "1"}'),
+        "line 2 of '{tmp}/data.jsonl' is not JSON (…); mend or delete it"),
+    "a million brackets": ("teacher_grpo", DATA, lines(ROW, "[" * 10**6),
+        "line 2 of '{tmp}/data.jsonl' is not JSON (…); mend or delete it"),
+    "wrong columns": ("student_grpo", DATA, lines({"text": "a", "label": "1"}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (no prompt in it); " + NEEDS),
+    "a row that is a list": ("teacher_grpo", DATA, lines([1, 2]),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (it is [1, 2], not an object); " + NEEDS),
+    "no answer": ("teacher_grpo", DATA, lines(ROW, {"prompt": "a"}),
+        "row 2 of '{tmp}/data.jsonl' is not a labelled problem (no answer in it); " + NEEDS),
+    "empty answer": ("teacher_grpo", DATA, lines({"prompt": "a", "answer": " "}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the answer is ' '); " + NEEDS),
+    "nothing after ####": ("teacher_grpo", DATA, lines({"prompt": "a", "answer": "so it is #### "}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the answer is 'so it is #### '); " + NEEDS),
+    "answer not a string": ("teacher_grpo", DATA, lines({"prompt": "a", "answer": ["1"]}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the answer is ['1']); " + NEEDS),
+    "answer that nothing can write": ("teacher_grpo", DATA, lines('{"prompt": "a", "answer": "\\ud800"}'),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (…); " + NEEDS),
+    "empty prompt": ("teacher_grpo", DATA, lines({"prompt": " ", "answer": "1"}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (no prompt in it); " + NEEDS),
+    "messages of no user": ("teacher_grpo", DATA, lines({"prompt": [{"role": "system", "content": "a"}], "answer": "1"}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (no prompt in it); " + NEEDS),
+    "empty file": ("teacher_grpo", DATA, lines(),
+        "data set '{tmp}/data.jsonl' holds no usable problem (0 rows read); name another with --data"),
+    "only conflicting answers": ("teacher_grpo", DATA, lines(ROW, {**ROW, "answer": "3"}),
+        "data set '{tmp}/data.jsonl' holds no usable problem (2 rows read); name another with --data"),
+    "corrupt parquet": ("teacher_grpo", "--data {tmp}/data.parquet", lines("PAR1", name="data.parquet"),
+        "data set '{tmp}/data.parquet' is not a parquet file that can be read; fetch it anew"),
+    "everything excluded": ("teacher_grpo", "--exclude {problems}", None,
+        "no problem of --data '{problems}' (half full) is left outside --exclude ['{problems}']; name others"),
+    "half of one problem": ("teacher_grpo", DATA + " --half 2H", lines(ROW),
+        "--half 2H needs at least two problems, and there is 1; use --half full"),
+    "prompt too long": ("teacher_grpo", DATA + " --max-prompt-tokens 5", lines(ROW),
+        "the prompt of problem 4a1b21d876ae00c8 ('1+1'...) has 6 tokens, more than --max-prompt-tokens 5; raise the limit or drop the problem"),
+    # numbers
+    "no steps": ("teacher_grpo", "--max-steps 0", None,
+        "--max-steps 0 is too small; give a number above zero"),
+    "negative learning rate": ("opd", "--lr -1e-6", None,
+        "--lr -1e-06 is too small; give a number above zero"),
+    "learning rate that is no number": ("fkl_warmup", "--lr nan", None,
+        "--lr nan is no number to compute with; give a finite one"),
+    "group of one": ("teacher_grpo", "--group-size 1", None,
+        "--group-size 1 leaves nothing to compare a rollout with; give 2 or more"),
+    "temperature zero": ("opd", "--temperature 0", None,
+        "--temperature 0.0 is too small; give a number above zero"),
+    "negative seed": ("fkl_warmup", "--seed -1", None,
+        "--seed -1 is too small; give zero or more"),
+    "no passes": ("student_grpo", "--passes 0", None,
+        "--passes 0 is too small; give a number above zero"),
+    # the output directory
+    "out exists": ("teacher_grpo", "--out {tmp}", None,
+        "--out '{tmp}' already exists; name another, or delete it"),
+    "out that cannot be made": ("teacher_grpo", "--out {tmp}/file/out", lines(name="file"),
+        "--out '{tmp}/file/out' cannot be written (Not a directory); name another directory"),
+    "out in use by another run": ("teacher_grpo", "", locked,
+        "--out '{tmp}/out' is being written by another run; name another, or stop that one"),
+    "interrupted run, not resumed": ("teacher_grpo", "", interrupted(),
+        "{tmp}/out.partial holds an interrupted run; add --resume to continue it, or delete it"),
+    "resumed with other settings": ("teacher_grpo", RESUMED + " --lr 0.5", interrupted(),
+        "--resume: the interrupted run had lr = 1e-06, now it is 0.5; give the same settings, or delete {tmp}/out.partial"),
+    "resumed by another stage": ("opd", RESUMED, interrupted(),
+        "--resume: {tmp}/out.partial holds an interrupted run of teacher_grpo.py, not of opd.py; name another --out, or delete it"),
+    "resumed from a damaged state": ("teacher_grpo", RESUMED, interrupted(cut("__0_0.distcp", 5000)),
+        "no training state in {tmp}/out.partial is whole, __0_0.distcp of state-000001 is not what was written; delete the directory to begin again"),
+    # checkpoints
+    "missing model": ("teacher_grpo", "--model {tmp}/nowhere", None,
+        "--model '{tmp}/nowhere' is not a checkpoint directory, nor a hub name (owner/name)"),
+    "missing model, stage 3": ("student_grpo", "--model {tmp}/nowhere", None,
+        "--model '{tmp}/nowhere' is not a checkpoint directory, nor a hub name (owner/name)"),
+    "missing tokenizer": ("teacher_grpo", BAD, copied(without("tokenizer.json", "tokenizer_config.json")),
+        "--model '{tmp}/bad' has no tokenizer that transformers can load (it has no vocabulary); put its files beside the weights"),
+    "tokenizer half-written": ("teacher_grpo", BAD, copied(cut("tokenizer.json", 200)),
+        "--model '{tmp}/bad' has no tokenizer that transformers can load (…); put its files beside the weights"),
+    "missing config": ("teacher_grpo", BAD, copied(without("config.json")),
+        "model '{tmp}/bad' has no config.json that transformers can use (…); fetch it anew, or name another"),
+    "config half-written": ("teacher_grpo", BAD, copied(cut("config.json", 100)),
+        "--model '{tmp}/bad' has no tokenizer that transformers can load (…); put its files beside the weights"),
+    "unknown architecture": ("teacher_grpo", BAD, copied(config_json(model_type="nonsense")),
+        "model '{tmp}/bad' has no config.json that transformers can use (…); fetch it anew, or name another"),
+    "model that brings its own code": (
+        "teacher_grpo", BAD, copied(config_json(model_type="own", auto_map={"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Z"})),
+        "model '{tmp}/bad' brings code of its own, which is never run; name one of an architecture that transformers has"),
+    "truncated safetensors": ("teacher_grpo", BAD, copied(cut("model.safetensors", 9000)),
+        "{tmp}/bad/model.safetensors is not a whole safetensors file (…); fetch it anew"),
+    "truncated safetensors of the student": ("fkl_warmup", BAD, copied(cut("model.safetensors", 9000)),
+        "{tmp}/bad/model.safetensors is not a whole safetensors file (…); fetch it anew"),
+    "truncated safetensors of the teacher": ("opd", "--teacher {tmp}/bad", copied(cut("model.safetensors", 9000), of="teacher"),
+        "{tmp}/bad/model.safetensors is not a whole safetensors file (…); fetch it anew"),
+    "empty safetensors": ("evaluate", "--models {tmp}/bad --max-prompt-tokens 64", copied(cut("model.safetensors", 0)),
+        "{tmp}/bad/model.safetensors is not a whole safetensors file (…); fetch it anew"),
+    "pickled weights": ("teacher_grpo", BAD, copied(pickled),
+        "model '{tmp}/bad' holds no .safetensors weights, and no others are loaded; convert it"),
+    "weights missing": ("teacher_grpo", BAD, copied(config_json(num_hidden_layers=3, layer_types=None)),
+        "model '{tmp}/bad' lacks 11 of the weights that its config asks for (model.layers.2.input_layernorm.weight, ...); fetch it anew"),
+    "weights of another shape": ("teacher_grpo", BAD, copied(config_json(hidden_size=32)),
+        "model '{tmp}/bad' has no weights that fit its config (they have other shapes); fetch it anew"),
+    "NaN weights": ("opd", BAD, copied(not_a_number),
+        "model '{tmp}/bad' has weights that are not finite (model.layers.1.mlp.up_proj.weight); take the checkpoint before it broke"),
+    "half-written run.json": ("teacher_grpo", BAD, copied(text("run.json", '{"stage": "opd", "par')),
+        "{tmp}/bad/run.json is not JSON (…), so the checkpoint's history is lost; fetch it anew"),
+    "run.json of something else": ("student_grpo", BAD, copied(text("run.json", "[]")),
+        "{tmp}/bad/run.json is not what a stage writes, so the checkpoint's history is lost; fetch it anew"),
+    "logits rescaled": ("teacher_grpo", BAD, copied(config_json(logit_scale=0.5)),
+        "model '{tmp}/bad' rescales its logits (logit_scale), which the fused losses do not do; use another"),
+    "bias in the output layer": ("opd", BAD, copied(with_bias),
+        "model '{tmp}/bad' has a bias in its output layer, which the fused losses ignore; use another"),
+    "more tokens than rows": ("teacher_grpo", BAD, copied(tokenizer(tokens=["a", "b"])),
+        "model '{tmp}/bad' knows 26 tokens and its tokenizer has 28; put the tokenizer beside it that it was trained with"),
+    # pairs
+    "missing teacher": ("opd", "--teacher {tmp}/nowhere", None,
+        "--teacher '{tmp}/nowhere' is not a checkpoint directory, nor a hub name (owner/name)"),
+    "teacher of another family": ("fkl_warmup", "--teacher {tmp}/bad", copied(tokenizer(tokens=["a", "b"]), of="teacher"),
+        "--model '{student}' and --teacher '{tmp}/bad' have different vocabularies (26 and 28 tokens, 2 differ: 'a' is absent and 26, 'b' is absent and 27); distillation needs a teacher of the student's family"),
+    "different end of sequence": ("opd", "--teacher {tmp}/bad", copied(tokenizer(eos_token="<|user|>"), of="teacher"),
+        "--model '{student}' and --teacher '{tmp}/bad' differ in their eos_token ('<|im_end|>' and '<|user|>'); copy one tokenizer over the other"),
+    "different template": (
+        "opd", "--teacher {tmp}/bad",
+        copied(tokenizer(chat_template=toy.CHAT_TEMPLATE.replace("<|user|>", "<|assistant|>")), of="teacher"),
+        "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after '<|' one has 'user|>1+1\\nPlease reason step by step, an', the other 'assistant|>1+1\\nPlease reason step by ste'); give both the same chat template"),
+    # teacher rollouts
+    "rollouts of another run": ("fkl_warmup", CACHE + " --seed 1", cached_rollouts(),
+        "--rollouts '{tmp}/cache.jsonl' holds other rollouts (with seed = 0, and this run needs 1); name another file"),
+    "rollouts of other problems": ("fkl_warmup", CACHE, cached_rollouts(lambda rows: [rows[0].replace('"problems": "', '"problems": "0')] + rows[1:]),
+        "--rollouts '{tmp}/cache.jsonl' holds other rollouts (with problems = '056a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a', and this run needs '56a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a'); name another file"),
+    "rollouts with a damaged line": ("fkl_warmup", CACHE, cached_rollouts(lambda rows: rows[:7] + [rows[7][:50]] + rows[8:]),
+        "--rollouts '{tmp}/cache.jsonl' is damaged at line 8; delete the file, or that line and all after it"),
+    "rollouts with a line lost": ("fkl_warmup", CACHE, cached_rollouts(lambda rows: rows[:4] + rows[5:]),
+        "--rollouts '{tmp}/cache.jsonl' is damaged at line 5; delete the file, or that line and all after it"),
+    "rollouts that are none": ("fkl_warmup", CACHE, lines("hello", name="cache.jsonl"),
+        "--rollouts '{tmp}/cache.jsonl' holds other rollouts (its first line does not say which); name another file"),
+    "rollouts in a directory's place": ("fkl_warmup", "--rollouts {tmp}", None,
+        "--rollouts '{tmp}' cannot be written (Is a directory); name another file"),
+    "nothing right to learn from": ("fkl_warmup", CACHE + " --loss sft --keep correct", cached_rollouts(),
+        "--keep correct leaves no rollout: the teacher answered nothing rightly; give --keep all"),
+    # held-out labels
+    "labels that were seen": ("student_grpo", BAD + " --data {tmp}/seen.jsonl --half full", both(lines(ROW, {"prompt": "2+2", "answer": "4"}, name="seen.jsonl"), copied(trained_on_everything)),
+        "--half full: 2 of its 2 problems were already consumed on the way to --model '{tmp}/bad'; train on the other half, or say --replay if that is the control"),
+    "replay of what was never seen": ("student_grpo", "--replay", None,
+        "--replay: --model '{student}' has consumed none of the problems of half 2H; drop it"),
+    # engines
+    "tensor parallel without vLLM": ("teacher_grpo", "--engine torch --tensor-parallel 2", None,
+        "--tensor-parallel 2 needs vLLM; give --engine vllm, or drop it"),
+    "vLLM is not installed": ("opd", "--engine vllm", lambda place: place.hide("vllm"),
+        "--engine vllm: vLLM is not installed; install requirements.txt, or give --engine torch"),
+    "heads that vLLM cannot attend with": ("teacher_grpo", BAD + " --engine vllm", copied(config_json(head_dim=48)),
+        "--engine vllm: on a CPU vLLM has no attention for heads of 48, the size in '{tmp}/bad', only for 32, 64, 80, 96, 112, 128, 160, 192, 224, 256; give --engine torch"),
+    "more positions than there are": ("teacher_grpo", "--engine vllm --max-response-tokens 65", None,
+        "--max-prompt-tokens 64 and --max-response-tokens 65 make 129, and '{student}' has 128 positions; lower one of them"),
+    "tensor parallel over more processes than there are": ("teacher_grpo", "--engine vllm --tensor-parallel 2", None,
+        "--tensor-parallel 2 must divide the number of processes (1); give one that does"),
+    # evaluation
+    "nothing to evaluate": ("evaluate", "--models", None,
+        "nothing to evaluate: give --models, or --responses to grade, or --merge reports"),
+    "labels that do not match": ("evaluate", "--labels a b", None,
+        "--labels ['a', 'b'] must be one different name for each of the 1 --models"),
+    "two checkpoints of one name": ("evaluate", "--models {student} {student}", None,
+        "--labels ['student', 'student'] must be one different name for each of the 2 --models"),
+    "two data sets of one name": ("evaluate", "--data {problems} {tmp}/train.jsonl --max-prompt-tokens 64", lines(ROW, name="train.jsonl"),
+        "--data ['{problems}', '{tmp}/train.jsonl']: two sets have one name, and the report needs two; rename a file"),
+    "prompt too long to evaluate": ("evaluate", "--max-prompt-tokens 3", None,
+        "the prompt of problem 0648c74d24a1b859 ('Left to right, modulo 10: 6-6-0-4-8'...) has 13 tokens, more than --max-prompt-tokens 3; raise the limit or drop the problem"),
+    "no samples": ("evaluate", "--k 0", None,
+        "--k 0 is too small; give a number above zero"),
+    "top-p above one": ("evaluate", "--top-p 1.5", None,
+        "--top-p 1.5 is more than all of the distribution; give 1 or less"),
+    "top-k zero": ("evaluate", "--top-k 0", None,
+        "--top-k 0 keeps no token; give 1 or more, or -1 for all"),
+    "report in a file's place": ("evaluate", "--out {tmp}/file", lines(name="file"),
+        "--out '{tmp}/file' cannot be written ('{tmp}/file' is no directory to write to); name another"),
+    "missing responses": ("evaluate", "--responses {tmp}/nowhere.jsonl", None,
+        "--responses '{tmp}/nowhere.jsonl' is not a file; give a .jsonl file of answers and responses"),
+    "responses with a bad line": ("evaluate", "--responses {tmp}/data.jsonl", lines(FINE, b"\xff"),
+        "line 2 of '{tmp}/data.jsonl' is not an object with answer and response; mend it"),
+    "responses without answers": ("evaluate", "--responses {tmp}/data.jsonl", lines(FINE, {"response": "a"}),
+        "line 2 of '{tmp}/data.jsonl' is not an object with answer and response; mend it"),
+    "responses that are no text": ("evaluate", "--responses {tmp}/data.jsonl", lines({"answer": "1", "response": 1}),
+        "line 1 of '{tmp}/data.jsonl': answer and response must be text, the answer not empty; mend it"),
+    "no responses": ("evaluate", "--responses {tmp}/data.jsonl", lines(),
+        "--responses '{tmp}/data.jsonl' is empty; give a line for each response"),
+    "responses graded onto themselves": ("evaluate", "--responses {tmp}/data.jsonl --out {tmp}", lines(FINE),
+        "--out '{tmp}' is the directory of --responses itself; name another"),
+    "merge of nothing": ("evaluate", "--merge {tmp}", None,
+        "--merge '{tmp}' holds no results.json; evaluate into it first"),
+    "merge of half a report": ("evaluate", "--merge {tmp}/a", report("a", '{"results": {'),
+        "--merge '{tmp}/a': its results.json is not a report of one evaluation; evaluate it anew"),
+    "merge of a merged report": ("evaluate", "--merge {tmp}/a", report("a", {"averages": {}}),
+        "--merge '{tmp}/a': its results.json is not a report of one evaluation; evaluate it anew"),
+    "merge of other checkpoints": ("evaluate", "--merge {tmp}/a {tmp}/b", both(report("a", one_report()), report("b", one_report("b"))),
+        "--merge: '{tmp}/b' and '{tmp}/a' do not have the same checkpoints and data sets; evaluate them alike"),
+    "merge of other settings": ("evaluate", "--merge {tmp}/a {tmp}/b", both(report("a", one_report()), report("b", one_report(k=4))),
+        "--merge: '{tmp}/b' and '{tmp}/a' do not have the same settings; evaluate them alike"),
+}  # fmt: skip
+
+
+class Place:
+    def __init__(self, tmp, student, teacher, problems, monkeypatch):
+        self.tmp, self.monkeypatch = tmp, monkeypatch
+        self.student, self.teacher, self.problems = student, teacher, problems
+
+    def hide(self, package):
+        find = importlib.util.find_spec
+        self.monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest)
+        )
+
+    def fill(self, words: str) -> str:
+        return words.format(tmp=self.tmp, student=self.student, teacher=self.teacher, problems=self.problems)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sentence_and_nothing_left_behind(name, student, teacher, problems, tmp_path, monkeypatch, capfd):
+    script, words, prepare, sentence = CASES[name]
+    place = Place(tmp_path, student, teacher, problems, monkeypatch)
+    if prepare is not None:
+        prepare(place)
+    if "--engine vllm" in words and name != "vLLM is not installed":
+        pytest.importorskip("vllm")
+    before = contents(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *place.fill(f"{SCRIPTS[script]} {words}").split()])
+    capfd.readouterr()
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as exit:
+        common.cli(module.main, module.Config)
+    said = capfd.readouterr().err
+    assert exit.value.code == 2
+    assert contents(tmp_path) == before
+    pattern = re.escape(f"error: {place.fill(sentence)}").replace("…", ".+")  # what a library says is the library's
+    assert "Traceback" not in said and re.fullmatch(pattern, said.splitlines()[-1])
+    assert said.endswith("\n")
+
+
+def test_a_port_that_is_taken(student, problems, tmp_path):
+    """As torchrun starts rank 0 of two, where something else listens at the place to meet."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        words = f"--model {student} --data {problems} --out {tmp_path}/out --exclude".split()
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "teacher_grpo.py"), *words],
+            env={**os.environ, **meeting, **ranks}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 2 and os.listdir(tmp_path) == []
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    port = meeting["MASTER_PORT"]
+    assert re.fullmatch(
+        rf"error: the processes of this run cannot meet at 127.0.0.1:{port} \(.+\); give torchrun another port", line
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,164 @@
+"""What must hold for any input: layouts, halves, advantages, estimators, chunks, schedules, ids."""
+
+import unicodedata
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+import kernels
+import records
+import teacher_grpo
+from records import Problem, Rollout
+
+CPU = torch.device("cpu")
+checked = settings(max_examples=60, deadline=None)
+
+tokens = st.integers(2, 99)
+rollout_lists = st.lists(
+    st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=7)), min_size=1, max_size=9
+).map(
+    lambda pairs: [
+        Rollout(
+            Problem(str(i), "", ""), 0, prompt, response, [-float(i) - t / 8 for t in range(len(response))], "stop", ""
+        )
+        for i, (prompt, response) in enumerate(pairs)
+    ]
+)
+
+
+def predictions(batch: records.Batch) -> list[tuple]:
+    """(rollout, its tokens before a target, target, sampler's logprob) for each target, as the attention would see them."""
+    rows, columns = batch.input_ids.shape
+    positions = batch.position_ids if batch.position_ids is not None else torch.arange(columns).expand(rows, -1)
+    found = []
+    where = batch.response_mask.nonzero().tolist()
+    for (row, column), rollout, target, logprob in zip(where, *(x.tolist() for x in (
+        batch.rollout_index, batch.targets, batch.sampler_logprobs)), strict=True):  # fmt: skip
+        first = column - int(positions[row, column])
+        found.append((rollout, tuple(batch.input_ids[row, first : column + 1].tolist()), target, logprob))
+    return found
+
+
+@checked
+@given(rollout_lists, st.integers(1, 60), st.integers(1, 3))
+def test_packed_padded_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks):
+    expected = sorted(
+        (index, tuple((r.prompt_ids + r.response_ids)[: len(r.prompt_ids) + t]), r.response_ids[t], r.logprobs[t])
+        for index, r in enumerate(rollouts)
+        for t in range(len(r.response_ids))
+    )
+    for packed in (False, True):
+        batches = []
+        for rank in range(ranks):
+            with (
+                mock.patch.object(common, "world_size", lambda: ranks),
+                mock.patch.object(common, "rank", lambda: rank),
+            ):
+                batches.append(records.make_batches(rollouts, max_tokens, CPU, packed))
+        assert len({len(share) for share in batches}) == 1
+        assert sorted(p for share in batches for batch in share for p in predictions(batch)) == expected
+        for batch in (batch for share in batches for batch in share):
+            members = len((batch.position_ids == 0).nonzero()) if packed else len(batch.input_ids)
+            assert batch.input_ids.numel() <= max_tokens or members == 1
+
+
+@checked
+@given(st.integers(2, 40), st.integers(0, 9), st.randoms())
+def test_halves_are_disjoint_equal_and_blind_to_order(count, split_seed, rng):
+    problems = [Problem.create(f"problem {i}", "1") for i in range(count)]
+    halves = [records.half_of(problems, half, split_seed) for half in ("1H", "2H")]
+    assert len(halves[0]) == len(halves[1]) == count // 2
+    assert not {p.id for p in halves[0]} & {p.id for p in halves[1]}
+    rng.shuffle(problems)
+    assert [records.half_of(problems, half, split_seed) for half in ("1H", "2H")] == halves
+
+
+rewards = st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=6, max_size=6), min_size=1, max_size=4)
+
+
+@checked
+@given(rewards, st.permutations(range(6)), st.floats(0.5, 20), st.floats(-5, 5))
+def test_advantages_sum_to_zero_and_know_no_order_scale_or_offset(rewards, order, scale, offset):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    for normalize in (False, True):
+        advantages = teacher_grpo.group_advantages(rewards, normalize)
+        assert advantages.sum(1).abs().max() < 1e-9
+        torch.testing.assert_close(teacher_grpo.group_advantages(rewards[:, order], normalize), advantages[:, order])
+        changed = teacher_grpo.group_advantages(scale * rewards + offset, normalize)
+        torch.testing.assert_close(changed, advantages * (1 if normalize else scale), atol=1e-4, rtol=1e-4)
+        spread = rewards.std(1) > 0
+        assert (advantages[~spread].abs() < 1e-9).all()
+        if normalize and spread.any():
+            deviation = advantages[spread].std(1, correction=0)
+            torch.testing.assert_close(deviation, torch.ones_like(deviation), atol=1e-4, rtol=0)
+
+
+logits = st.lists(st.floats(-6, 6), min_size=5, max_size=5).map(
+    lambda x: torch.tensor(x, dtype=torch.float64).log_softmax(0)
+)
+
+
+@checked
+@given(logits, logits)
+def test_k1_and_k3_have_the_kl_as_their_mean_and_k3_is_never_negative(p, q):
+    """Exactly, by the sum over the vocabulary: k1 is what OPD's sampled estimator logs, k3 what GRPO penalises."""
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    k3 = teacher_grpo.kl_k3(p, q)
+    torch.testing.assert_close((p.exp() * (p - q)).sum(), kl)
+    torch.testing.assert_close((p.exp() * k3).sum(), kl)
+    assert (k3 >= 0).all() and kl > -1e-12
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 200), st.integers(2, 90), st.integers(1, 64), st.integers(0, 99))
+def test_losses_do_not_depend_on_their_chunks(direction, count, vocabulary, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+    data = draw(count, 8), draw(vocabulary, 8), draw(count, 6), draw(vocabulary, 6)
+    targets = torch.randint(vocabulary, (count,), generator=generator)
+    results = []
+    for budget in (kernels.CPU_LOGIT_BYTES, rows * vocabulary * 8):
+        with mock.patch.object(kernels, "CPU_LOGIT_BYTES", budget):
+            hidden, weight = (x.clone().requires_grad_() for x in data[:2])
+            loss, kl = kernels.fused_linear_kl(hidden, weight, *data[2:], direction)
+            logprobs, entropy = kernels.fused_linear_logprob(hidden, weight, targets)
+            (loss + logprobs.sum()).backward()
+            results.append((loss, kl, logprobs, entropy, hidden.grad, weight.grad))
+    for whole, cut in zip(*results):
+        torch.testing.assert_close(whole, cut, atol=1e-10, rtol=1e-8)
+    reference = kernels.fused_linear_kl_reference(*data, direction)
+    torch.testing.assert_close(results[1][1], reference[1] if isinstance(reference, tuple) else reference)
+
+
+@checked
+@given(st.integers(1, 60), st.integers(0, 70), st.floats(1e-8, 1.0), st.sampled_from(["constant", "cosine"]))
+def test_the_learning_rate_rises_to_its_peak_and_never_falls_below_a_tenth(total, warmup, peak, schedule):
+    rates = [common.learning_rate(step, total, peak, schedule, warmup) for step in range(total)]
+    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup]) and rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert all(rate >= 0.1 * peak * (1 - 1e-12) for rate in rates[warmup:])
+    assert schedule == "cosine" or all(rate == peak for rate in rates[warmup:])
+
+
+words = st.lists(st.sampled_from(["Find", "$x+1$", "n^2", "\\frac{1}{2}", "if", "(a,b)", "37", "1.5", "μ", "<"]), min_size=1, max_size=8)  # fmt: skip
+
+
+@checked
+@given(
+    words,
+    st.lists(st.sampled_from([" ", "\n", "  ", "\\, ", "\\quad ", " $", "\t"]), min_size=9, max_size=9),
+    st.booleans(),
+)
+def test_a_problem_keeps_its_id_however_it_is_spaced_and_loses_it_with_a_digit(words, spaces, shout):
+    text = " ".join(words)
+    typeset = "".join(word + space for word, space in zip(words, spaces))
+    typeset = typeset.replace("(", "\\left(").replace(")", "\\right)").replace("\\frac", "\\dfrac")
+    typeset = unicodedata.normalize("NFD", typeset)
+    typeset = typeset.replace("Find", "FIND") if shout else typeset
+    assert records.problem_id(text) == records.problem_id(typeset)
+    assert records.problem_id(text) != records.problem_id(text + "7")
