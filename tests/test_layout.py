@@ -29,7 +29,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_arrows_run_one_way(name):
-    allowed = {"student_grpo": {"teacher_grpo"}, "tables": {"evaluate"}}.get(name, set())
+    allowed = {"student_grpo": {"teacher_grpo"}, "tables": {"evaluate"}, "run_plan": STAGES}.get(name, set())
     assert imports(SCRIPTS[name]) & STAGES <= allowed
 
 

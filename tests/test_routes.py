@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +187,24 @@ def test_tables_pair_problems_and_average_over_seeds(tmp_path, capsys):
     assert "± SE over problems" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds no report-validation"):
         tables.main(tables.Config(runs=runs, out=str(tmp_path / "x"), pool="validation"))
+
+
+def test_a_plan_is_carried_out_as_if_by_the_shell(student, problems, tmp_path):
+    """The same weights as from a fresh interpreter; the first command that fails ends the plan."""
+    settings = f"--data {problems} --exclude --max-prompt-tokens 64 --max-response-tokens 8 --prompts-per-step 4 " \
+        "--mini-batch-prompts 2 --group-size 4 --max-steps 1 --lr 1e-2"  # fmt: skip
+    commands = [f"python teacher_grpo.py --model {student} --out {tmp_path / name} \\\n\t{settings}" for name in "ab"]
+    bad = f"python teacher_grpo.py --model nowhere --data {problems} --exclude --out {tmp_path / 'c'}"
+    text = "\n".join([commands[0], f"touch {tmp_path / 'touched'}", bad, commands[1]])
+    done = subprocess.run(
+        [sys.executable, "run_plan.py"], cwd=ROOT, input=text, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "error: exit status 2 of: python teacher_grpo.py --model nowhere" in done.stderr
+    assert "error: --model 'nowhere' is not a checkpoint directory" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "touched"]
+    words = commands[1].replace("\\\n", " ").split()
+    subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert (
+        checkpoints.read_lineage(str(tmp_path / "a"))["sha256"]
+        == checkpoints.read_lineage(str(tmp_path / "b"))["sha256"]
+    )
