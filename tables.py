@@ -6,7 +6,7 @@
 Each run is a directory of checkpoints HALF/TEACHER/WHAT, as the Makefile builds them, with its evaluations in report-test/.
 An entry is avg@k: of one run ± the standard error over problems, of several their mean ± the standard error over runs
 (other seeds: other problems, weights and samples). Differences are taken problem by problem within a run, so that what
-two checkpoints share cancels, and their mean over runs again has the standard error over runs.
+two checkpoints share cancels; their mean over runs has the standard error over runs, or that over problems if it is larger.
 
 Written: tables.md, results.json (every figure in the tables), routes.png (bars, learning curves, C2 along OPD).
 """
@@ -141,6 +141,8 @@ def ordering(claim: str, first: str, second: str, paper: str, equal: bool, runs:
     """One claim on one data set: the paired difference first - second of each run, their mean, and the verdict."""
     each = [paired_difference(run[first][name]["scores"], run[second][name]["scores"]) for run in runs]
     mean, error = mean_and_error(np.array([difference for difference, _ in each])) if len(each) > 1 else each[0]
+    # A handful of runs may agree by chance; their problems say how closely they could have.
+    error = max(error, sum(e**2 for _, e in each) ** 0.5 / len(each))
     return {"claim": claim, "first": first, "second": second, "paper": paper, "data": name, "mean": mean, "se": error,
             "runs": each, "verdict": verdict(mean, error, equal)}  # fmt: skip
 
@@ -174,11 +176,13 @@ def draw(runs: list[dict], directories: tuple[str, ...], name: str, picture: Pat
             single = [100 * run[row.checkpoint][name]["avg"] for run in runs] if len(runs) > 1 else []
             bars.plot(single, [position] * len(single), ".", color="black", markersize=3)
             ticks.append(position)
-            labels.append(f"{row.teacher}: {row.protocol}")
+            labels.append(": ".join(part for part in (row.teacher, row.protocol) if part != "-"))
         position += 1.2
     bars.set_yticks(ticks, labels, fontsize=7)
-    bars.invert_yaxis()
+    bars.set_ylim(position, -0.8)
+    bars.spines[["top", "right"]].set_visible(False)
     bars.set_xlim(0, 100)
+    bars.tick_params(labelsize=7)
     bars.set_xlabel(f"{name}, avg@k in %" + (f", mean of {len(runs)} seeds ± SE; dots: seeds" if len(runs) > 1 else ""))
 
     def curves(axis, checkpoints_and_labels, metric):
@@ -200,7 +204,7 @@ def draw(runs: list[dict], directories: tuple[str, ...], name: str, picture: Pat
     curves(rewards, [("full/rl/teacher", "Stage 1: teacher, all labels"), ("1H/rl/teacher", "Stage 1: teacher, 1H"),
                      ("full/same/teacher", "direct GRPO"), ("1H/rl/bridge-2H", "Stage 3 on 2H"),
                      ("1H/rl/bridge-replay", "Stage 3, replay of 1H")], "reward")  # fmt: skip
-    rewards.set_title("C1: reward of training rollouts in GRPO (band: range over seeds)", fontsize=9)
+    rewards.set_title("C1: reward of GRPO's rollouts" + " (band: range over seeds)" * (len(runs) > 1), fontsize=9)
     distance = figure.add_subplot(grid[1, 1])
     curves(distance, [("full/rl/bridge", "RL'd teacher, after warmup"), ("full/rl/opd_only", "RL'd teacher, OPD only"),
                       ("full/sft/bridge", "SFT'd teacher, after warmup"), ("full/raw/bridge", "raw teacher, after warmup"),
