@@ -183,7 +183,9 @@ def draw(runs: list[dict], directories: tuple[str, ...], name: str, picture: Pat
     bars.spines[["top", "right"]].set_visible(False)
     bars.set_xlim(0, 100)
     bars.tick_params(labelsize=7)
-    bars.set_xlabel(f"{name}, avg@k in %" + (f", mean of {len(runs)} seeds ± SE; dots: seeds" if len(runs) > 1 else ""))
+    bars.set_xlabel(
+        f"{name}, avg@k in %" + (f", mean of {len(runs)} seeds ± SE; dots: seeds" if len(runs) > 1 else ""), fontsize=9
+    )
 
     def curves(axis, checkpoints_and_labels, metric):
         for checkpoint, label in checkpoints_and_labels:
