@@ -83,8 +83,11 @@ S := runs/$(PAIR)
 STUDENT := $(word 1,$(MODELS_$(PAIR)))
 TEACHER := $(word 2,$(MODELS_$(PAIR)))
 MADE :=
+# On several nodes each runs make, with RUN="torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=FIRST_NODE:29500 ...".
 RUN := torchrun --nproc_per_node=8
-SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing
+# A 70B teacher's training states need two nodes.
+LARGE := $(if $(filter llama,$(PAIR)),--tensor-parallel 8)
+SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing $(LARGE) $(if $(LARGE),--shard-nodes 2)
 TEACHER_BUDGET := --passes 10
 SFT_TEACHER_BUDGET := --passes 2
 DIRECT_BUDGET := --passes 10
@@ -93,7 +96,7 @@ WARMUP_BUDGET := --passes 1
 OPD_BUDGET := --passes 1
 BRIDGE_BUDGET := --passes 2
 TESTS := math500 aime24 aime25
-EVALUATE :=
+EVALUATE := $(LARGE)
 $(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14b or llama))
 else
 $(error SCALE=$(SCALE) is unknown; give toy or paper)
