@@ -186,7 +186,8 @@ $(REPORT)/held_out/results.json: $(HELD_OUT:%=$(S)/%/run.json)
 	$(call evaluate,$(HELD_OUT))
 
 $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
-	$(call evaluate,$(DEMO))
+	$(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(DEMO:%=$(S)/%) --labels "raw student" "raw teacher" "direct GRPO" \
+		"RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)" --data $(TESTS) --out $(@D) $(EVALUATE) > /dev/null
 
 # The paper's tables from one run, and, on the toy, from several seeds, two checkpoints at a time.
 tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/results.json)
