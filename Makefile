@@ -108,8 +108,7 @@ $(RAW)/test.jsonl: | setup
 
 # In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint that Stage 3 goes on from.
 half = $(firstword $(subst /, ,$*))
-which = $(notdir $*)
-teacher = $(if $(filter raw,$(which)),$(TEACHER),$(S)/$*/teacher)
+teacher = $(if $(filter raw,$(notdir $*)),$(TEACHER),$(S)/$*/teacher)
 trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(S)/$1/teacher/run.json)
 
 $(S)/%/rl/teacher/run.json: $(MADE)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import checkpoints
@@ -236,22 +237,11 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def pyplot():
-    """matplotlib.pyplot for pictures in files, with no display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
 def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, picture: Path) -> None:
     """Horizontal bars of averages[label][data set] = (mean, error), in %."""
     labels, names = list(averages), list(next(iter(averages.values())))
-    figure, axes = pyplot().subplots(
-        1, len(names), figsize=(2 + 4 * len(names), 0.8 + 0.42 * len(labels)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(2 + 4 * len(names), 0.8 + 0.42 * len(labels)), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names):
         means, errors = zip(*(averages[label][name] for label in labels))
         values = [100 * mean for mean in means]
@@ -266,7 +256,6 @@ def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, p
         axis.set_xlabel(f"{name}: {title}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
-    pyplot().close(figure)
 
 
 def draw_curves(models: dict[str, str], picture: Path) -> None:
@@ -283,9 +272,8 @@ def draw_curves(models: dict[str, str], picture: Path) -> None:
     curves = {title: lines for title, lines in curves.items() if lines}
     if not curves:
         return
-    figure, axes = pyplot().subplots(
-        1, len(curves), figsize=(5.2 * len(curves), 3.6), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(5.2 * len(curves), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)
     for axis, (title, lines) in zip(axes[0], curves.items()):
         for label, values in lines:
             axis.plot(values, label=label, linewidth=1.4)
@@ -295,7 +283,6 @@ def draw_curves(models: dict[str, str], picture: Path) -> None:
         axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
-    pyplot().close(figure)
 
 
 def grade_file(cfg: Config) -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import common
 from common import InputError
-from evaluate import markdown_table, mean_and_error, paired_difference, percent, pyplot
+from evaluate import markdown_table, mean_and_error, paired_difference, percent
 
 
 @dataclass
@@ -160,7 +161,7 @@ def average(runs: list[dict], checkpoint: str, name: str) -> tuple[float, float]
 
 def draw(runs: list[dict], directories: tuple[str, ...], name: str, picture: Path) -> None:
     """Bars of every row (dots: single runs), accuracy of training rollouts in GRPO, and KL to the teacher along OPD (C2)."""
-    figure = pyplot().figure(figsize=(11, 8.2), layout="constrained")
+    figure = Figure(figsize=(11, 8.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
     bars = figure.add_subplot(grid[:, 0])
     position, ticks, labels = 0.0, [], []
@@ -214,7 +215,6 @@ def draw(runs: list[dict], directories: tuple[str, ...], name: str, picture: Pat
     distance.set_title("C2: KL(student || teacher) along OPD, nats a token", fontsize=9)
     distance.set_yscale("log")
     figure.savefig(picture, dpi=130)
-    pyplot().close(figure)
 
 
 def main(cfg: Config) -> None:
