@@ -91,7 +91,7 @@ def rewarded(lineage: dict) -> dict | None:
     return next(filter(None, map(rewarded, lineage.get("parents", {}).values())), None)
 
 
-def history(lineage: dict, scores: dict[str, str], role: str = "", indent: str = "") -> list[str]:
+def history(lineage: dict, scores: dict[str, str], role: str = "") -> list[str]:
     """A checkpoint's lineage as a tree, a line each: path, stage, labels, what its first and last step measured, scores.
 
     `scores` are texts by content hash of the weights. A checkpoint that no stage wrote has no more than a path.
@@ -110,8 +110,8 @@ def history(lineage: dict, scores: dict[str, str], role: str = "", indent: str =
     for number, (name, parent) in enumerate(parents):
         last = number == len(parents) - 1
         below = history(parent, scores, f"{name}: ")
-        lines += [indent + ("└─ " if last else "├─ ") + below[0]]
-        lines += [indent + ("   " if last else "│  ") + text for text in below[1:]]
+        lines += [("└─ " if last else "├─ ") + below[0]]
+        lines += [("   " if last else "│  ") + text for text in below[1:]]
     return lines
 
 
