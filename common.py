@@ -9,8 +9,10 @@ together, V vocabulary, D hidden size, G rollouts per problem (the group), P pro
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -47,6 +49,7 @@ from transformers import (  # noqa: E402
     PreTrainedConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 # A loss head returns views, and nothing writes into them.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -79,11 +82,13 @@ def cli(main: Callable, config: type) -> None:
 
 
 def start_process() -> None:
-    """Joins the other processes of this run. Does nothing the second time, and nothing in a lone process on a CPU.
+    """Joins the other processes of this run. Does nothing the second time, and little in a lone process on a CPU.
 
     It has to come before any vLLM engine, which otherwise makes a process group of its own.
     """
     torchrun, cuda = "TORCHELASTIC_RUN_ID" in os.environ, torch.cuda.is_available()
+    if not cuda:
+        keep_freed_memory()
     if dist.is_initialized() or not (torchrun or cuda):
         return
     if cuda:
@@ -102,6 +107,17 @@ def start_process() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if rank():
         transformers.utils.logging.disable_progress_bar()
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Has the C library keep what tensors leave. It would return large ones to the kernel, which hands them out again page
+    by page, cleared: a tenth of a small model's step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's alone
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 32 << 20)  # the most it takes
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def end_process() -> None:
@@ -237,6 +253,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        model.set_attn_implementation("packed")
         self.recomputed_layers: tuple[nn.Module, ...] = ()  # whose activations are not kept for the backward pass
 
     def forward(self, batch: Batch, head: Callable[[Tensor, Tensor], object]):
@@ -247,7 +264,7 @@ class Policy(nn.Module):
             layer.training = True
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed_lengths(batch)
-        ).last_hidden_state  # (B, T, D)
+        ).last_hidden_state  # (1, T, D)
         for layer in self.recomputed_layers:
             layer.training = False
         return head(hidden[batch.response_mask], self.model.get_output_embeddings().weight)
@@ -255,22 +272,37 @@ class Policy(nn.Module):
 
 def packed_lengths(batch: Batch) -> dict:
     """Where packed sequences begin and end, under the names that transformers hands through to the attention."""
-    if batch.position_ids is None:
-        return {}
-    starts = (batch.position_ids[0] == 0).nonzero().squeeze(1)
-    bounds = torch.cat([starts, starts.new_tensor([batch.input_ids.shape[1]])]).int()  # (S + 1,)
-    longest = int(bounds.diff().max())
+    bounds = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32, device=batch.input_ids.device)
+    longest = max(batch.lengths)
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
     """Attention inside each packed sequence alone, at the cost of the sequences and not of their total length squared.
 
-    query (1, H, T, d), key and value (1, K, T, d), in bfloat16 on a GPU -> (1, T, H, d). The kernel is PyTorch's flash
-    attention for variable lengths; without `cu_seq_lens_q` it is transformers' usual one.
+    query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU the kernel is PyTorch's flash attention for
+    variable lengths; elsewhere sequences of one length, which make_batches puts side by side, are a batch for the usual
+    kernel. Without `cu_seq_lens_q` (a sampler's forward) it is transformers' own.
     """
     if "cu_seq_lens_q" not in kwargs:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.is_cuda and varlen_attn is not None:
+        return varlen_attention(query, key, value, scaling, sliding_window, **kwargs)
+    lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    parts = [x[0].transpose(0, 1).split([length * count for length, count in runs]) for x in (query, key, value)]
+    attended = []
+    for (length, count), *qkv in zip(runs, *parts):
+        qkv = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]  # (count, H or K, length, d)
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
+        attended.append(sdpa_attention_forward(module, *qkv, mask, scaling=scaling)[0].flatten(0, 1))
+    return torch.cat(attended)[None], None
+
+
+def varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q, **kwargs):
+    """The same in one kernel, for bfloat16 on a GPU."""
     grouped = query.shape[1] // key.shape[1]
     if "enable_gqa" in VARLEN_OPTIONS:
         options = {"enable_gqa": grouped > 1}
@@ -283,18 +315,23 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, sl
     else:
         raise InputError("a model with sliding windows needs torch 2.13 for packed sequences on a GPU; upgrade it")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-    bounds, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    bounds, longest = cu_seq_lens_q, max_length_q
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, **options)[None], None
 
 
-try:  # torch before 2.10 has none; packed sequences are then told apart by a mask
+def packed_mask(*arguments, attention_mask=None, **options):
+    """None for packed sequences, which the attention itself tells apart; a sampler's padding makes the usual mask."""
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+
+
+try:  # torch 2.10 and later
     from torch.nn.attention.varlen import varlen_attn
 
     VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
 except ImportError:
     varlen_attn, VARLEN_OPTIONS = None, set()
 AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *arguments, **options: None)
+AttentionMaskInterface.register("packed", packed_mask)
 
 
 def load_policy(model: str, trainable: bool, activation_checkpointing: bool = False, shard_nodes: int = 1) -> Policy:
@@ -308,8 +345,6 @@ def load_policy(model: str, trainable: bool, activation_checkpointing: bool = Fa
         policy = Policy(load_causal_lm(model, dtype, device))
     else:
         policy = Policy(meta_causal_lm(model, dtype))
-        if device.type == "cuda" and varlen_attn is not None:
-            policy.model.set_attn_implementation("packed")
     policy.requires_grad_(trainable)
     if activation_checkpointing:
         checkpoint_layers(policy)
@@ -390,11 +425,12 @@ def load_config(model: str) -> PreTrainedConfig:
         ) from None
 
 
-def check_checkpoint(model: str, vocab_size: int) -> None:
+def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
     """InputError, before its weights are read, for a checkpoint that could not be trained or distilled from.
 
     Its config must make a model whose output layer the losses know and has a row for each of the tokenizer's
-    `vocab_size` tokens, and the headers of its safetensors must fit their files.
+    `vocab_size` tokens, and the headers of its safetensors must fit their files. `packs`: it must also be a model that can
+    be given packed sequences; one that is only sampled from need not.
     """
     files = sorted(Path(model).glob("*.safetensors"))
     if not files and Path(model).is_dir():
@@ -405,7 +441,18 @@ def check_checkpoint(model: str, vocab_size: int) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({first_line(error)}); fetch it anew") from None
-    rows = meta_causal_lm(model, torch.float32).get_output_embeddings().weight.shape[0]
+    structure = meta_causal_lm(model, torch.float32)
+    mixers = set(getattr(structure.config.get_text_config(), "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if packs and (mixers or not structure.is_backend_compatible()):
+        layers = ", ".join(sorted(mixers)) or f"those of {type(structure).__name__}"
+        raise InputError(
+            f"model {model!r} has layers ({layers}) that would mix the sequences of a micro-batch; use one whose layers are "
+            "all plain attention"
+        )
+    rows = structure.get_output_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise InputError(
             f"model {model!r} knows {rows} tokens and its tokenizer has {vocab_size}; put the tokenizer beside it that it "

@@ -423,7 +423,7 @@ def main(cfg: Config) -> None:
     models = dict(zip(labels, cfg.models))
     for model in cfg.models:  # all that can be known before anything is sampled
         tokenizer = records.load_tokenizer(model, "--models")
-        common.check_checkpoint(model, len(tokenizer))
+        common.check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
             records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)

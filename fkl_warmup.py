@@ -258,7 +258,7 @@ def main(cfg: Config) -> None:
         if cfg.loss == "fkl":
             teacher = common.load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
         policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         chosen = [index for index in range(len(cache)) if cfg.keep == "all" or cache.correct[index]]
         common.say(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {len(chosen)}")

@@ -358,39 +358,34 @@ def request_seed(*key: int | str) -> int:
 
 @dataclass
 class Batch:
-    """Sequences right-padded to one length, or packed one after another.
+    """Sequences packed one after another, with no padding.
 
-    A causal model's valid positions never see the padding that follows them, so padded sequences need no attention mask;
-    packed ones are told apart by position_ids that begin again at 0. Which positions count is known from the lengths.
+    position_ids begin again at 0 with each sequence, and attention goes no further back. Which positions count is known
+    from the lengths.
     """
 
-    input_ids: Tensor  # (B, T) prompt and response; the last response token predicts nothing and is left off
-    position_ids: Tensor | None  # (1, T) if packed, with B = 1
-    response_mask: Tensor  # (B, T) bool, True where the next token is a response token; N entries are True
-    targets: Tensor  # (N,) those next tokens, row by row
+    input_ids: Tensor  # (1, T) prompt and response; the last response token predicts nothing and is left off
+    position_ids: Tensor  # (1, T)
+    lengths: list[int]  # of the sequences, from long to short; their sum is T
+    response_mask: Tensor  # (1, T) bool, True where the next token is a response token; N entries are True
+    targets: Tensor  # (N,) those next tokens
     rollout_index: Tensor  # (N,) which of the rollouts given to `make_batches` a token belongs to
     sampler_logprobs: Tensor  # (N,) float32, the sampler's logprob of each target
 
 
-def make_batches(
-    rollouts: Sequence[Rollout], max_tokens: int, device: torch.device, packed: bool | None = None
-) -> list[Batch]:
+def make_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[Batch]:
     """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions, or of one longer sequence.
 
     `rollouts` are those of all ranks. They are dealt out so that every rank has about as many tokens, and each is in
     exactly one micro-batch of one rank. All ranks get equally many micro-batches, the last ones perhaps with nothing in
     them, because each forward and backward pass of a sharded model is one of all ranks. None of this changes a loss:
     losses are sums over tokens divided by one global count.
-
-    packed: lay sequences end to end instead of padding them; by default where attention can leave out what is between
-    sequences (a GPU). On a CPU a long pack costs more than the padding, as its attention is masked, not skipped.
     """
-    packed = device.type == "cuda" if packed is None else packed
     lengths = [len(rollout.prompt_ids) + max(len(rollout.response_ids) - 1, 0) for rollout in rollouts]
-    shares = [_group(share, lengths, max_tokens, packed) for share in deal(lengths, common.world_size())]
+    shares = [_group(share, lengths, max_tokens) for share in deal(lengths, common.world_size())]
     groups = shares[common.rank()]
     groups += [[]] * (max(map(len, shares)) - len(groups))
-    return [_lay_out(rollouts, group, lengths, device, packed) for group in groups]
+    return [_pack(rollouts, group, device) for group in groups]
 
 
 def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
@@ -405,48 +400,43 @@ def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
     return result
 
 
-def _group(indices: Sequence[int], lengths: Sequence[int], max_tokens: int, packed: bool) -> list[list[int]]:
-    """Cuts indices, from long to short, into micro-batches; padding counts as positions."""
+def _group(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cuts indices, in their order, into micro-batches."""
     groups: list[list[int]] = []
+    total = 0
     for index in indices:
-        if groups:
-            members = [*groups[-1], index]
-            positions = sum(lengths[i] for i in members) if packed else lengths[members[0]] * len(members)
-            if positions <= max_tokens:
-                groups[-1].append(index)
-                continue
-        groups.append([index])
+        total += lengths[index]
+        if not groups or total > max_tokens:
+            groups.append([])
+            total = lengths[index]
+        groups[-1].append(index)
     return groups
 
 
-def _lay_out(
-    rollouts: Sequence[Rollout], group: list[int], lengths: list[int], device: torch.device, packed: bool
-) -> Batch:
-    starts, position = [], 0  # where each sequence begins in the flattened (B, T)
-    width = max((lengths[index] for index in group), default=1)
-    for index in group:
-        starts.append(position)
-        position += lengths[index] if packed else width
-    total = max(position, 1)  # a micro-batch of nothing is one position, which predicts nothing
-    input_ids = torch.zeros(total, dtype=torch.long)
-    position_ids = torch.zeros(total, dtype=torch.long)
-    response_mask = torch.zeros(total, dtype=torch.bool)
-    for start, index in zip(starts, group):
-        rollout, length = rollouts[index], lengths[index]
-        input_ids[start : start + length] = torch.tensor((rollout.prompt_ids + rollout.response_ids)[:length])
-        position_ids[start : start + length] = torch.arange(length)
-        first = start + len(rollout.prompt_ids) - 1  # the last prompt token predicts the first response token
-        response_mask[first : first + len(rollout.response_ids)] = True
-    rows = 1 if packed else max(len(group), 1)
-    members = [rollouts[index] for index in group]
-    counts = torch.tensor([len(rollout.response_ids) for rollout in members], dtype=torch.long)
+def _pack(rollouts: Sequence[Rollout], group: Sequence[int], device: torch.device) -> Batch:
+    input_ids, position_ids, lengths, response_mask, targets, sampler_logprobs = [], [], [], [], [], []
+    for rollout in (rollouts[index] for index in group):
+        ids = rollout.prompt_ids + rollout.response_ids[:-1]
+        input_ids += ids
+        position_ids += range(len(ids))
+        lengths.append(len(ids))
+        first = (
+            len(rollout.prompt_ids) - 1 if rollout.response_ids else len(ids)
+        )  # its next token is a response's first
+        response_mask += [False] * first + [True] * (len(ids) - first)
+        targets += rollout.response_ids
+        sampler_logprobs += rollout.logprobs
+    if not group:  # a micro-batch of nothing is one position, which predicts nothing
+        input_ids, position_ids, lengths, response_mask = [0], [0], [1], [False]
+    counts = torch.tensor([len(rollouts[index].response_ids) for index in group], dtype=torch.long)
     return Batch(
-        input_ids.view(rows, -1).to(device),
-        position_ids.view(rows, -1).to(device) if packed else None,
-        response_mask.view(rows, -1).to(device),
-        torch.tensor([token for rollout in members for token in rollout.response_ids], dtype=torch.long).to(device),
+        torch.tensor([input_ids], device=device),
+        torch.tensor([position_ids], device=device),
+        lengths,
+        torch.tensor([response_mask], device=device),
+        torch.tensor(targets, dtype=torch.long, device=device),
         torch.tensor(group, dtype=torch.long).repeat_interleave(counts).to(device),
-        torch.tensor([value for rollout in members for value in rollout.logprobs], dtype=torch.float32).to(device),
+        torch.tensor(sampler_logprobs, dtype=torch.float32, device=device),
     )
 
 

@@ -219,7 +219,7 @@ def main(cfg: Config) -> None:
         device = common.this_device()
         policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
         reference = common.load_policy(cfg.model, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.kl_coef else None
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, MambaConfig, PhiConfig, PreTrainedConfig
 
 import checkpoints
 import common
@@ -105,10 +105,11 @@ def tokenizer(**changes):
     return change
 
 
-def with_bias(bad):
-    PhiForCausalLM(
-        PhiConfig(vocab_size=26, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    ).save_pretrained(bad)
+def another_architecture(config: PreTrainedConfig):
+    return lambda bad: AutoModelForCausalLM.from_config(config).save_pretrained(bad)
+
+
+SMALL = dict(vocab_size=26, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 
 def trained_on_everything(bad):
@@ -303,8 +304,12 @@ CASES = {
         "{tmp}/bad/run.json is not what a stage writes, so the checkpoint's history is lost; fetch it anew"),
     "logits rescaled": ("teacher_grpo", BAD, copied(config_json(logit_scale=0.5)),
         "model '{tmp}/bad' rescales its logits (logit_scale), which the fused losses do not do; use another"),
-    "bias in the output layer": ("opd", BAD, copied(with_bias),
+    "bias in the output layer": ("opd", BAD, copied(another_architecture(PhiConfig(**SMALL))),
         "model '{tmp}/bad' has a bias in its output layer, which the fused losses ignore; use another"),
+    "recurrent layers": ("teacher_grpo", BAD, copied(another_architecture(MambaConfig(vocab_size=26, hidden_size=16, num_hidden_layers=1))),
+        "model '{tmp}/bad' has layers (linear_attention) that would mix the sequences of a micro-batch; use one whose layers are all plain attention"),
+    "attention of its own": ("fkl_warmup", BAD, copied(another_architecture(FalconConfig(**SMALL))),
+        "model '{tmp}/bad' has layers (those of FalconForCausalLM) that would mix the sequences of a micro-batch; use one whose layers are all plain attention"),
     "more tokens than rows": ("teacher_grpo", BAD, copied(tokenizer(tokens=["a", "b"])),
         "model '{tmp}/bad' knows 26 tokens and its tokenizer has 28; put the tokenizer beside it that it was trained with"),
     # pairs

@@ -55,7 +55,7 @@ def assert_same_gradients(policy: Policy, loss: torch.Tensor, expected: torch.Te
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
 
 
-# The micro-batch size decides how sequences are padded and cut; none of it may be seen in a loss.
+# The micro-batch size decides how sequences are packed; none of it may be seen in a loss.
 SPLITS = [1, 12, 30, 10_000]
 
 
@@ -81,7 +81,7 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
             assert (kl > -1e-12).all() and not kl.requires_grad
             loss = loss + total
         for name, value in vars(batch).items():
-            assert value is None or torch.equal(value, getattr(before, name))
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(before, name)))
     assert_same_gradients(student, loss, expected)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -262,5 +262,5 @@ def test_token_counts_and_layout():
         assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
         assert sum(len(batch.targets) for batch in batches) == records.count_tokens(rollouts)
         for batch in batches:
-            assert len(batch.input_ids) == 1 or batch.input_ids.numel() <= micro_batch_tokens
+            assert len(batch.lengths) == 1 or batch.input_ids.numel() <= micro_batch_tokens
             assert int(batch.response_mask.sum()) == len(batch.targets) == len(batch.sampler_logprobs)

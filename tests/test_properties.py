@@ -32,38 +32,33 @@ rollout_lists = st.lists(
 
 def predictions(batch: records.Batch) -> list[tuple]:
     """(rollout, its tokens before a target, target, sampler's logprob) for each target, as the attention would see them."""
-    rows, columns = batch.input_ids.shape
-    positions = batch.position_ids if batch.position_ids is not None else torch.arange(columns).expand(rows, -1)
-    found = []
-    where = batch.response_mask.nonzero().tolist()
-    for (row, column), rollout, target, logprob in zip(where, *(x.tolist() for x in (
-        batch.rollout_index, batch.targets, batch.sampler_logprobs)), strict=True):  # fmt: skip
-        first = column - int(positions[row, column])
-        found.append((rollout, tuple(batch.input_ids[row, first : column + 1].tolist()), target, logprob))
-    return found
+    ids, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
+    places = batch.response_mask[0].nonzero().flatten().tolist()
+    per_target = (x.tolist() for x in (batch.rollout_index, batch.targets, batch.sampler_logprobs))
+    return [
+        (rollout, tuple(ids[place - positions[place] : place + 1]), target, logprob)
+        for place, rollout, target, logprob in zip(places, *per_target, strict=True)
+    ]
 
 
 @checked
 @given(rollout_lists, st.integers(1, 60), st.integers(1, 3))
-def test_packed_padded_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks):
+def test_packed_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks):
     expected = sorted(
         (index, tuple((r.prompt_ids + r.response_ids)[: len(r.prompt_ids) + t]), r.response_ids[t], r.logprobs[t])
         for index, r in enumerate(rollouts)
         for t in range(len(r.response_ids))
     )
-    for packed in (False, True):
-        batches = []
-        for rank in range(ranks):
-            with (
-                mock.patch.object(common, "world_size", lambda: ranks),
-                mock.patch.object(common, "rank", lambda: rank),
-            ):
-                batches.append(records.make_batches(rollouts, max_tokens, CPU, packed))
-        assert len({len(share) for share in batches}) == 1
-        assert sorted(p for share in batches for batch in share for p in predictions(batch)) == expected
-        for batch in (batch for share in batches for batch in share):
-            members = len((batch.position_ids == 0).nonzero()) if packed else len(batch.input_ids)
-            assert batch.input_ids.numel() <= max_tokens or members == 1
+    shares = []
+    for rank in range(ranks):
+        with mock.patch.object(common, "world_size", lambda: ranks), mock.patch.object(common, "rank", lambda: rank):
+            shares.append(records.make_batches(rollouts, max_tokens, CPU))
+    assert len({len(share) for share in shares}) == 1
+    batches = [batch for share in shares for batch in share]
+    assert sorted(p for batch in batches for p in predictions(batch)) == expected
+    for batch in batches:
+        assert batch.position_ids[0].tolist() == [p for length in batch.lengths for p in range(length)]
+        assert sum(batch.lengths) <= max_tokens or len(batch.lengths) == 1
 
 
 @checked
