@@ -16,7 +16,7 @@ import common
 import fkl_warmup
 import records
 import teacher_grpo
-from common import InputError, Policy
+from common import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -262,16 +262,16 @@ def test_skipped_steps_in_a_row_are_counted_across_a_resume(student, teacher, pr
 @pytest.mark.parametrize("broken", ["loss", "gradient", "overflow"])
 def test_an_optimizer_step_is_taken_or_not_as_a_whole(broken):
     """A finite loss with a broken gradient, and the other way round; a momentum that must not move either."""
-    policy = Policy(torch.nn.Linear(3, 2))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.5)
+    policy = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.5, fused=True)
     for _ in range(2):
-        policy.model(torch.ones(1, 3)).sum().backward()
+        policy(torch.ones(1, 3)).sum().backward()
         assert common.optimizer_step(policy, optimizer, 1.0, 0.1, 1.0) > 0
     before = [p.detach().clone() for p in policy.parameters()]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
-    policy.model(torch.ones(1, 3)).sum().backward()
+    policy(torch.ones(1, 3)).sum().backward()
     if broken != "loss":
-        policy.model.weight.grad[0, 0] = torch.nan if broken == "gradient" else torch.inf
+        policy.weight.grad[0, 0] = torch.nan if broken == "gradient" else torch.inf
     norm = common.optimizer_step(policy, optimizer, float("nan") if broken == "loss" else 1.0, 0.1, 1.0)
     assert norm != norm and all(p.grad is None for p in policy.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
