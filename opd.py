@@ -117,14 +117,15 @@ def sampled_kl_loss(
     return -(weights * reward * logprobs).sum(), -reward
 
 
-def watched(student: Policy, temperature: float, mismatch: list[Tensor]) -> Callable:
-    """`student`, whose forward also notes how far the sampler's logprobs are from its own; no pass of its own for that."""
+def watched(student: Policy, temperature: float, noted: list[tuple[Tensor, Tensor]]) -> Callable:
+    """`student`, whose forward also notes how far the sampler's logprobs are from its own, and its entropies, (N,) each;
+    they need no pass of their own."""
 
     def forward(batch: Batch, head: Callable):
         def noting_head(hidden, weight):
             with torch.no_grad():
-                logprobs, _ = fused_linear_logprob(hidden, weight, batch.targets, temperature)
-            mismatch.append((logprobs - batch.sampler_logprobs).abs())  # (N,)
+                logprobs, entropy = fused_linear_logprob(hidden, weight, batch.targets, temperature)
+            noted.append(((logprobs - batch.sampler_logprobs).abs(), entropy))
             return head(hidden, weight)
 
         return student(batch, noting_head)
@@ -132,11 +133,12 @@ def watched(student: Policy, temperature: float, mismatch: list[Tensor]) -> Call
     return forward
 
 
-def mismatch_statistics(mismatch: Tensor) -> dict[str, float]:
-    """Mean and largest over the tokens of all ranks."""
-    sums = common.all_sum({"total": mismatch.sum().item(), "count": len(mismatch)})
+def token_statistics(mismatch: Tensor, entropy: Tensor) -> dict[str, float]:
+    """Means over the tokens of all ranks, and the largest mismatch."""
+    sums = common.all_sum({"mismatch": mismatch.sum().item(), "entropy": entropy.sum().item(), "count": len(mismatch)})
     worst = common.all_max({"sampler_mismatch_max": mismatch.max().item() if len(mismatch) else 0.0})
-    return {"sampler_mismatch": sums["total"] / max(sums["count"], 1), **worst}
+    count = max(sums["count"], 1)
+    return {"entropy": sums["entropy"] / count, "sampler_mismatch": sums["mismatch"] / count, **worst}
 
 
 def main(cfg: Config) -> None:
@@ -188,10 +190,10 @@ def main(cfg: Config) -> None:
             loss_sum = kl_sum = 0.0
             with run.phase("update"):
                 micro_batches = records.make_batches(rollouts, cfg.micro_batch_tokens, device)
-                mismatch: list[Tensor] = []
+                noted: list[tuple[Tensor, Tensor]] = []
                 for batch in micro_batches:
                     # One micro-batch tells if the sampler's weights are stale.
-                    student = policy if mismatch else watched(policy, cfg.temperature, mismatch)
+                    student = policy if noted else watched(policy, cfg.temperature, noted)
                     if cfg.estimator == "full":
                         loss, kl = reverse_kl_loss(student, teacher, batch, len(tokenizer))
                     else:
@@ -213,7 +215,7 @@ def main(cfg: Config) -> None:
                     "reverse_kl": reverse_kl,
                     "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
                     **records.response_statistics(rollouts),
-                    **mismatch_statistics(mismatch[0]),
+                    **token_statistics(*noted[0]),
                     "grad_norm": grad_norm,
                     "skipped_steps": skipped,
                     "lr": lr,

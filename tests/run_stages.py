@@ -1,6 +1,6 @@
 """Runs every stage for three steps, alone or under torchrun, and writes what must not depend on the number of ranks.
 
-    [torchrun --nproc_per_node=2] tests/run_stages.py OUT STUDENT TEACHER PROBLEMS ENGINE
+    [torchrun --nproc_per_node=2] tests/run_stages.py OUT STUDENT TEACHER PROBLEMS ENGINE TENSOR_PARALLEL
 
 Batches are cut so that ranks get unequal numbers of micro-batches, and sometimes nothing. Rewards are made up from the
 responses, so that groups have spread: random models solve nothing.
@@ -26,11 +26,12 @@ import records
 import student_grpo
 import teacher_grpo
 
-out, student, teacher, problems, engine = sys.argv[1:]
+out, student, teacher, problems, engine = sys.argv[1:6]
+sampler = dict(engine=engine, tensor_parallel=int(sys.argv[6]))
 grpo = dict(prompts_per_step=3, mini_batch_prompts=2, group_size=3, max_response_tokens=8, kl_coef=0.1)
 settings = dict(
-    data=problems, exclude=(), max_prompt_tokens=32, lr=1e-3, max_steps=3, micro_batch_tokens=40, engine=engine,
-    save_every=2,
+    data=problems, exclude=(), max_prompt_tokens=32, lr=1e-3, max_steps=3, micro_batch_tokens=40, save_every=2,
+    **sampler,
 )  # fmt: skip
 runs = {
     "teacher": (teacher_grpo, dict(model=teacher, half="1H", **grpo)),
@@ -116,7 +117,7 @@ assert norm > 0 and not all(torch.equal(x, y) for x, y in zip(before, after))
 evaluate.main(
     evaluate.Config(
         out=f"{out}/report", models=(f"{out}/warmup", f"{out}/student", f"{out}/teacher"), data=(problems,), k=3,
-        max_prompt_tokens=32, max_response_tokens=8, engine=engine,
+        max_prompt_tokens=32, max_response_tokens=8, **sampler,
     )
 )  # fmt: skip
 if common.rank() == 0:

@@ -31,13 +31,15 @@ def launch(ranks: int, *words: str, timeout: int = 400) -> subprocess.CompletedP
 def run_stages(tmp_path_factory, student, teacher, problems):
     made = {}
 
-    def run(ranks: int, engine: str) -> Path:
-        if (ranks, engine) not in made:
+    def run(ranks: int, engine: str, tensor_parallel: int = 1) -> Path:
+        key = ranks, engine, tensor_parallel
+        if key not in made:
             out = tmp_path_factory.mktemp(f"{engine}{ranks}")
-            done = launch(ranks, "tests/run_stages.py", str(out), student, teacher, problems, engine)
+            arguments = str(out), student, teacher, problems, engine, str(tensor_parallel)
+            done = launch(ranks, "tests/run_stages.py", *arguments)
             assert done.returncode == 0, done.stderr[-5000:]
-            made[ranks, engine] = out
-        return made[ranks, engine]
+            made[key] = out
+        return made[key]
 
     return run
 
@@ -108,10 +110,11 @@ def test_nodes_that_cannot_be_grouped_are_refused(student, problems, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_the_chain_with_a_vllm_engine_on_each_of_two_ranks(run_stages):
+@pytest.mark.parametrize("tensor_parallel", [1, 2], ids=["an engine on each", "one engine on both"])
+def test_the_chain_on_two_ranks_with_vllm(run_stages, tensor_parallel):
     """Trainer and sampler disagree by rounding alone, in every step of every stage that has both."""
     pytest.importorskip("vllm")
-    out = run_stages(2, "vllm")
+    out = run_stages(2, "vllm", tensor_parallel)
     for stage in ("teacher", "bridge", "student"):
         for line in metrics(out, stage):
             assert line["sampler_mismatch_max"] < 1e-5 and line.get("importance_clipped", 0) == 0
