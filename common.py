@@ -397,13 +397,18 @@ def is_sharded(policy: Policy) -> bool:
     return isinstance(policy, FSDPModule)
 
 
+def release(model: Policy | None) -> None:
+    """Frees what a forward pass without a backward leaves gathered of a sharded model: embedding, last norm and head."""
+    if model is not None and is_sharded(model):
+        model.reshard()
+
+
 def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every weight whole, by its name in a checkpoint, a tied head under both its names. Only one is held at a time.
 
     Gathering is collective: all ranks must go through it, in step.
     """
-    if is_sharded(policy):
-        policy.reshard()  # a forward pass without a backward leaves the wrapper's weights gathered
+    release(policy)
     for name, value in policy.model.state_dict().items():
         value = value.to(dtype or value.dtype)
         yield name, value.full_tensor() if isinstance(value, DTensor) else value

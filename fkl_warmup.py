@@ -240,7 +240,7 @@ def main(cfg: Config) -> None:
         common.check_checkpoint(model, len(tokenizer))
     prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
-        return memory.report(cfg, cfg.teacher)
+        return memory.report(cfg, cfg.teacher, in_loss=True)
     check_engine(cfg, cfg.teacher)
     with checkpoints.Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run:
         identity = {

@@ -58,6 +58,7 @@ def size_of(config) -> Size:
 def plan(
     trained: Size,
     frozen: Size | None,
+    in_loss: bool,
     shards: int,
     positions: int,
     kv_cache_bytes: float,
@@ -67,8 +68,9 @@ def plan(
 ) -> dict[str, dict[str, float]]:
     """Bytes on each GPU by item, in the two states that alternate: {"sampling": {...}, "training": {...}}.
 
-    `shards`: GPUs that the weights are spread over, those of one node. `positions`: of one micro-batch. Mixed precision:
-    float32 weights, gradients and two AdamW states, bfloat16 compute.
+    `in_loss`: whether the frozen model is asked in every loss (a teacher) or before the first (a reference). `shards`: GPUs
+    that the weights are spread over. `positions`: of one micro-batch. Mixed precision: float32 weights, gradients and two
+    AdamW states, bfloat16 compute.
     """
     always = {
         "weights (float32, sharded)": 4 * trained.parameters / shards,
@@ -76,7 +78,6 @@ def plan(
     }
     if frozen:
         always["frozen model (bfloat16, sharded)"] = 2 * frozen.parameters / shards
-        always["its embedding and head, gathered"] = 2 * frozen.outside
     # Saved for the backward pass of one layer, in bfloat16: inputs of the norms and projections, queries, keys, values
     # and attention's output, the MLP's gate, up and product; a quarter more for float32 statistics and rotary copies.
     per_layer = 2 * 1.25 * (4 * trained.hidden + 2 * trained.query + 2 * trained.key_value + 3 * trained.intermediate)
@@ -85,13 +86,17 @@ def plan(
     else:
         activations = positions * trained.layers * per_layer
     widest = max(size.largest_layer for size in (trained, frozen) if size)
+    # A KL has the logits of both models and sums dW in float32; either loss's dW becomes float32 to be reduced.
+    loss_head = 2 * LOGITS + (4 + 4) * trained.head if in_loss else LOGITS + (2 + 4) * trained.head
     training = {
         "gradients (float32, sharded)": 4 * trained.parameters / shards,
         # Two layers of weights (one ahead), one of gradients in bfloat16 and as float32 to be reduced; and the wrapper's.
         "gathered layers and their gradients": 2 * 2 * widest + 6 * trained.largest_layer + 2 * trained.outside,
         "activations of a micro-batch": activations,
-        "loss head: logits, gradient of the output matrix": LOGITS * (2 if frozen else 1) + (4 + 4) * trained.head,
+        "loss head: logits, gradient of the output matrix": loss_head,
     }
+    if frozen and in_loss:
+        training["the teacher's embedding and head, gathered"] = 2 * frozen.outside
     sampling = {}
     if engine:
         sampling["vLLM weights (bfloat16)"] = 2 * trained.parameters / tensor_parallel
@@ -123,9 +128,9 @@ def table(planned: dict) -> str:
     return "\n".join(["| GiB on each GPU | sampling | training |", "|---|---|---|", *rows])
 
 
-def report(cfg, frozen: str | None) -> None:
-    """Prints the plan of a stage's Config for 8 GPUs of 80 GB and for two nodes of 8 with 141 GB. `frozen`: its reference
-    or teacher."""
+def report(cfg, frozen: str | None, in_loss: bool) -> None:
+    """Prints the plan of a stage's Config for 8 GPUs of 80 GB and for two nodes of 8 with 141 GB. `frozen`: its reference,
+    or the teacher that it has in its loss."""
     if common.rank():
         return
     sizes = [size_of(common.load_config(model)) if model else None for model in (cfg.model, frozen)]
@@ -133,7 +138,7 @@ def report(cfg, frozen: str | None) -> None:
     nodes = cfg.shard_nodes
     for name, gib in ((f"{nodes} x 8 x 80 GB", 80e9 / GIB), (f"{max(nodes, 2)} x 8 x 141 GB", 141e9 / GIB)):
         planned = plan(
-            *sizes, 8 * nodes, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
+            *sizes, in_loss, 8 * nodes, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
             engine=cfg.engine != "torch",
         )  # fmt: skip
         print(f"\n{name}: {verdict(planned, gib)} (after {RESERVE / GIB:.0f} GiB for CUDA and NCCL)")
@@ -180,7 +185,7 @@ def pairs() -> str:
         ):
             nodes, parallel, cache = (2, 8, 4) if sizes[trained].parameters > 30e9 else (1, 1, 16)
             planned = plan(
-                sizes[trained], sizes[frozen], 8 * nodes, positions, cache * GIB, parallel, checkpointing=True
+                sizes[trained], sizes[frozen], "bridge" in stage, 8 * nodes, positions, cache * GIB, parallel, True
             )
             verdicts = [verdict(planned, gib * 1e9 / GIB) for gib in (80, 141)]
             lines.append(

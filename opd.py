@@ -117,15 +117,14 @@ def sampled_kl_loss(
     return -(weights * reward * logprobs).sum(), -reward
 
 
-def watched(student: Policy, temperature: float, noted: list[tuple[Tensor, Tensor]]) -> Callable:
-    """`student`, whose forward also notes how far the sampler's logprobs are from its own, and its entropies, (N,) each;
-    they need no pass of their own."""
+def watched(student: Policy, temperature: float, mismatch: list[Tensor]) -> Callable:
+    """`student`, whose forward also notes how far the sampler's logprobs are from its own; no pass of its own for that."""
 
     def forward(batch: Batch, head: Callable):
         def noting_head(hidden, weight):
             with torch.no_grad():
-                logprobs, entropy = fused_linear_logprob(hidden, weight, batch.targets, temperature)
-            noted.append(((logprobs - batch.sampler_logprobs).abs(), entropy))
+                logprobs, _ = fused_linear_logprob(hidden, weight, batch.targets, temperature)
+            mismatch.append((logprobs - batch.sampler_logprobs).abs())  # (N,)
             return head(hidden, weight)
 
         return student(batch, noting_head)
@@ -133,12 +132,11 @@ def watched(student: Policy, temperature: float, noted: list[tuple[Tensor, Tenso
     return forward
 
 
-def token_statistics(mismatch: Tensor, entropy: Tensor) -> dict[str, float]:
-    """Means over the tokens of all ranks, and the largest mismatch."""
-    sums = common.all_sum({"mismatch": mismatch.sum().item(), "entropy": entropy.sum().item(), "count": len(mismatch)})
+def mismatch_statistics(mismatch: Tensor) -> dict[str, float]:
+    """Mean and largest over the tokens of all ranks."""
+    sums = common.all_sum({"total": mismatch.sum().item(), "count": len(mismatch)})
     worst = common.all_max({"sampler_mismatch_max": mismatch.max().item() if len(mismatch) else 0.0})
-    count = max(sums["count"], 1)
-    return {"entropy": sums["entropy"] / count, "sampler_mismatch": sums["mismatch"] / count, **worst}
+    return {"sampler_mismatch": sums["total"] / max(sums["count"], 1), **worst}
 
 
 def main(cfg: Config) -> None:
@@ -150,7 +148,7 @@ def main(cfg: Config) -> None:
         common.check_checkpoint(model, len(tokenizer))
     prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
-        return memory.report(cfg, cfg.teacher)
+        return memory.report(cfg, cfg.teacher, in_loss=True)
     check_engine(cfg, cfg.model)
     parents = {"model": cfg.model, "teacher": cfg.teacher}
     with checkpoints.Run(cfg, parents) as run, Verifier() as verifier:
@@ -190,10 +188,10 @@ def main(cfg: Config) -> None:
             loss_sum = kl_sum = 0.0
             with run.phase("update"):
                 micro_batches = records.make_batches(rollouts, cfg.micro_batch_tokens, device)
-                noted: list[tuple[Tensor, Tensor]] = []
+                mismatch: list[Tensor] = []
                 for batch in micro_batches:
                     # One micro-batch tells if the sampler's weights are stale.
-                    student = policy if noted else watched(policy, cfg.temperature, noted)
+                    student = policy if mismatch else watched(policy, cfg.temperature, mismatch)
                     if cfg.estimator == "full":
                         loss, kl = reverse_kl_loss(student, teacher, batch, len(tokenizer))
                     else:
@@ -201,6 +199,7 @@ def main(cfg: Config) -> None:
                     (loss / num_tokens).backward()
                     loss_sum += loss.item()
                     kl_sum += kl.sum().item()
+                common.release(teacher)
                 grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
             reverse_kl = common.all_sum({"kl": kl_sum})["kl"] / num_tokens
             skipped = int(not math.isfinite(grad_norm))
@@ -215,7 +214,7 @@ def main(cfg: Config) -> None:
                     "reverse_kl": reverse_kl,
                     "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
                     **records.response_statistics(rollouts),
-                    **token_statistics(*noted[0]),
+                    **mismatch_statistics(mismatch[0]),
                     "grad_norm": grad_norm,
                     "skipped_steps": skipped,
                     "lr": lr,

@@ -162,6 +162,7 @@ def update(
                 if number > 0:
                     old_logprobs[id(batch)] = token_logprobs(policy, batch)[0]  # (N,)
                 ref_logprobs[id(batch)] = token_logprobs(reference, batch)[0] if reference else None
+    common.release(reference)
 
     totals: dict[str, float] = {}
     norms, tokens, worst_mismatch = [], 0, 0.0
@@ -212,7 +213,7 @@ def main(cfg: Config) -> None:
     common.check_checkpoint(cfg.model, len(tokenizer))
     prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if cfg.dry_run:
-        return memory.report(cfg, cfg.model if cfg.kl_coef else None)
+        return memory.report(cfg, cfg.model if cfg.kl_coef else None, in_loss=False)
     check_engine(cfg, cfg.model)
     with checkpoints.Run(cfg, parents={"model": cfg.model}) as run, Verifier() as verifier:
         torch.manual_seed(cfg.seed)

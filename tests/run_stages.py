@@ -114,6 +114,16 @@ for loss, spoil in ((float("inf") if last else 1.0, False), (1.0, last)):
 norm, after = step(1.0, False)
 assert norm > 0 and not all(torch.equal(x, y) for x, y in zip(before, after))
 
+# A frozen model's head is gathered for its forward pass, and is given up when asked.
+if common.is_sharded(policy):
+    frozen = common.load_policy(student, trainable=False)
+    head = lambda: frozen.model.get_output_embeddings().weight
+    with torch.no_grad():
+        frozen(records.make_batches(rollouts, 100, common.this_device())[0], lambda hidden, weight: None)
+    assert not isinstance(head(), DTensor)
+    common.release(frozen)
+    assert isinstance(head(), DTensor)
+
 evaluate.main(
     evaluate.Config(
         out=f"{out}/report", models=(f"{out}/warmup", f"{out}/student", f"{out}/teacher"), data=(problems,), k=3,

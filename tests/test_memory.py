@@ -18,10 +18,10 @@ def test_counts_are_those_of_real_models_and_of_the_published_sizes():
 
 def test_states_of_training_are_sixteen_bytes_a_parameter_over_the_shards():
     size = memory.size_of(memory.MODELS["Qwen3-8B"])
-    training = memory.plan(size, size, 8, 4096, 0, 1, True)["training"]
+    training = memory.plan(size, size, False, 8, 4096, 0, 1, True)["training"]
     states = [value for name, value in training.items() if "float32, sharded" in name or "AdamW" in name]
     assert sum(states) == pytest.approx(16 * size.parameters / 8)
-    without = memory.plan(size, size, 8, 4096, 0, 1, False)["training"]["activations of a micro-batch"]
+    without = memory.plan(size, size, False, 8, 4096, 0, 1, False)["training"]["activations of a micro-batch"]
     assert without > 10 * training["activations of a micro-batch"]
 
 
