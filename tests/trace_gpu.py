@@ -1,0 +1,119 @@
+"""Calls what only a GPU runs, where there is none: on fake tensors, which have a device, a shape and a dtype, but no memory.
+
+    python -m tests.trace_gpu        # needs PyTorch's CUDA build, which pip installs on Linux unless told otherwise
+
+It finds arguments that an operator does not take, and shapes and dtypes that do not fit, at the paper's sizes and in
+seconds. Values are for the tests in Triton's interpreter, machine code for tests/compile_kernels.py.
+"""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import kernels  # noqa: E402
+import records  # noqa: E402
+from memory import MODELS  # noqa: E402
+
+N, V = 16384, MODELS["Qwen3-8B"].vocab_size
+DS, DT = MODELS["Qwen3-1.7B"].hidden_size, MODELS["Qwen3-8B"].hidden_size
+
+
+@contextmanager
+def fake_gpu():
+    """Inside, tensors on "cuda" are fake, of an H100, and launches are noted, not made."""
+    launches = []
+
+    def launch(kernel, programs, *arguments, **constants):
+        assert all(x.is_cuda for x in arguments if isinstance(x, torch.Tensor))
+        launches.append(kernel.__name__)
+
+    with (
+        FakeTensorMode(shape_env=ShapeEnv()),
+        torch.no_grad(),
+        mock.patch.object(kernels, "_launch", launch),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
+    ):
+        yield launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, device="cuda", dtype=dtype)
+
+
+def packed_forward(name: str) -> str:
+    """Two layers of a model over a full pack: PyTorch's attention for variable lengths is called, and gives what is due."""
+    config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": 2, "layer_types": None})
+    with torch.device("cuda"):
+        policy = common.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    rollouts = [
+        records.Rollout(None, 0, [1] * 100, [2] * length, [0.0] * length, "stop", "") for length in (9000, 7000)
+    ]
+    [batch] = records.make_batches(rollouts, N, torch.device("cuda"))
+    calls = []
+    with mock.patch.object(common, "varlen_attn", lambda *a, **k: calls.append(k) or attention(*a, **k)):
+        attention = torch.nn.attention.varlen.varlen_attn
+        hidden, weight = policy(batch, lambda hidden, weight: (hidden, weight))
+    assert len(calls) == 2 and hidden.dtype == weight.dtype == torch.bfloat16 and weight.shape[0] == config.vocab_size
+    return f"attention called with {calls[0]}"
+
+
+def kl(direction: str, dtype: torch.dtype, vocab_size: int) -> str:
+    """Loss, KL and both gradients; the teacher's head has more rows than the student's, and both more than the tokenizer."""
+    weights = empty(V, DS, dtype=dtype), empty(V + 128, DT, dtype=dtype)
+    loss, per_token, d_hidden, d_weight = kernels._kl_forward(
+        empty(N, DS, dtype=dtype), weights[0], empty(N, DT, dtype=dtype), weights[1], empty(N, dtype=torch.float32),
+        direction == "reverse", 1.0, vocab_size, True, True, True,
+    )  # fmt: skip
+    assert loss.shape == () and per_token.shape == (N,)
+    assert d_hidden.shape == (N, DS) and d_weight.shape == (V, DS)
+    assert {x.dtype for x in (loss, per_token, d_hidden, d_weight)} == {torch.float32}
+    return "loss, KL, dH and dW in float32"
+
+
+def logprob(dtype: torch.dtype, vocab_size: int) -> str:
+    hidden, weight, targets = empty(N, DS, dtype=dtype), empty(V, DS, dtype=dtype), empty(N, dtype=torch.int64)
+    statistics = kernels._logprob_forward(hidden, weight[:vocab_size], targets, 1.0, True)
+    assert statistics.shape == (4, N) and statistics.dtype == torch.float32
+    context = SimpleNamespace(
+        saved_tensors=(hidden, weight, targets, *statistics[2:]), settings=(1.0, vocab_size, True),
+        needs_input_grad=(True, True),
+    )  # fmt: skip
+    all_rows = lambda x: torch.arange(len(x), device=x.device)[:, None]  # which are zero is not known without values
+    with mock.patch.object(torch.Tensor, "nonzero", all_rows):
+        d_hidden, d_weight, *_ = kernels._FusedLinearLogprob.backward(context, empty(N, dtype=torch.float32), None)
+    assert d_hidden.shape == (N, DS) and d_weight.shape == (V, DS) and d_hidden.dtype == d_weight.dtype == dtype
+    return f"forward in float32, dH and dW in {dtype}"
+
+
+def main() -> None:
+    if torch.version.cuda is None:
+        raise SystemExit("this PyTorch has no CUDA in it: install the build that pip takes on Linux by default")
+    checks = [(packed_forward, name) for name in MODELS]
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocab_size in (V, 151669):  # the head's rows; the tokenizer's tokens, an odd number
+            checks += [
+                (kl, "reverse", dtype, vocab_size),
+                (kl, "forward", dtype, vocab_size),
+                (logprob, dtype, vocab_size),
+            ]
+    print(f"PyTorch {torch.__version__}; {N} tokens, hidden sizes {DS} and {DT}, {V} rows of the output matrix")
+    for check, *arguments in checks:
+        with fake_gpu() as launches:
+            found = check(*arguments)
+        counts = ", ".join(f"{launches.count(name)} x {name}" for name in dict.fromkeys(launches))
+        print(
+            f"{check.__name__}({', '.join(map(str, arguments))}): {found}{'; ' + counts if counts else ''}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
