@@ -213,6 +213,8 @@ def main(cfg: Config) -> None:
                 {
                     "reverse_kl": reverse_kl,
                     "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
+                    # What was sampled estimates the student's entropy without bias, at the sampling temperature.
+                    "entropy": -sum(sum(r.logprobs) for r in rollouts) / num_tokens,
                     **records.response_statistics(rollouts),
                     **mismatch_statistics(mismatch[0]),
                     "grad_norm": grad_norm,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import opd
 import records
 import student_grpo
 import teacher_grpo
+import toy
 from common import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,7 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage):
 def test_the_sampler_is_the_trainers_policy_in_every_step(chain, stage):
     for line in metrics(chain / stage):
         assert 0 <= line["sampler_mismatch"] <= line["sampler_mismatch_max"] < 1e-4
+        assert 0 < line["entropy"] < math.log(len(toy.VOCABULARY))
 
 
 def test_weights_change_in_every_stage(chain, student, teacher):
