@@ -282,8 +282,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, sl
 
     query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU the kernel is PyTorch's flash attention for
     variable lengths; elsewhere sequences of one length, which make_batches puts side by side, are a batch for the usual
-    kernel. Without `cu_seq_lens_q` (a sampler's forward) it is transformers' own.
+    kernel. Without `cu_seq_lens_q` (a sampler's forward) it is transformers' own. InputError for a model whose attention
+    has a term besides: not all of these kernels would see it.
     """
+    besides = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if besides:
+        raise InputError(f"the model's attention has a {besides[0]}, which packed attention has not; use another model")
     if "cu_seq_lens_q" not in kwargs:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.is_cuda and varlen_attn is not None:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SIZES, tiny_model
 from test_losses import make_rollouts
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import common
 import records
@@ -92,6 +93,12 @@ def test_packs_equal_one_by_one_forwards(name, attention, max_tokens, monkeypatc
         (weights * values).sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))
     torch.testing.assert_close(*gradients, atol=2e-6, rtol=1e-5)
+
+
+def test_attention_with_a_term_besides_is_refused():
+    config = Gemma2Config(hidden_size=16, num_hidden_layers=2, **SIZES)  # caps the scores before the softmax
+    with pytest.raises(InputError, match="the model's attention has a softcap, which packed attention has not"):
+        in_batches(Policy(Gemma2ForCausalLM(config)), make_rollouts(2), 1000)
 
 
 def test_a_pack_has_no_padding_and_keeps_the_budget():
