@@ -420,9 +420,8 @@ def _pack(rollouts: Sequence[Rollout], group: Sequence[int], device: torch.devic
         input_ids += ids
         position_ids += range(len(ids))
         lengths.append(len(ids))
-        first = (
-            len(rollout.prompt_ids) - 1 if rollout.response_ids else len(ids)
-        )  # its next token is a response's first
+        # The last prompt token predicts the first response token, if there is one.
+        first = len(rollout.prompt_ids) - 1 if rollout.response_ids else len(ids)
         response_mask += [False] * first + [True] * (len(ids) - first)
         targets += rollout.response_ids
         sampler_logprobs += rollout.logprobs

@@ -1,14 +1,12 @@
-"""One stage on two ranks that take themselves for two nodes: a replica on each (HSDP), then one copy between them.
+"""One stage on two nodes of one rank: a replica on each (HSDP), then one copy between them.
 
-Launched by test_distributed.py under torchrun: python run_nodes.py MODEL DATA OUT
+Launched by test_distributed.py under two torchruns, as on two machines: tests/run_nodes.py MODEL DATA OUT
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["LOCAL_WORLD_SIZE"] = "1"
 
 import common
 import teacher_grpo

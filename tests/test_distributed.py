@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,22 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit(run_stages, engine):
 
 
 def test_two_nodes_hold_a_copy_each_or_one_between_them(student, problems, tmp_path):
-    done = launch(2, "tests/run_nodes.py", student, problems, str(tmp_path))
-    assert done.returncode == 0, done.stderr[-5000:]
+    with socket.create_server(("localhost", 0)) as free:
+        endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+    ]
+    words = [*torchrun, endpoint, "--rdzv_id=1", "tests/run_nodes.py", student, problems, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for node in nodes:
+        _, said = node.communicate(timeout=200)
+        assert node.returncode == 0, said[-5000:]
     first, second, start = (
         weights(directory, "") for directory in (tmp_path / "nodes1", tmp_path / "nodes2", Path(student))
     )
