@@ -71,8 +71,10 @@ def cpu_bars(check):
     print("T=512, D=256, V=32000, fp32, forward + backward, one thread, against the formulas; bars: memory <= 0.30x, CPU "
           "time <= 1.00x")
     def peak(op, who):
+        """The least of three: one process in fifteen has its heap laid out so that 42 MB come on top."""
         command = [sys.executable, "-m", "tests.bench_kernels", "--peak", op, who]
-        return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+        return min(float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+                   for _ in range(3))
     # Before this process grows: Linux lets a child inherit its parent's peak.
     peaks = {op: {who: peak(op, who) for who in ("ours", "formulas")} for op in ("kl", "logprob")}
     kept = True
