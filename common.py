@@ -112,7 +112,7 @@ def start_process() -> None:
 @cache
 def keep_freed_memory() -> None:
     """Has the C library keep what tensors leave. It would return large ones to the kernel, which hands them out again page
-    by page, cleared: a tenth of a small model's step."""
+    by page, cleared: a twentieth of a small model's step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's alone
     if mallopt:
         m_trim_threshold, m_mmap_threshold = -1, -3
@@ -319,8 +319,8 @@ def varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, 
     else:
         raise InputError("a model with sliding windows needs torch 2.13 for packed sequences on a GPU; upgrade it")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-    bounds, longest = cu_seq_lens_q, max_length_q
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, **options)[None], None
+    lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    return varlen_attn(query, key, value, *lengths, scale=scaling, **options)[None], None
 
 
 def packed_mask(*arguments, attention_mask=None, **options):
@@ -451,10 +451,8 @@ def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({first_line(error)}); fetch it anew") from None
     structure = meta_causal_lm(model, torch.float32)
-    mixers = set(getattr(structure.config.get_text_config(), "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
+    layer_types = set(getattr(structure.config.get_text_config(), "layer_types", None) or ())
+    mixers = layer_types - {"full_attention", "sliding_attention"}
     if packs and (mixers or not structure.is_backend_compatible()):
         layers = ", ".join(sorted(mixers)) or f"those of {type(structure).__name__}"
         raise InputError(

@@ -37,10 +37,10 @@ def double_policy(**options) -> Policy:
     return Policy(tiny_model(**options).double())
 
 
-def naive_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
+def naive_logits(model: torch.nn.Module, rollout: Rollout) -> torch.Tensor:
     """(R, V) logits for a rollout's response tokens, from one unpadded forward of the plain model."""
     ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-    return policy.model(ids, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
+    return model(ids, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
 
 
 def gradients(policy: Policy, loss: torch.Tensor) -> list[torch.Tensor]:
@@ -67,8 +67,8 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
     expected = 0.0
     for rollout in rollouts:
         if rollout.response_ids:
-            q = naive_logits(student, rollout).log_softmax(-1)  # pi_theta
-            p = naive_logits(teacher, rollout).log_softmax(-1).detach()  # pi_T
+            q = naive_logits(student.model, rollout).log_softmax(-1)  # pi_theta
+            p = naive_logits(teacher.model, rollout).log_softmax(-1).detach()  # pi_T
             expected = expected + ((p.exp() * (p - q)).sum() if direction == "forward" else (q.exp() * (q - p)).sum())
     loss = 0.0
     for batch in records.make_batches(rollouts, micro_batch_tokens, CPU):
@@ -90,7 +90,7 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
 def test_sft_loss_is_cross_entropy_on_response_tokens(micro_batch_tokens):
     student, rollouts = double_policy(), make_rollouts()
     expected = sum(
-        torch.nn.functional.cross_entropy(naive_logits(student, r), torch.tensor(r.response_ids), reduction="sum")
+        torch.nn.functional.cross_entropy(naive_logits(student.model, r), torch.tensor(r.response_ids), reduction="sum")
         for r in rollouts
         if r.response_ids
     )
@@ -196,8 +196,8 @@ def test_an_update_is_the_naive_gradient_step():
     for rollout, advantage in zip(rollouts, advantages):
         if rollout.response_ids:
             index = torch.tensor(rollout.response_ids)[:, None]
-            logprobs = naive_logits(policy, rollout).log_softmax(-1).gather(1, index).squeeze(1)
-            ref = naive_logits(reference, rollout).log_softmax(-1).gather(1, index).squeeze(1).detach()
+            logprobs = naive_logits(policy.model, rollout).log_softmax(-1).gather(1, index).squeeze(1)
+            ref = naive_logits(reference.model, rollout).log_softmax(-1).gather(1, index).squeeze(1).detach()
             sampler = torch.tensor(rollout.logprobs, dtype=torch.float32).double()
             weights = (logprobs.detach() - sampler).exp().clamp(max=2.0)
             total = total + naive_grpo(logprobs, logprobs.detach(), ref, [advantage] * len(ref), weights, 0.2, 5e-4)

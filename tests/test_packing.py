@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SIZES, tiny_model
-from test_losses import make_rollouts
+from test_losses import make_rollouts, naive_logits
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import common
@@ -13,7 +13,7 @@ from kernels import fused_linear_logprob
 
 CPU = torch.device("cpu")
 SLIDING = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=3)
-MODELS = {"qwen3": {}, "llama": dict(llama=True, num_attention_heads=4), "sliding-window": SLIDING}
+MODELS = {"qwen3": {}, "llama": dict(llama=True), "sliding-window": SLIDING}
 
 
 def one_by_one(model, rollouts):
@@ -21,9 +21,8 @@ def one_by_one(model, rollouts):
     logprobs = []
     for rollout in rollouts:
         if rollout.response_ids:
-            logits = model(torch.tensor([rollout.prompt_ids + rollout.response_ids]), use_cache=False).logits[0]
             targets = torch.tensor(rollout.response_ids)[:, None]
-            logprobs.append(logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1).gather(1, targets).squeeze(1))
+            logprobs.append(naive_logits(model, rollout).log_softmax(-1).gather(1, targets).squeeze(1))
     return torch.cat(logprobs)
 
 
@@ -58,15 +57,15 @@ def gpu_attention(module, query, key, value, attention_mask, scaling, sliding_wi
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])
-@pytest.mark.parametrize("attention", ["by length", "varlen", "varlen of torch 2.10", "mask"])
+@pytest.mark.parametrize("attention", ["by length", "varlen", "varlen of torch 2.10", "sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_packs_equal_one_by_one_forwards(name, attention, max_tokens, monkeypatch):
     model = tiny_model(seed=3, **MODELS[name]).double()
     rollouts = make_rollouts(8)
     expected = one_by_one(model, rollouts)
     policy = Policy(model)
-    if attention == "mask":  # transformers' own, with a mask over the whole pack
-        model.set_attn_implementation("sdpa")
+    if attention in ("sdpa", "eager"):  # transformers' own, with a mask over the whole pack
+        model.set_attn_implementation(attention)
     elif attention != "by length":
         monkeypatch.setitem(common.AttentionInterface._global_mapping, "packed", gpu_attention)
         monkeypatch.setattr(common, "varlen_attn", naive_varlen)
