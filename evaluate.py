@@ -1,23 +1,20 @@
-"""Evaluation: avg@k ± standard error over problems (§6), pass@k, and paired differences between checkpoints.
+"""Evaluation: avg@k ± standard error over problems (App. F), pass@k, and paired differences between checkpoints.
 
     python evaluate.py --models runs/direct runs/bridge --data math500 aime24 aime25 --out runs/report
 
-Each problem is answered k times under one decoding setting. Its score is its mean correctness; a data set's entry is the
-mean score, ± the standard error over problems. Two checkpoints are compared problem by problem, so the standard error of
-their difference is that of the paired differences, which is smaller than the two entries' would suggest.
+Each problem is answered k times under one decoding setting. A problem's score is the mean correctness of its k answers,
+and a data set's entry is the mean score, ± the standard error over problems. Two checkpoints are compared problem by
+problem: the standard error of their difference is that of the paired differences, which is smaller than the two entries
+suggest.
 
-Written to the output directory: every sample (<checkpoint>/<data set>.jsonl), results.json, table.md, bars.png, and
-curves.png from the checkpoints' own metrics.jsonl. What is already there for the same weights and settings is reused.
+The paper says that its ± is over problems, too. For AIME it cannot be: with 30 problems and 16 samples such an error is
+expected to be at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 % where the paper prints 1.4.
 
-Two more uses:
-- `--responses FILE.jsonl --out DIR` grades responses made elsewhere, without any model: one object a line with `answer`
-  and `response`; DIR/FILE.jsonl receives the same lines with `correct` added. It is how to audit the verifier.
-- `--merge DIR DIR ... --out DIR` puts the reports of several seeds into one table, ± the standard error over seeds.
+The paper does not state its decoding. The defaults are those of the authors' code for their earlier papers: temperature
+0.7, top-p 0.8, top-k 20, without thinking.
 
-And two looks at where checkpoints come from, which need no --out:
-- `--lineage DIR [--reports DIR ...]` prints a checkpoint's history as a tree, with its ancestors' scores from the reports;
-- `--compare DIR DIR` prints every setting, parent and label set in which two checkpoints differ: what a contrast rests on.
-"""
+Written to the output directory: every sample (<checkpoint>/<data set>.jsonl), results.json, table.md and bars.png.
+Samples that are there already, of the same weights and settings, are used again."""
 
 from __future__ import annotations
 
@@ -25,46 +22,34 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from matplotlib.figure import Figure
-from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-import checkpoints
 import common
-import records
-from common import InputError, Policy
-from engines import Sampling, check_engine, make_engine, sample_rollouts
-from verifier import Verifier
+from common import InputError, Rollout, SamplerConfig
+from lib import data, runs
+from lib.engines import Sampling, check_engine, make_engine
+from lib.plots import draw_bars
+from lib.policy import check_checkpoint, load_config
+from lib.rollouts import grade, sample_rollouts
+from lib.verifier import Verifier
 
 
 @dataclass
-class Config:
-    out: str | None = None  # directory for the report
-    models: tuple[str, ...] = ()  # checkpoints to evaluate: directories, or names on the hub
-    labels: tuple[str, ...] = ()  # their names in the tables; by default the directories'
-    data: tuple[str, ...] = ("math500", "aime24", "aime25")  # data sets, in any form that the stages take
-    k: int = 16  # samples per problem
-    temperature: float = 0.6  # the paper gives no decoding setting; 0.6 and 0.95 are DeepSeek-R1's
-    top_p: float = 0.95
-    top_k: int = -1
-    max_prompt_tokens: int = 3072  # Table 9
-    max_response_tokens: int = 16384  # Table 9
-    instruction: str = records.INSTRUCTION  # appended to each problem, as in training
-    thinking: bool = False  # as in training
-    max_sequences: int = 512  # sequences that a rank samples at a time; lower it when memory runs out
-    engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
-    tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
-    kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
-    seed: int = 0  # of the samples
-    responses: str | None = None  # grade this file instead of sampling from models
-    merge: tuple[str, ...] = ()  # reports to put into one table instead
-    lineage: str | None = None  # print this checkpoint's history instead
-    reports: tuple[str, ...] = ()  # reports to take the history's scores from
-    compare: tuple[str, str] | None = None  # print how two checkpoints' runs differ instead
+class Config(SamplerConfig):
+    models: tuple[str, ...]  # checkpoints to evaluate: directories, or names on the hub
+    labels: tuple[str, ...] = ()  # names of the checkpoints in the tables; by default those of their directories
+    data: tuple[str, ...] = ("math500", "aime24", "aime25")  # data sets: names, files or owner/name:split
+    k: int = 16  # responses sampled for each problem (App. F)
+    temperature: float = 0.7  # sampling temperature; 0 is greedy decoding (authors' earlier code; not in this paper)
+    top_p: float = 0.8  # sample from the likeliest tokens that hold this much probability (authors' earlier code)
+    top_k: int = 20  # sample from this many likeliest tokens, -1 for all (authors' earlier code)
+    max_prompt_tokens: int = 3072  # longest prompt (Table 8)
+    max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
 
 
+# The settings that decide what is sampled: samples that were made with others are not used again.
 DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "instruction", "thinking",
             "seed")  # fmt: skip
 
@@ -104,62 +89,60 @@ def paired_difference(first: dict[str, float], second: dict[str, float]) -> tupl
 
 
 class Engines:
-    """One engine for each architecture; checkpoints that share it are put into it in turn.
+    """One engine for each architecture; checkpoints that share one are loaded into it in turn.
 
     Loading the next checkpoint is quicker than making an engine, and vLLM's cannot be taken down within a process.
     """
 
+    # Entries of a checkpoint's config that may differ within one engine.
+    OF_A_CHECKPOINT = ("_name_or_path", "transformers_version", "dtype", "eos_token_id", "bos_token_id", "pad_token_id")
+
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.made = {}  # architecture -> engine, and the checkpoint in it
+        self.made = {}  # architecture -> (engine, the checkpoint that is loaded in it)
 
-    def get(self, model: str, tokenizer):
-        config = common.load_config(model).to_dict()
-        architecture = {key: value for key, value in config.items() if key not in ("transformers_version", "dtype")}
-        key = json.dumps([architecture, records.stop_token_ids(model, tokenizer)], sort_keys=True)
-        engine, present = self.made.get(key, (None, None))
+    def get(self, model: str, tokenizer: PreTrainedTokenizerBase):
+        """An engine with the checkpoint's weights and end-of-sequence tokens."""
+        config = {
+            name: value for name, value in load_config(model).to_dict().items() if name not in self.OF_A_CHECKPOINT
+        }
+        architecture = json.dumps(config, sort_keys=True)
+        engine, loaded = self.made.get(architecture, (None, None))
         if engine is None:
             engine = make_engine(self.cfg, model, tokenizer, sleeps=False)
-        elif present != model:
-            engine.sync(Policy(common.load_causal_lm(model, engine.dtype, common.this_device())))
-        self.made[key] = engine, model
+        elif loaded != model:
+            engine.load(model, tokenizer)
+        self.made[architecture] = engine, model
         return engine
 
 
 def evaluate_model(
     model: str, label: str, cfg: Config, datasets: dict[str, list], verifier: Verifier, engines: Engines
 ) -> dict:
-    """Samples, grades and summarises one checkpoint on every data set; samples already on disk are taken from there.
+    """Samples, grades and summarises one checkpoint on every data set, unless its samples are already on disk.
 
-    Sampling and grading are spread over ranks; files are rank 0's, and so is what is returned."""
-    lineage = common.on_rank_0(lambda: checkpoints.read_lineage(model))
-    trained_on = checkpoints.consumed_problems(lineage)
+    Sampling and grading are spread over ranks. Rank 0 writes the files, and only there the returned report is filled.
+    """
+    lineage = common.on_rank_0(lambda: runs.read_lineage(model))
+    trained_on = runs.consumed_problems(lineage)
     settings = {"sha256": lineage["sha256"], **{name: getattr(cfg, name) for name in DECODING}}
     directory = Path(cfg.out) / label
-    tokenizer, report = records.load_tokenizer(model), {}
+    tokenizer, report = data.load_tokenizer(model), {}
     for name, problems in datasets.items():
         seen = sum(problem.id in trained_on for problem in problems)
         if seen:
-            common.say(
+            common.print0(
                 f"{label}: {seen} of {len(problems)} problems of {name} were trained on; its score there is no test score"
             )
         path = directory / f"{name}.jsonl"
         if not common.on_rank_0(lambda: _has_samples(path, settings, len(problems) * cfg.k)):
-            prompts = records.tokenize_prompts(
-                tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens
-            )
+            prompts = data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
             rollouts = sample_rollouts(
-                engines.get(model, tokenizer),
-                tokenizer,
-                problems,
-                prompts,
-                cfg.k,
-                sampling,
-                (cfg.seed, "evaluate"),
+                engines.get(model, tokenizer), problems, prompts, cfg.k, sampling, seed_key=(cfg.seed, "evaluate"),
                 progress=f"{label} {name}",
-            )
-            records.grade(rollouts, verifier)
+            )  # fmt: skip
+            grade(rollouts, verifier)
             common.on_rank_0(lambda: _write_samples(path, settings, rollouts))
         if common.rank() == 0:
             samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
@@ -167,7 +150,7 @@ def evaluate_model(
     return report
 
 
-def _write_samples(path: Path, settings: dict, rollouts: list[records.Rollout]) -> None:
+def _write_samples(path: Path, settings: dict, rollouts: list[Rollout]) -> None:
     lines = [json.dumps({"settings": settings}), *(json.dumps(as_sample(rollout)) for rollout in rollouts)]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -175,7 +158,7 @@ def _write_samples(path: Path, settings: dict, rollouts: list[records.Rollout]) 
     unfinished.rename(path)
 
 
-def as_sample(rollout: records.Rollout) -> dict:
+def as_sample(rollout: Rollout) -> dict:
     return {
         "id": rollout.problem.id,
         "sample": rollout.sample,
@@ -237,176 +220,9 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, picture: Path) -> None:
-    """Horizontal bars of averages[label][data set] = (mean, error), in %."""
-    labels, names = list(averages), list(next(iter(averages.values())))
-    figure = Figure(figsize=(2 + 4 * len(names), 0.8 + 0.42 * len(labels)), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        means, errors = zip(*(averages[label][name] for label in labels))
-        values = [100 * mean for mean in means]
-        axis.barh(
-            range(len(labels)), values, xerr=[100 * e for e in errors], color="#4878a8", ecolor="#303030", capsize=2
-        )
-        for index, (value, error) in enumerate(zip(values, errors)):
-            axis.text(value + 100 * np.nan_to_num(error) + 1, index, f"{value:.1f}", va="center", fontsize=8)
-        axis.set_yticks(range(len(labels)), labels if axis is axes[0][0] else [""] * len(labels), fontsize=9)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 108)
-        axis.set_xlabel(f"{name}: {title}", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=130)
-
-
-def draw_curves(models: dict[str, str], picture: Path) -> None:
-    """Learning curves of the checkpoints that have a metrics.jsonl: accuracy of training rollouts, and KL to a teacher."""
-    panels = {"accuracy of training rollouts": ("reward", "accuracy"), "KL to the teacher (nats/token)": ("forward_kl", "reverse_kl")}  # fmt: skip
-    curves: dict[str, list] = {title: [] for title in panels}
-    for label, model in models.items():
-        path = Path(model) / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        for title, names in panels.items():
-            for name in names:
-                if lines and name in lines[0]:
-                    curves[title].append((f"{label}: {name.replace('_', ' ')}", [line[name] for line in lines]))
-    curves = {title: lines for title, lines in curves.items() if lines}
-    if not curves:
-        return
-    figure = Figure(figsize=(5.2 * len(curves), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False)
-    for axis, (title, lines) in zip(axes[0], curves.items()):
-        for label, values in lines:
-            axis.plot(values, label=label, linewidth=1.4)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=130)
-
-
-def grade_file(cfg: Config) -> None:
-    """Grades `cfg.responses`; see the module's docstring."""
-    source, target = Path(cfg.responses), Path(cfg.out) / Path(cfg.responses).name
-    if not source.is_file():
-        raise InputError(f"--responses {cfg.responses!r} is not a file; give a .jsonl file of answers and responses")
-    if target.exists() and target.samefile(source):
-        raise InputError(f"--out {cfg.out!r} is the directory of --responses itself; name another")
-    rows = []
-    for number, line in enumerate(source.read_bytes().splitlines(), start=1):  # of bytes: text has more line ends
-        try:
-            row = json.loads(line)
-            answer, response = row["answer"], row["response"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(
-                f"line {number} of {cfg.responses!r} is not an object with answer and response; mend it"
-            ) from None
-        if not isinstance(answer, str) or not isinstance(response, str) or not answer.strip():
-            raise InputError(
-                f"line {number} of {cfg.responses!r}: answer and response must be text, the answer not empty; mend it"
-            )
-        rows.append(row)
-    if not rows:
-        raise InputError(f"--responses {cfg.responses!r} is empty; give a line for each response")
-    checkpoints.check_writable(cfg.out)
-    with Verifier() as verifier, tqdm(total=len(rows), desc="grading", unit="response") as bar:
-        for start in range(0, len(rows), 256):
-            chunk = rows[start : start + 256]
-            verdicts = verifier.check([row["response"] for row in chunk], [row["answer"] for row in chunk])
-            for row, verdict in zip(chunk, verdicts):
-                row["correct"] = verdict.correct
-            bar.update(len(chunk))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    total = sum(row["correct"] for row in rows)
-    print(f"{total} of {len(rows)} correct ({100 * total / len(rows):.1f} %); wrote {target}")
-
-
-def read_report(directory: str, argument: str) -> dict:
-    """A report's results.json. InputError, naming the argument, if there is none, or not of one evaluation."""
-    path = Path(directory) / "results.json"
-    if not path.is_file():
-        raise InputError(f"{argument} {directory!r} holds no results.json; evaluate into it first")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        whole = all({"avg", "se"} <= result.keys() for row in report["results"].values() for result in row.values())
-        if whole and report["results"] and isinstance(report["settings"], dict):
-            return report
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(f"{argument} {directory!r}: its results.json is not a report of one evaluation; evaluate it anew")
-
-
-def merge_reports(cfg: Config) -> None:
-    """One table of several seeds' reports: each seed's avg@k, their mean, ± its standard error over seeds."""
-    reports, shapes = {}, []
-    for directory in cfg.merge:
-        report = reports[directory] = read_report(directory, "--merge")
-        rows = {label: sorted(row) for label, row in report["results"].items()}
-        shapes.append((rows, {name: report["settings"].get(name) for name in DECODING if name != "seed"}))
-    for directory, (rows, settings) in zip(cfg.merge, shapes):
-        if rows != shapes[0][0] or settings != shapes[0][1]:
-            what = "checkpoints and data sets" if rows != shapes[0][0] else "settings"
-            raise InputError(
-                f"--merge: {directory!r} and {cfg.merge[0]!r} do not have the same {what}; evaluate them alike"
-            )
-    checkpoints.check_writable(cfg.out)
-    results = [report["results"] for report in reports.values()]
-    labels, names = list(results[0]), list(next(iter(results[0].values())))
-    averages = {
-        label: {name: mean_and_error(np.array([result[label][name]["avg"] for result in results])) for name in names}
-        for label in labels
-    }
-    parts = []
-    for name in names:
-        rows = [
-            [
-                label,
-                percent(*averages[label][name]),
-                *(percent(r[label][name]["avg"], r[label][name]["se"]) for r in results),
-            ]
-            for label in labels
-        ]
-        header = ["checkpoint", "mean ± SE over seeds", *(Path(directory).parent.name for directory in cfg.merge)]
-        parts += [f"{name}, avg@{reports[cfg.merge[0]]['settings']['k']} in %:", markdown_table(header, rows)]
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    summary = {label: {name: {"mean": a[0], "se_over_seeds": a[1]} for name, a in row.items()} for label, row in averages.items()}  # fmt: skip
-    (out / "results.json").write_text(json.dumps({"reports": list(cfg.merge), "averages": summary}, indent=1) + "\n")
-    draw_bars(averages, f"avg, mean of {len(results)} seeds ± SE (%)", out / "bars.png")
-    print("\n\n".join(parts))
-
-
-def print_lineage(cfg: Config) -> None:
-    scores: dict[str, str] = {}
-    for directory in cfg.reports:
-        for row in read_report(directory, "--reports")["results"].values():
-            for name, result in row.items():
-                score = f"{name} {percent(result['avg'], result['se'])} %"
-                scores[result["sha256"]] = ", ".join(filter(None, [scores.get(result["sha256"]), score]))
-    print("\n".join(checkpoints.history(checkpoints.read_lineage(cfg.lineage), scores)))
-
-
-def print_differences(cfg: Config) -> None:
-    first, second = map(checkpoints.read_lineage, cfg.compare)
-    rows = [[name, *map(str, pair)] for name, pair in checkpoints.differences(first, second).items()]
-    print(markdown_table(["", *cfg.compare], rows) if rows else "The two runs do not differ.")
-
-
 def main(cfg: Config) -> None:
-    if cfg.lineage:
-        return common.on_rank_0(lambda: print_lineage(cfg))
-    if cfg.compare:
-        return common.on_rank_0(lambda: print_differences(cfg))
-    if cfg.out is None:
-        raise InputError("--out is missing; name the directory for the report")
-    if cfg.responses:
-        return common.on_rank_0(lambda: grade_file(cfg))
-    if cfg.merge:
-        return common.on_rank_0(lambda: merge_reports(cfg))
     if not cfg.models:
-        raise InputError("nothing to evaluate: give --models, or --responses to grade, or --merge reports")
+        raise InputError("there is nothing to evaluate; name checkpoints with --models")
     common.check_settings(cfg, may_be_zero=("temperature",))
     labels = cfg.labels or tuple(Path(model).name for model in cfg.models)
     if len(set(labels)) != len(cfg.models) or len(labels) != len(cfg.models):
@@ -417,30 +233,31 @@ def main(cfg: Config) -> None:
         raise InputError(f"--top-p {cfg.top_p} is more than all of the distribution; give 1 or less")
     if cfg.top_k < 1 and cfg.top_k != -1:
         raise InputError(f"--top-k {cfg.top_k} keeps no token; give 1 or more, or -1 for all")
-    datasets = {Path(source).stem: records.load_problems(source) for source in cfg.data}
+    datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
     models = dict(zip(labels, cfg.models))
-    for model in cfg.models:  # all that can be known before anything is sampled
-        tokenizer = records.load_tokenizer(model, "--models")
-        common.check_checkpoint(model, len(tokenizer), packs=False)
+    for model in cfg.models:  # whatever can be known to be wrong is said before anything is sampled
+        tokenizer = data.load_tokenizer(model, "--models")
+        check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
-            records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
-        common.on_rank_0(lambda: checkpoints.read_run(model))
-    checkpoints.check_writable(cfg.out)
+            data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+        common.on_rank_0(lambda: runs.read_run(model))
+    runs.check_writable(cfg.out)
+
     with Verifier() as verifier:
         engines = Engines(cfg)
         results = {
             label: evaluate_model(model, label, cfg, datasets, verifier, engines) for label, model in models.items()
         }
-    common.on_rank_0(lambda: write_report(results, models, cfg))
+    common.on_rank_0(lambda: write_report(results, cfg))
 
 
-def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cfg: Config) -> None:
-    """results.json, table.md, bars.png and curves.png."""
+def write_report(results: dict[str, dict[str, dict]], cfg: Config) -> None:
+    """results.json, table.md and bars.png."""
     out = Path(cfg.out)
-    settings = {**dataclasses.asdict(cfg), "code": checkpoints.code_version(), "hardware": checkpoints.hardware()}
+    settings = {**dataclasses.asdict(cfg), "code": runs.code_version(), "hardware": runs.hardware()}
     (out / "results.json").write_text(json.dumps({"settings": settings, "results": results}) + "\n", encoding="utf-8")
     tables = report_tables(results, cfg)
     (out / "table.md").write_text(tables, encoding="utf-8")
@@ -448,9 +265,8 @@ def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cf
         label: {name: (result["avg"], result["se"]) for name, result in row.items()} for label, row in results.items()
     }
     draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png")
-    draw_curves(models, out / "curves.png")
     print("\n" + tables)
-    print(f"wrote {out}: table.md, bars.png, curves.png, results.json and every sample")
+    print(f"wrote {out}: table.md, bars.png, results.json and every sample")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,45 @@
-"""Exact full-vocabulary losses from hidden states: token log-probability (with entropy) and KL between two models.
+"""Exact losses over the whole vocabulary from hidden states: token log-probabilities, and the KL between two models.
 
-Letters: N response tokens packed together, V vocabulary, D hidden size (Ds of the student, Dt of the teacher).
+Sizes: N response tokens packed together, V tokens in the vocabulary, D the hidden size (Ds of the student, Dt of the
+teacher). In KL(p || q), p is one model and q the other. e stands for exp(logit - maximum of its row).
 
-Why this file. Logits of N=16384 tokens over V=151936 (Qwen3) are 10 GB in fp32, and naive full-vocabulary KL keeps four
-to five such matrices alive: 44-51 GB, for an answer of N numbers and two gradients, dH (N, Ds) and dW (V, Ds). The fused
-functions never hold an (N, V) matrix. Two different algorithms follow from counting FLOPs and bytes (Ds=2048, Dt=4096):
+Why this file exists. The logits of N=16384 tokens over V=151936 (Qwen3) take 10 GB in fp32, and a naive KL over the
+whole vocabulary keeps four to five such matrices alive: 44-51 GB, although the answer is only N numbers and two
+gradients, dH (N, Ds) and dW (V, Ds). The functions here never hold an (N, V) matrix. Counting floating-point operations
+and bytes, with Ds=2048 and Dt=4096, leads to a different algorithm for each of the two losses.
 
-KL, in training: chunks of tokens, logits materialised (`fused_linear_kl`).
-  Products: 2 N V (Ds + Dt) for both logits, 4 N V Ds for dH and dW: 51 TFLOP, 64 ms at an H100's 800 TFLOP/s. Computing
-  the logits again in the backward would make that 102 ms, so the gradient is formed in the forward, while they are at
-  hand. Then nothing is gained by keeping them out of memory: the vendor's GEMM writes a chunk of fp32 logits of each
-  model, one row kernel reads both twice (for statistics, then for the gradient, written in bf16 over the student's
-  logits: 18 bytes an entry, 45 GB in all, 16 ms at 2.8 TB/s), and two GEMMs turn that into dH and dW. In either
-  direction, KL(p || q), one pass gives the statistics: max and sum e of each model, and sum e_p (p - q), with p and q
-  the logits and e = exp(logit - max).
+The KL, `fused_linear_kl`, takes the tokens in chunks and writes the logits of a chunk to memory.
+  The matrix products need 2 N V (Ds + Dt) operations for the logits of both models and 4 N V Ds for dH and dW. That is
+  51 TFLOP, or 64 ms at the 800 TFLOP/s of an H100. Computing the logits again in the backward would make it 102 ms, so
+  the forward already forms the gradient, while it has the logits. Keeping the logits out of memory would then gain
+  nothing. The vendor's GEMM writes a chunk of fp32 logits of each model. A row kernel reads both twice, once for the
+  statistics and once for the gradient, which it writes in bf16 over the student's logits: 18 bytes an entry, 45 GB in
+  all, 16 ms at 2.8 TB/s. Two GEMMs turn this gradient into dH and dW. The statistics take one pass: the maximum and the
+  sum of e of each model, and the sum of e_p (p - q). The student's entropy and the log-probability of the sampled token
+  under both models are returned too, because they cost only a few scalars a row while both rows are at hand.
 
-Token log-probability: fused (`fused_linear_logprob`).
-  Policy gradients need its forward without any backward too (old and reference policies), and there the traffic of
-  logits is pure loss. A tile kernel multiplies 128 tokens with 256 vocabulary rows, keeps the logits in registers and
-  writes three numbers a row: 13 ms of products, 10 TFLOP. One tile a program: a loop over V inside the program spills
-  1.4 KB of registers a thread. The upstream gradient is not known in the forward, so the backward recomputes logits, by
-  slices of the vocabulary rather than of the tokens: each slice of dW is then final, and only dH (N, D) accumulates.
+The token log-probability, `fused_linear_logprob`, is fused with its matrix product.
+  Policy gradients also need its forward alone (for the old and the reference policy), and there the traffic of logits
+  buys nothing. A tile kernel multiplies 128 tokens with 256 vocabulary rows, keeps the logits in registers, and writes
+  three numbers for each row: 10 TFLOP, 13 ms of products. Each program computes one tile only, because a loop over V
+  inside the program would spill 1.4 KB of registers a thread. The upstream gradient is unknown in the forward, so the
+  backward computes the logits again. It takes slices of the vocabulary rather than of the tokens: every slice of dW is
+  then complete at once, and only dH (N, D) has to be accumulated.
 
-Numerics. Logits, statistics and all accumulation are fp32 (fp64 for fp64 inputs, in PyTorch); only operands, and the
-gradient of the logits that enters dH and dW, are bf16. It matters most where distillation ends: logits rounded to bf16
-cost 9 % of the gradient at KL = 0.1, 35 % at 4e-3, 120 % at 4e-4; rounding the gradient alone costs 0.2 % everywhere.
+Precision. Logits, statistics and all accumulation are fp32 (fp64 for fp64 inputs, in PyTorch). Only the operands of the
+matrix products are bf16, which includes the gradient of the logits on its way into dH and dW. This matters most at the
+end of a distillation, when the models are close: rounding the logits to bf16 gives an error in the gradient of 9 % at
+KL = 0.1, 35 % at 4e-3 and 120 % at 4e-4, whereas rounding only the gradient gives 0.2 % everywhere.
 
-Reading order: the references are the formulas; the PyTorch row operations do the same in place (this is what runs on a
-CPU); the Triton kernels are those row operations, and the tile kernel, for a GPU. `backend` forces either.
-Equations are those of arXiv 2605.12483 v1. No generalised JSD: its gradient needs a third pass over both rows.
+Reading order: the references are the formulas. The PyTorch row operations do the same in place, and run on a CPU. The
+Triton kernels do it on a GPU. L_R and L_F are the names that section 2 of arXiv 2605.12483 v4 gives to two equations
+without numbers. A generalised Jensen-Shannon divergence is left out: its gradient needs a third pass over both rows.
 """
 
-import functools
 import math
 import os
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -41,154 +47,161 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a laptop without a GPU: everything works, in PyTorch
-    triton = None
+except ImportError:  # On a machine without a GPU everything works in PyTorch.
+    triton, tl = None, SimpleNamespace(constexpr=None)  # The kernels' signatures mention tl.constexpr.
 
-    class tl:  # what the signatures below name
-        constexpr = None
-
-# Triton fixes this when it is imported; the kernels then run in Python on CPU tensors, for tests.
+# Triton reads this variable when it is imported. Its kernels then run as Python on CPU tensors, which the tests use.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
-CPU_LOGIT_BYTES = 8 << 20  # of logits at a time: 65 rows of a 32k vocabulary; tiny problems are one piece
-GPU_LOGIT_BYTES = 5 << 28  # 2048 rows of Qwen3's: fewer would read and write dW (V, Ds), 1.2 GB in fp32, too often
+# Bytes of one model's logits that exist at a time.
+CPU_LOGIT_BYTES = 8 << 20  # 65 rows of a vocabulary of 32000. Small problems fit into one piece.
+GPU_LOGIT_BYTES = 5 << 28  # 2048 rows of Qwen3's. Each piece reads and writes all of dW, 1.2 GB, so pieces are large.
 
-# The largest tiles that spill no register where they run (results/kernels/compile.md).
+# The largest tiles that spill no register on the GPUs that use them (results/kernels/compile.md).
 HOPPER_TILE = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, GROUP=16, num_warps=8, num_stages=3)  # 144 KB of shared memory
 TILE = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, GROUP=16, num_warps=8, num_stages=3)  # 96 KB
 AMD_TILE = dict(TILE, num_stages=2)  # 32 KB
 FP32_TILE = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, GROUP=16, num_warps=4, num_stages=2)
-ROW = dict(BLOCK=2048, num_warps=8)
+ROW = dict(BLOCK=2048, num_warps=8)  # for the kernels in which one program has one row
+
+
+class TokenKL(NamedTuple):
+    """What `fused_linear_kl` returns: everything at its temperature, in float32 (float64 for float64 inputs)."""
+
+    loss: torch.Tensor  # scalar: the sum of kl over the N tokens, and the only field with a gradient
+    kl: torch.Tensor  # (N,): the KL of each token
+    entropy: torch.Tensor  # (N,): the exact entropy of the student
+    logprobs: torch.Tensor  # (N,): log pi_theta(target), of the student
+    teacher_logprobs: torch.Tensor  # (N,): log pi_T(target)
 
 
 # References: the formulas on whole logits, under plain autograd.
 
-def logprob_from_logits_reference(logits, target_ids, temperature=1.0):
-    """log_softmax(logits / temperature)[target] and its entropy: (N, V), (N,) -> (N,), (N,)."""
-    logp = torch.log_softmax(_wide(logits) / temperature, dim=-1)  # (N, V)
-    entropy = -(logp.exp() * logp).sum(-1)  # (N,)
-    return logp.gather(-1, target_ids[:, None]).squeeze(-1), entropy.detach()
-
-
-def kl_from_logits_reference(student_logits, teacher_logits, direction="reverse", temperature=1.0, token_weight=None):
-    """sum(token_weight * KL) and KL (N,): of the student from the teacher (reverse, Eq. 4) or the other way (Eq. 5)."""
-    student = torch.log_softmax(_wide(student_logits) / temperature, dim=-1)  # (N, V)
-    teacher = torch.log_softmax(_wide(teacher_logits).detach() / temperature, dim=-1)  # (N, V)
-    p, q = (student, teacher) if direction == "reverse" else (teacher, student)
-    kl = (p.exp() * (p - q)).sum(-1)  # (N,)
-    loss = kl.sum() if token_weight is None else (token_weight * kl).sum()
-    return loss, kl.detach()
-
-
 def fused_linear_logprob_reference(hidden, weight, target_ids, temperature=1.0, vocab_size=None):
     """What `fused_linear_logprob` computes, with (N, V) logits in the dtype of the inputs."""
-    return logprob_from_logits_reference(hidden @ weight[:vocab_size].T, target_ids, temperature)
+    logits = hidden @ weight[:vocab_size].T  # (N, V)
+    logp = torch.log_softmax(logits.to(_wide_dtype(logits)) / temperature, dim=-1)  # (N, V)
+    entropy = -(logp.exp() * logp).sum(-1)  # (N,)
+    return logp.gather(1, target_ids[:, None]).squeeze(1), entropy.detach()
 
 
-def fused_linear_kl_reference(student_hidden, student_weight, teacher_hidden, teacher_weight, direction="reverse",
-                              temperature=1.0, token_weight=None, vocab_size=None):
+def fused_linear_kl_reference(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids,
+                              direction="reverse", temperature=1.0, vocab_size=None):
     """What `fused_linear_kl` computes, with (N, V) logits of both models in the dtype of the inputs."""
     student_logits = student_hidden @ student_weight[:vocab_size].T  # (N, V)
-    teacher_logits = teacher_hidden @ teacher_weight[:vocab_size].T  # (N, V)
-    return kl_from_logits_reference(student_logits, teacher_logits, direction, temperature, token_weight)
+    teacher_logits = (teacher_hidden @ teacher_weight[:vocab_size].T).detach()  # (N, V)
+    student, teacher = (torch.log_softmax(logits.to(_wide_dtype(logits)) / temperature, dim=-1)
+                        for logits in (student_logits, teacher_logits))
+    p, q = (student, teacher) if direction == "reverse" else (teacher, student)
+    kl = (p.exp() * (p - q)).sum(-1)  # (N,)
+    entropy = -(student.detach().exp() * student.detach()).sum(-1)  # (N,)
+    logprobs, teacher_logprobs = (x.gather(1, target_ids[:, None]).squeeze(1) for x in (student, teacher))
+    return TokenKL(kl.sum(), *(x.detach() for x in (kl, entropy, logprobs, teacher_logprobs)))
 
 
 # Precision, products and pieces.
 
 def _wide_dtype(x):
-    """Of logits, statistics and accumulation."""
+    """The dtype of logits, statistics and accumulation for inputs like x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _wide(x):
-    return x.to(_wide_dtype(x))
-
-
 def _operand(x):
-    """bf16 stays bf16 for the tensor cores; a CPU has no bf16 product with an fp32 result: there it is widened, exactly."""
-    return x.detach() if x.is_cuda else _wide(x.detach())
+    """x without a graph, as it enters a product. A GPU's tensor cores take bf16. A CPU has no product of bf16 matrices
+    with an fp32 result, so there bf16 is widened, which is exact."""
+    return x.detach() if x.is_cuda else x.detach().to(_wide_dtype(x))
+
+
+def _wide_result(operand):
+    """The argument that makes a product of bf16 operands fp32. Other dtypes are those of their products anyway."""
+    return dict(out_dtype=torch.float32) if operand.dtype == torch.bfloat16 else {}
 
 
 def _mm(a, b, out=None):
-    """a @ b with an fp32 (fp64) result whatever the operands."""
-    if a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out=out, **_wide_result(a))
 
 
-def _add_mm(total, a, b):
-    """total += a @ b, total being fp32 (fp64) whatever the operands."""
-    if a.dtype == torch.bfloat16:  # an fp32 total beside bf16 operands: PyTorch 2.10 and later
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a, b)
+def _add_mm(accumulator, a, b):
+    """accumulator += a @ b. An fp32 accumulator beside bf16 operands needs PyTorch 2.10 or later."""
+    torch.addmm(accumulator, a, b, out=accumulator, **_wide_result(a))
 
 
-def _pieces(total, row_bytes, device):
-    """Near-equal slices of range(total) with row_bytes each row within the budget; one slice for tiny problems."""
+def _pieces(count, row_bytes, device):
+    """Slices of range(count), nearly equal, each of about the budget of bytes at most if one row takes row_bytes."""
     budget = GPU_LOGIT_BYTES if device.type == "cuda" else CPU_LOGIT_BYTES
-    count = max(1, math.ceil(total * row_bytes / budget))
-    step = math.ceil(total / count)
-    if count > 1:
-        step += -step % 64  # whole tiles in the products
-    return [slice(start, min(start + step, total)) for start in range(0, total, max(step, 1))]
+    pieces = max(1, math.ceil(count * row_bytes / budget))
+    step = math.ceil(count / pieces)
+    if pieces > 1:
+        step += -step % 64  # Products then consist of whole tiles.
+    return [slice(start, min(start + step, count)) for start in range(0, count, max(step, 1))]
 
 
-# Row operations in PyTorch. They overwrite their logits: each new matrix would cost a pass, and memory, of its own.
+# Row operations in PyTorch. They overwrite their logits, because each new matrix would cost memory and one more pass.
+# row_max is the maximum of a row of logits / temperature, sum_exp the sum of exp(logits / temperature - row_max), and
+# log_sum_exp its logarithm. Both sums are thus relative to row_max, here and in the kernels.
 
 def _logprob_rows(logits, target_ids, temperature):
-    """Logits (n, V) -> logprob, entropy, max, log sum exp(logits - max), stacked (4, n)."""
+    """Logits (n, V) -> logprob, entropy, row_max, log_sum_exp, stacked to (4, n)."""
     logits.mul_(1 / temperature)
     target = logits.gather(1, target_ids[:, None]).squeeze(1)
-    top = logits.amax(1)
-    exp = logits.sub_(top[:, None]).exp()
-    total = exp.sum(1)
-    log_total = total.log()
-    entropy = log_total - exp.mul_(logits).sum(1) / total
-    return torch.stack((target - top - log_total, entropy, top, log_total))
+    row_max = logits.amax(1)
+    exp = logits.sub_(row_max[:, None]).exp()
+    sum_exp = exp.sum(1)
+    log_sum_exp = sum_exp.log()
+    entropy = log_sum_exp - exp.mul_(logits).sum(1) / sum_exp
+    return torch.stack((target - row_max - log_sum_exp, entropy, row_max, log_sum_exp))
 
 
-def _logprob_grad_rows(logits, first, target_ids, top, log_total, upstream, temperature):
-    """Logits (n, v) of columns from `first` on -> in place, their gradient upstream * (onehot - softmax) / temperature."""
+def _logprob_grad_rows(logits, first, target_ids, row_max, log_sum_exp, upstream, temperature):
+    """Replaces logits (n, v), the columns from `first` on, by upstream * (onehot - softmax) / temperature."""
     scale = upstream / temperature
-    grad = logits.mul_(1 / temperature).sub_(top[:, None]).sub_(log_total[:, None]).exp_().mul_(-scale[:, None])
+    grad = logits.mul_(1 / temperature).sub_(row_max[:, None]).sub_(log_sum_exp[:, None]).exp_().mul_(-scale[:, None])
     column = target_ids - first
     inside = (column >= 0) & (column < grad.shape[1])
     return grad.scatter_add_(1, column.clamp(0, grad.shape[1] - 1)[:, None], (scale * inside)[:, None])
 
 
-def _kl_rows(student, teacher, token_weight, reverse, temperature, with_grad):
-    """Logits (n, V) of both -> KL (n,), gradient of sum(token_weight * KL) by the student's logits (n, V) or None.
+def _kl_rows(student, teacher, target_ids, reverse, temperature, with_grad):
+    """Logits (n, V) of both models -> kl, entropy, logprobs, teacher_logprobs, stacked to (4, n), and the gradient of
+    the sum of kl with respect to the student's logits (n, V), or None.
 
-    With d = p - q and mean = sum(e_p d) / sum(e_p): KL = mean - logsumexp(p) + logsumexp(q), and its gradient is
-    softmax(p) (d - mean) if the student is p (reverse), softmax(student) - softmax(teacher) if it is q (forward).
+    Let p and q be logits relative to their row_max, and let mean_diff be the mean of p - q under the softmax of p. Then
+    the KL is mean_diff - log(sum(e_p)) + log(sum(e_q)), and the log-ratio of the probabilities less the KL is p - q -
+    mean_diff. The student's entropy is its log_sum_exp less mean_logit, the mean of its logits relative to row_max.
+    Only teacher_exp takes new memory for a whole matrix. Each later result overwrites one that is not needed any more.
     """
     for logits in (student, teacher):
         logits.mul_(1 / temperature)
         logits.sub_(logits.amax(1, keepdim=True))
-    p, q = (student, teacher) if reverse else (teacher, student)
-    q_exp = q.exp()
-    q_total = q_exp.sum(1, keepdim=True)
-    diff = torch.sub(p, q, out=q)
-    p_exp = p.exp_()
-    p_total = p_exp.sum(1, keepdim=True)
-    scale = token_weight[:, None] / temperature
-    grad = None
+    targets = [logits.gather(1, target_ids[:, None]) for logits in (student, teacher)]
+    teacher_exp = teacher.exp()
+    teacher_sum = teacher_exp.sum(1, keepdim=True)
     if reverse:
-        mean = torch.mul(p_exp, diff, out=q_exp).sum(1, keepdim=True) / p_total
-        if with_grad:
-            grad = diff.sub_(mean).mul_(p_exp).mul_(scale / p_total)
+        diff = torch.sub(student, teacher, out=teacher)
+        student_exp = torch.exp(student, out=teacher_exp)
     else:
-        mean = diff.mul_(p_exp).sum(1, keepdim=True) / p_total
-        if with_grad:
-            grad = q_exp.mul_(scale / q_total).sub_(p_exp.mul_(scale / p_total))
-    return (mean - p_total.log() + q_total.log()).squeeze(1), grad
+        mean_diff = teacher.sub_(student).mul_(teacher_exp).sum(1, keepdim=True) / teacher_sum
+        student_exp = torch.exp(student, out=teacher)
+    student_sum = student_exp.sum(1, keepdim=True)
+    mean_logit = student.mul_(student_exp).sum(1, keepdim=True) / student_sum
+    if reverse:
+        mean_diff = torch.mul(student_exp, diff, out=student).sum(1, keepdim=True) / student_sum
+    student_log, teacher_log = student_sum.log(), teacher_sum.log()
+    kl = mean_diff - student_log + teacher_log if reverse else mean_diff - teacher_log + student_log
+    outputs = torch.cat((kl, student_log - mean_logit, targets[0] - student_log, targets[1] - teacher_log), 1).T
+    if not with_grad:
+        return outputs, None
+    scale = torch.ones_like(kl) / temperature
+    if reverse:
+        return outputs, diff.sub_(mean_diff).mul_(student_exp).mul_(scale / student_sum)
+    return outputs, student_exp.mul_(scale / student_sum).sub_(teacher_exp.mul_(scale / teacher_sum))
 
 
-# The same in Triton. One program has one row and walks its columns BLOCK at a time. Every lane of the block keeps a
-# running maximum and sums of its own, so the loop needs no reduction across warps; the lanes meet once, at the end.
-# Columns past V read as -1e30, far below the -1e20 at which maxima start: e is 0 there, and so is e times anything.
-# V is a compile-time constant: one per model. Row offsets are int64: N * V exceeds 2**31.
+# The same in Triton. One program has one row and walks over its columns, BLOCK at a time. Every lane of the block keeps
+# a running maximum and sums of its own, so that the loop needs no reduction across warps; the lanes are merged once, at
+# the end. Whenever a maximum rises, the sums that are relative to it are corrected. Columns past V read as -1e30, far
+# below the -1e20 at which the maxima start, so that e, and e times anything, is 0 there. V is a compile-time constant,
+# because each model has only one. Offsets of rows are int64, because N * V exceeds 2**31.
 
 def _jit(function):
     return function if triton is None else triton.jit(function)
@@ -196,8 +209,9 @@ def _jit(function):
 
 @_jit
 def _kl_row_kernel(
-    student_ptr, teacher_ptr, token_weight_ptr,  # in: (N, V), (N, V), (N,)
-    kl_ptr, grad_ptr,  # out: (N,), (N, V); a bf16 grad may lie over the first half of each fp32 student row
+    student_ptr, teacher_ptr, target_ptr,  # in: logits (N, V) and (N, V), token ids (N,)
+    kl_ptr, entropy_ptr, logprob_ptr, teacher_logprob_ptr,  # out: (N,) each
+    grad_ptr,  # out: (N, V); a bf16 gradient may lie over the first half of each fp32 row of the student
     student_stride, teacher_stride, grad_stride,  # between rows
     inv_temperature,
     V: tl.constexpr, REVERSE: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -205,96 +219,77 @@ def _kl_row_kernel(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
+    # The targets' logits are read here, because the second pass may overwrite the student's.
+    target = tl.load(target_ptr + row)
+    known = (target >= 0) & (target < V)
+    student_target = tl.load(student_ptr + target, known, other=float("nan")).to(tl.float32) * inv_temperature
+    teacher_target = tl.load(teacher_ptr + target, known, other=float("nan")).to(tl.float32) * inv_temperature
     lanes = tl.arange(0, BLOCK)
-    p_top = tl.full((BLOCK,), -1e20, tl.float32)
-    q_top = tl.full((BLOCK,), -1e20, tl.float32)
-    p_total = tl.zeros((BLOCK,), tl.float32)
-    q_total = tl.zeros((BLOCK,), tl.float32)
-    # Sum of e_p ((p - p_top) - (q - q_top)), not of e_p (p - q): logits all near 80 would leave rounding in that.
-    dot = tl.zeros((BLOCK,), tl.float32)
+    student_max, teacher_max = tl.full((BLOCK,), -1e20, tl.float32), tl.full((BLOCK,), -1e20, tl.float32)
+    student_sum, teacher_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    # The sum of e (x - max) over the student's logits x.
+    student_dot = tl.zeros((BLOCK,), tl.float32)
+    # The sum of e_p times the difference of the student's and the teacher's x - max. The difference of the logits
+    # themselves would lose digits where these are far from 0.
+    diff_dot = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         columns = start + lanes
         student = tl.load(student_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
         teacher = tl.load(teacher_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
-        p, q = (student, teacher) if REVERSE else (teacher, student)
-        p_new = tl.maximum(p_top, p)
-        q_new = tl.maximum(q_top, q)
-        p_exp = tl.exp(p - p_new)
-        shrink = tl.exp(p_top - p_new)
-        dot = (dot + p_total * ((p_top - p_new) - (q_top - q_new))) * shrink + p_exp * ((p - p_new) - (q - q_new))
-        p_total = p_total * shrink + p_exp
-        q_total = q_total * tl.exp(q_top - q_new) + tl.exp(q - q_new)
-        p_top = p_new
-        q_top = q_new
-    p_max = tl.max(p_top, 0)
-    q_max = tl.max(q_top, 0)
-    dot += p_total * ((p_top - p_max) - (q_top - q_max))
-    scale = tl.exp(p_top - p_max)
-    p_sum = tl.sum(p_total * scale, 0)
-    q_sum = tl.sum(q_total * tl.exp(q_top - q_max), 0)
-    mean = tl.sum(dot * scale, 0) / p_sum
-    token_weight = tl.load(token_weight_ptr + row)
-    live = token_weight != 0  # dead rows may hold anything, NaN too
-    kl = mean - tl.log(p_sum) + tl.log(q_sum)
-    tl.store(kl_ptr + row, tl.where(live, kl, 0.0))
+        new_student_max, new_teacher_max = tl.maximum(student_max, student), tl.maximum(teacher_max, teacher)
+        student_change, teacher_change = student_max - new_student_max, teacher_max - new_teacher_max
+        student_max, teacher_max = new_student_max, new_teacher_max
+        student -= student_max
+        teacher -= teacher_max
+        student_scale, teacher_scale = tl.exp(student_change), tl.exp(teacher_change)
+        student_exp, teacher_exp = tl.exp(student), tl.exp(teacher)
+        p_sum, p_scale, p_exp = ((student_sum, student_scale, student_exp) if REVERSE else
+                                 (teacher_sum, teacher_scale, teacher_exp))
+        diff_dot = (diff_dot + p_sum * (student_change - teacher_change)) * p_scale + p_exp * (student - teacher)
+        student_dot = (student_dot + student_sum * student_change) * student_scale + student_exp * student
+        student_sum = student_sum * student_scale + student_exp
+        teacher_sum = teacher_sum * teacher_scale + teacher_exp
+
+    # The lanes are merged, with the same corrections for the change to the maximum of the row.
+    student_row_max, teacher_row_max = tl.max(student_max, 0), tl.max(teacher_max, 0)
+    student_change, teacher_change = student_max - student_row_max, teacher_max - teacher_row_max
+    student_scale, teacher_scale = tl.exp(student_change), tl.exp(teacher_change)
+    student_row_sum, teacher_row_sum = tl.sum(student_sum * student_scale, 0), tl.sum(teacher_sum * teacher_scale, 0)
+    student_log, teacher_log = tl.log(student_row_sum), tl.log(teacher_row_sum)
+    p_sum, p_scale, p_row_sum = ((student_sum, student_scale, student_row_sum) if REVERSE else
+                                 (teacher_sum, teacher_scale, teacher_row_sum))
+    mean_diff = tl.sum((diff_dot + p_sum * (student_change - teacher_change)) * p_scale, 0) / p_row_sum
+    mean_log_ratio = mean_diff - student_log + teacher_log  # of log pi_theta - log pi_T, under p
+    tl.store(kl_ptr + row, mean_log_ratio if REVERSE else -mean_log_ratio)
+    mean_logit = tl.sum((student_dot + student_sum * student_change) * student_scale, 0) / student_row_sum
+    tl.store(entropy_ptr + row, student_log - mean_logit)
+    tl.store(logprob_ptr + row, student_target - student_row_max - student_log)
+    tl.store(teacher_logprob_ptr + row, teacher_target - teacher_row_max - teacher_log)
 
     if WITH_GRAD:
         grad_ptr += row * grad_stride
-        p_scale = token_weight * inv_temperature / p_sum
-        q_scale = token_weight * inv_temperature / q_sum
         for start in range(0, V, BLOCK):
             columns = start + lanes
             student = tl.load(student_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
             teacher = tl.load(teacher_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
+            student -= student_row_max
+            teacher -= teacher_row_max
+            grad = tl.exp(student) * (inv_temperature / student_row_sum)
             if REVERSE:
-                grad = tl.exp(student - p_max) * p_scale * ((student - p_max) - (teacher - q_max) - mean)
+                grad *= student - teacher - mean_diff
             else:
-                grad = tl.exp(student - q_max) * q_scale - tl.exp(teacher - p_max) * p_scale
-            # In place, bf16 block j covers bytes of fp32 blocks <= j: all warps must have read before one writes.
+                grad -= tl.exp(teacher) * (inv_temperature / teacher_row_sum)
+            # Block j of a bf16 gradient lies over blocks of fp32 logits up to j. All warps must have read those before
+            # one of them writes.
             tl.debug_barrier()
-            tl.store(grad_ptr + columns, tl.where(live, grad, 0.0).to(grad_ptr.dtype.element_ty), columns < V)
-
-
-@_jit
-def _logprob_row_kernel(
-    logits_ptr, target_ptr,  # in: (N, V), (N,)
-    logprob_ptr, entropy_ptr, top_ptr, log_total_ptr,  # out: (N,) each
-    logits_stride,  # between rows
-    inv_temperature,
-    V: tl.constexpr, BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_stride
-    lanes = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), -1e20, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    dot = tl.zeros((BLOCK,), tl.float32)  # sum of e (x - top)
-    for start in range(0, V, BLOCK):
-        columns = start + lanes
-        x = tl.load(logits_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
-        new_top = tl.maximum(top, x)
-        shrink = tl.exp(top - new_top)
-        exp = tl.exp(x - new_top)
-        # The old sum was relative to the old maximum; a lane's first -1e20 meets a sum of 0.
-        dot = (dot + (top - new_top) * total) * shrink + exp * (x - new_top)
-        total = total * shrink + exp
-        top = new_top
-    row_top = tl.max(top, 0)
-    scale = tl.exp(top - row_top)
-    row_total = tl.sum(total * scale, 0)
-    row_dot = tl.sum((dot + (top - row_top) * total) * scale, 0)
-    log_total = tl.log(row_total)
-    target = tl.load(logits_ptr + tl.load(target_ptr + row)).to(tl.float32) * inv_temperature
-    tl.store(logprob_ptr + row, target - row_top - log_total)
-    tl.store(entropy_ptr + row, log_total - row_dot / row_total)
-    tl.store(top_ptr + row, row_top)
-    tl.store(log_total_ptr + row, log_total)
+            tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), columns < V)
 
 
 @_jit
 def _logprob_grad_kernel(
-    logits_ptr, target_ptr, top_ptr, log_total_ptr, upstream_ptr,  # in: (N, V), columns from `first` on; (N,) each
-    grad_ptr,  # out: (N, V); as in _kl_row_kernel it may lie over the logits
+    logits_ptr,  # in: (N, V), the columns from `first` on
+    target_ptr, row_max_ptr, log_sum_exp_ptr, upstream_ptr,  # in: (N,) each
+    grad_ptr,  # out: (N, V); it may lie over the logits, as in _kl_row_kernel
     logits_stride, grad_stride,  # between rows
     first, inv_temperature,
     V: tl.constexpr, BLOCK: tl.constexpr,
@@ -303,29 +298,30 @@ def _logprob_grad_kernel(
     logits_ptr += row * logits_stride
     grad_ptr += row * grad_stride
     target = tl.load(target_ptr + row) - first
-    top = tl.load(top_ptr + row)
-    log_total = tl.load(log_total_ptr + row)
+    row_max = tl.load(row_max_ptr + row)
+    log_sum_exp = tl.load(log_sum_exp_ptr + row)
     upstream = tl.load(upstream_ptr + row)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
         onehot = tl.where(columns == target, 1.0, 0.0)
-        grad = tl.where(upstream != 0, upstream * inv_temperature * (onehot - tl.exp(x - top - log_total)), 0.0)
-        tl.debug_barrier()  # as in _kl_row_kernel
+        grad = upstream * inv_temperature * (onehot - tl.exp(x - row_max - log_sum_exp))
+        tl.debug_barrier()  # The reason is the one given in _kl_row_kernel.
         tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), columns < V)
 
 
 @_jit
 def _logprob_tile_kernel(
     hidden_ptr, weight_ptr, target_ptr,  # in: (N, D), (V, D), (N,)
-    top_ptr, total_ptr, dot_ptr, target_logit_ptr,  # out: (tiles of V, N) x 3, (N,)
+    max_ptr, sum_ptr, dot_ptr, target_logit_ptr,  # out: (tiles of V, N) x 3, (N,)
     N, V, hidden_stride, weight_stride,  # between rows
     inv_temperature,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, WIDEN: tl.constexpr,
 ):
-    """One (BLOCK_N, BLOCK_V) tile of logits x, reduced over its columns to max, sum e and sum e (x - max) a row."""
-    # Neighbours in time share operands: GROUP row tiles against one tile of the vocabulary, then against the next.
+    """Computes one (BLOCK_N, BLOCK_V) tile of logits x and reduces each row of it to max, sum e and sum e (x - max)."""
+    # Programs that run at the same time share operands in the cache: GROUP row tiles are multiplied with one tile of
+    # the vocabulary, then with the next.
     program = tl.program_id(0)
     column_tiles = tl.cdiv(V, BLOCK_V)
     group = program // (GROUP * column_tiles)
@@ -337,7 +333,8 @@ def _logprob_tile_kernel(
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     depth = tl.arange(0, BLOCK_D)
-    # Rows and columns past the end wrap around to ones that exist: no mask in the loop; their logits are masked below.
+    # Rows and columns past the end wrap around to existing ones, so that the loop needs no mask for them. Their logits
+    # are masked below.
     hidden_ptrs = hidden_ptr + (rows % N).to(tl.int64)[:, None] * hidden_stride + depth[None, :]
     weight_ptrs = weight_ptr + (columns % V).to(tl.int64)[None, :] * weight_stride + depth[:, None]
     x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -348,72 +345,64 @@ def _logprob_tile_kernel(
         else:
             a = tl.load(hidden_ptrs, depth[None, :] < D - start, other=0.0)
             b = tl.load(weight_ptrs, depth[:, None] < D - start, other=0.0)
-        if WIDEN:  # the interpreter multiplies the bits of bf16
+        if WIDEN:  # The interpreter cannot multiply bf16: it would multiply the bits as integers.
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         x = tl.dot(a, b, x, input_precision="ieee")
         hidden_ptrs += BLOCK_D
         weight_ptrs += BLOCK_D
 
-    x = tl.where(columns[None, :] < V, x * inv_temperature, -1e30)  # or a padded column would count as a token
-    top = tl.max(x, 1)
-    exp = tl.exp(x - top[:, None])
+    x = tl.where(columns[None, :] < V, x * inv_temperature, -1e30)  # A column past V must not count as a token.
+    tile_max = tl.max(x, 1)
+    exp = tl.exp(x - tile_max[:, None])
     out = column_tile.to(tl.int64) * N + rows
-    tl.store(top_ptr + out, top, rows < N)
-    tl.store(total_ptr + out, tl.sum(exp, 1), rows < N)
-    tl.store(dot_ptr + out, tl.sum(exp * (x - top[:, None]), 1), rows < N)  # 0 * -1e30 = 0 past V
+    tl.store(max_ptr + out, tile_max, rows < N)
+    tl.store(sum_ptr + out, tl.sum(exp, 1), rows < N)
+    tl.store(dot_ptr + out, tl.sum(exp * (x - tile_max[:, None]), 1), rows < N)  # Past V this adds 0 * -1e30 = 0.
     target = tl.load(target_ptr + rows, rows < N, other=-1)
     logit = tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
     here = (target >= column_tile * BLOCK_V) & (target < tl.minimum(column_tile * BLOCK_V + BLOCK_V, V))
-    tl.store(target_logit_ptr + rows, logit, here & (rows < N))  # of all tiles, one has the row's target
+    tl.store(target_logit_ptr + rows, logit, here & (rows < N))  # Exactly one tile has the target of a row.
 
 
 # Launches.
 
 def _use_triton(backend, x):
-    """The dispatcher: Triton for CUDA tensors, PyTorch elsewhere, unless the caller says which."""
+    """Whether Triton runs. If the caller does not say, it does for CUDA tensors, and PyTorch runs for all others."""
     possible = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
     if backend is None:
         backend = "triton" if possible and x.is_cuda else "torch"
     if backend not in ("torch", "triton"):
         raise ValueError(f'backend is {backend!r}; pass "torch", "triton", or None to choose by device.')
     if backend == "triton" and not possible:
-        raise ValueError(f'backend is "triton" for a {x.dtype} tensor on {x.device}; that needs the triton package, float32 '
-                         'or bfloat16, and CUDA (or TRITON_INTERPRET=1 in the environment): pass backend="torch".')
-    return backend == "triton" and len(x) > 0  # a grid of no programs cannot be launched
+        raise ValueError(f'backend is "triton" for a {x.dtype} tensor on {x.device}; that needs the triton package, '
+                         'float32 or bfloat16, and CUDA (or TRITON_INTERPRET=1 in the environment): pass "torch".')
+    return backend == "triton" and len(x) > 0  # A grid of no programs cannot be launched.
 
 
 def _launch(kernel, programs, *args, **constants):
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device; on a CPU this does nothing
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device. On a CPU this does nothing.
         kernel[(programs,)](*args, **constants)
 
 
-def _rows(x):
-    """x with contiguous rows, as the kernels address it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _logit_space(like, rows, columns, kernel):
-    """Memory for a piece of logits, used for one piece after another: fresh pages would cost a CPU a fault each. On a GPU
-    rows start at multiples of 256 bytes, or an odd vocabulary (151669) would keep the products off their fast paths."""
+    """Memory for a piece of logits. The pieces share it, because fresh memory costs a CPU one page fault for each page.
+    On a GPU, rows start at multiples of 256 bytes: an odd vocabulary, such as 151669, would make the products slow."""
     return like.new_empty((rows, columns + (-columns % 64 if kernel else 0)))[:, :columns]
 
 
 def _grad_space(logits, dtype):
-    """Where the gradient of fp32 logits (n, V) goes: over them; in bf16, over the first half of every row."""
+    """Where the gradient of fp32 logits (n, V) is written: over them, or, if bf16, over the first half of every row."""
     return logits.view(torch.bfloat16)[:, :logits.shape[1]] if dtype == torch.bfloat16 else logits
 
 
-def _launch_kl_rows(student, teacher, token_weight, kl, grad, reverse, temperature):
+def _launch_kl_rows(student, teacher, target_ids, outputs, grad, reverse, temperature):
+    """The Triton counterpart of `_kl_rows`: it fills outputs (4, n) and, unless that is None, grad (n, V)."""
     with_grad = grad is not None
-    grad = student if grad is None else grad
-    _launch(_kl_row_kernel, len(student), student, teacher, token_weight, kl, grad,
-            student.stride(0), teacher.stride(0), grad.stride(0), 1 / temperature, V=student.shape[1], REVERSE=reverse, WITH_GRAD=with_grad, **ROW)
-
-
-def _launch_logprob_grad(logits, first, target_ids, top, log_total, upstream, grad, temperature):
-    _launch(_logprob_grad_kernel, len(logits), logits, target_ids, top, log_total, upstream, grad, logits.stride(0),
-            grad.stride(0), first, 1 / temperature, V=logits.shape[1], **ROW)
+    grad = grad if with_grad else student  # The kernel needs a pointer, even if it writes no gradient.
+    _launch(_kl_row_kernel, len(student), student, teacher, target_ids, *outputs, grad, student.stride(0),
+            teacher.stride(0), grad.stride(0), 1 / temperature, V=student.shape[1], REVERSE=reverse,
+            WITH_GRAD=with_grad, **ROW)
 
 
 def _tile(x):
@@ -425,27 +414,28 @@ def _tile(x):
 
 
 def _logprob_tiles(hidden, weight, target_ids, temperature, tile):
-    """The tile kernel, and the merge of its statistics: what `_logprob_rows` returns, (4, n)."""
-    hidden, weight = _rows(hidden), _rows(weight)
+    """Launches the tile kernel and merges its statistics into what `_logprob_rows` returns, (4, n)."""
+    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     (n, depth), vocabulary = hidden.shape, len(weight)
     row_tiles, column_tiles = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(vocabulary, tile["BLOCK_V"])
-    top, total, dot = hidden.new_empty((3, column_tiles, n), dtype=torch.float32)
-    target = hidden.new_full((n,), math.nan, dtype=torch.float32)  # remains, visibly, where a target id is out of range
-    _launch(_logprob_tile_kernel, row_tiles * column_tiles, hidden, weight, target_ids, top, total, dot, target,
-            n, vocabulary, hidden.stride(0), weight.stride(0), 1 / temperature, D=depth, WIDEN=INTERPRETED, **tile)
-    row_top = top.amax(0)
-    shift = top - row_top
-    scale = shift.exp()
-    row_total = (total * scale).sum(0)
-    row_dot = ((dot + shift * total) * scale).sum(0)
-    log_total = row_total.log()
-    return torch.stack((target - row_top - log_total, log_total - row_dot / row_total, row_top, log_total))
+    tile_max, tile_sum, tile_dot = hidden.new_empty((3, column_tiles, n), dtype=torch.float32)
+    target = hidden.new_full((n,), math.nan, dtype=torch.float32)  # This NaN stays where a target id is out of range.
+    _launch(_logprob_tile_kernel, row_tiles * column_tiles, hidden, weight, target_ids, tile_max, tile_sum, tile_dot,
+            target, n, vocabulary, hidden.stride(0), weight.stride(0), 1 / temperature, D=depth, WIDEN=INTERPRETED,
+            **tile)
+    row_max = tile_max.amax(0)
+    change = tile_max - row_max
+    scale = change.exp()
+    sum_exp = (tile_sum * scale).sum(0)
+    dot = ((tile_dot + change * tile_sum) * scale).sum(0)
+    log_sum_exp = sum_exp.log()
+    return torch.stack((target - row_max - log_sum_exp, log_sum_exp - dot / sum_exp, row_max, log_sum_exp))
 
 
 # Token log-probability.
 
 def _logprob_forward(hidden, weight, target_ids, temperature, kernel):
-    """-> logprob, entropy, max, log sum exp(logits - max) (4, N)."""
+    """-> logprob, entropy, row_max, log_sum_exp, stacked to (4, N)."""
     if kernel:
         tile = _tile(hidden)
         row_bytes = 3 * 4 * triton.cdiv(len(weight), tile["BLOCK_V"])
@@ -470,27 +460,28 @@ class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        hidden_in, weight_in, target_ids, top, log_total = ctx.saved_tensors
+        hidden_in, weight_in, target_ids, row_max, log_sum_exp = ctx.saved_tensors
         temperature, vocab_size, kernel = ctx.settings
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden, weight = _operand(hidden_in), _operand(weight_in[:vocab_size])
-        # Tokens without upstream gradient (clipped, or of a group without reward spread) cost no products and, whatever
-        # their hidden states hold, cannot poison dW.
+        # Tokens without an upstream gradient (those that were clipped, or whose group has equal rewards) are left out.
+        # They then cost no products, and even NaN in their hidden states does not reach dW.
         keep = upstream.nonzero().squeeze(1)
         partial = len(keep) < len(upstream)
-        per_token = target_ids, top, log_total, upstream.contiguous()
+        per_token = target_ids, row_max, log_sum_exp, upstream.contiguous()
         if partial:
             hidden, *per_token = (x.index_select(0, keep) for x in (hidden, *per_token))
-        d_hidden = torch.zeros_like(hidden, dtype=top.dtype) if need_hidden else None  # (n, D)
+        d_hidden = torch.zeros_like(hidden, dtype=row_max.dtype) if need_hidden else None  # (n, D)
         d_weight = torch.zeros_like(weight_in) if need_weight else None  # (V, D)
         kernel = kernel and len(hidden) > 0
-        parts = _pieces(len(weight), max(len(hidden), 1) * top.element_size(), weight.device)
-        space = _logit_space(top, len(hidden), parts[0].stop, kernel)
+        parts = _pieces(len(weight), max(len(hidden), 1) * row_max.element_size(), weight.device)
+        space = _logit_space(row_max, len(hidden), parts[0].stop, kernel)
         for part in parts:
             logits = _mm(hidden, weight[part].T, out=space[:, :part.stop - part.start])  # (n, v)
             if kernel:
                 grad = _grad_space(logits, hidden.dtype)
-                _launch_logprob_grad(logits, part.start, *per_token, grad, temperature)
+                _launch(_logprob_grad_kernel, len(logits), logits, *per_token, grad, logits.stride(0), grad.stride(0),
+                        part.start, 1 / temperature, V=logits.shape[1], **ROW)
             else:
                 grad = _logprob_grad_rows(logits, part.start, *per_token, temperature).to(hidden.dtype)
             if need_hidden:
@@ -503,194 +494,114 @@ class _FusedLinearLogprob(torch.autograd.Function):
 
 
 def fused_linear_logprob(hidden, weight, target_ids, temperature=1.0, vocab_size=None, backend=None):
-    """Log-probability of one token a row, log_softmax(hidden @ weight.T / temperature)[target], without (N, V) logits.
+    """The log-probability of one token a row, log_softmax(hidden @ weight.T / temperature)[target].
 
-    hidden (N, D) and weight (V, D) share a dtype, float32, bfloat16 or float64; target_ids (N,) int64. Rows of weight
-    from vocab_size on are padding: probability and gradient 0. backend: "torch", "triton", or None to choose by device.
-    Returns logprob (N,), differentiable in hidden and weight, and entropy (N,), for logging, which carries no gradient;
-    both float32 (float64 for float64). Rows whose upstream gradient is 0 reach no gradient. Nothing is saved for a
-    backward where none can come. Raises ValueError on shapes, dtypes or values that do not fit; a target outside the
-    vocabulary raises on a CPU and gives NaN on a GPU, which would have to wait for the check.
+    hidden (N, D) and weight (V, D) share a dtype: float32, bfloat16 or float64. target_ids (N,) are int64. Rows of
+    weight from vocab_size on are padding, with probability and gradient 0. backend is "torch", "triton", or None to
+    choose by device.
+
+    Returns logprob (N,), differentiable with respect to hidden and weight, and entropy (N,), for logging, which carries
+    no gradient. Both are float32 (float64 for float64 inputs). A row whose upstream gradient is 0 contributes to no
+    gradient. Where no gradient can be asked for, nothing is saved for a backward.
+
+    Raises ValueError for shapes, dtypes or values that do not fit. On a CPU that includes a target outside the
+    vocabulary. On a GPU the check would have to wait for the device, and the Triton kernels give NaN for such a row.
     """
     vocab_size = _check_linear(hidden, weight, vocab_size, temperature)
-    _check_targets(target_ids, len(hidden), vocab_size)
+    target_ids = _check_targets(target_ids, len(hidden), vocab_size)
     kernel = _use_triton(backend, hidden)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _FusedLinearLogprob.apply(hidden, weight, target_ids, temperature, vocab_size, kernel)
     return tuple(_logprob_forward(hidden, weight[:vocab_size], target_ids, temperature, kernel)[:2])
 
 
-# Full-vocabulary KL.
+# KL over the whole vocabulary.
 
-def _kl_forward(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, reverse, temperature,
+def _kl_forward(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, reverse, temperature,
                 vocab_size, kernel, need_hidden, need_weight):
-    """-> loss, KL (N,), d loss / d student hidden (N, Ds), d loss / d student weight (V, Ds); None where not needed."""
-    d_weight = (student_weight.new_zeros(student_weight.shape, dtype=token_weight.dtype) if need_weight else None)
+    """-> TokenKL, and the gradient of its loss with respect to the student's hidden states (N, Ds) and weight (V, Ds).
+
+    A gradient that is not needed is None.
+    """
+    count, dtype = len(student_hidden), _wide_dtype(student_hidden)
+    d_weight = student_weight.new_zeros(student_weight.shape, dtype=dtype) if need_weight else None
     student_hidden, student_weight = _operand(student_hidden), _operand(student_weight[:vocab_size])
     teacher_hidden, teacher_weight = _operand(teacher_hidden), _operand(teacher_weight[:vocab_size])
-    d_hidden = torch.empty_like(student_hidden, dtype=token_weight.dtype) if need_hidden else None
-    kl = torch.empty_like(token_weight)
+    d_hidden = torch.empty_like(student_hidden, dtype=dtype) if need_hidden else None
+    outputs = student_hidden.new_empty((4, count), dtype=dtype)  # kl, entropy, logprobs, teacher_logprobs
     with_grad = need_hidden or need_weight
-    pieces = _pieces(len(kl), vocab_size * kl.element_size(), kl.device)
-    spaces = [_logit_space(kl, pieces[0].stop if pieces else 0, vocab_size, kernel) for _ in range(2)]
+    pieces = _pieces(count, vocab_size * dtype.itemsize, outputs.device)
+    spaces = [_logit_space(outputs, pieces[0].stop if pieces else 0, vocab_size, kernel) for _ in range(2)]
     for rows in pieces:
         student, teacher = (space[:rows.stop - rows.start] for space in spaces)  # (n, V)
         _mm(student_hidden[rows], student_weight.T, out=student)
         _mm(teacher_hidden[rows], teacher_weight.T, out=teacher)
         if kernel:
             grad = _grad_space(student, student_hidden.dtype) if with_grad else None
-            _launch_kl_rows(student, teacher, token_weight[rows], kl[rows], grad, reverse, temperature)
+            _launch_kl_rows(student, teacher, target_ids[rows], outputs[:, rows], grad, reverse, temperature)
         else:
-            kl[rows], grad = _kl_rows(student, teacher, token_weight[rows], reverse, temperature, with_grad)
+            outputs[:, rows], grad = _kl_rows(student, teacher, target_ids[rows], reverse, temperature, with_grad)
             grad = grad.to(student_hidden.dtype) if with_grad else None
         if need_hidden:
             _mm(grad, student_weight, out=d_hidden[rows])
         if need_weight:
             _add_mm(d_weight[:vocab_size], grad.T, student_hidden[rows])
-    return (token_weight * kl).sum(), kl, d_hidden, d_weight
+    return TokenKL(outputs[0].sum(), *outputs), d_hidden, d_weight
 
 
-class _GradientInForward(torch.autograd.Function):
-    """compute(need, ...) -> loss, KL and the gradients of loss by the leaves: formed at once, scaled in the backward."""
+class _FusedLinearKL(torch.autograd.Function):
+    """The forward already forms the gradients of the loss. The backward multiplies them by the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, compute, *leaves):
-        loss, kl, *gradients = compute(*ctx.needs_input_grad[1:])
+    def forward(ctx, student_hidden, *args):
+        result, *gradients = _kl_forward(student_hidden, *args, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
-        ctx.dtype = leaves[0].dtype
-        ctx.mark_non_differentiable(kl)
-        return loss, kl
+        ctx.dtype = student_hidden.dtype
+        ctx.mark_non_differentiable(*result[1:])
+        return tuple(result)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
-        # Rounded once, and not in place: a retained graph can be walked again.
-        return None, *(None if gradient is None else
-                       torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))
-                       for gradient in ctx.saved_tensors)
+    def backward(ctx, upstream, *_):
+        # The product is rounded once, and is not in place, because a retained graph can be walked again.
+        gradients = [None if gradient is None else
+                     torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))
+                     for gradient in ctx.saved_tensors]
+        return *gradients, *[None] * 7
 
 
-def _with_gradient(compute, *leaves):
-    """-> loss, KL; differentiable if that is of any use."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
-        return _GradientInForward.apply(compute, *leaves)
-    return compute(*[False] * len(leaves))[:2]
+def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, direction="reverse",
+                    temperature=1.0, vocab_size=None, backend=None):
+    """The exact KL of every token over the whole vocabulary, as a `TokenKL`. Its gradient goes to the student only.
 
+    direction "reverse" is KL(student || teacher), the OPD loss L_R. Its gradient with respect to the student's logits
+    is p (log p - log q - KL) / temperature, with p the student's softmax and q the teacher's. direction "forward" is
+    KL(teacher || student), the warmup loss L_F, with gradient (softmax(student) - softmax(teacher)) / temperature.
 
-def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, direction="reverse",
-                    temperature=1.0, token_weight=None, vocab_size=None, backend=None):
-    """sum(token_weight * KL) over the whole vocabulary, exact; the gradient goes to the student only.
+    student_hidden (N, Ds) and student_weight (V, Ds), teacher_hidden (N, Dt) and teacher_weight (Vt, Dt): each model
+    has a dtype of its own, float32 or bfloat16, or both are in float64. target_ids (N,) are int64, the sampled tokens.
+    Rows of either weight from vocab_size on are padding, with probability and gradient 0. Where V differs from Vt,
+    vocab_size (the tokenizer's) must be given. backend is as in `fused_linear_logprob`.
 
-    direction: "reverse" is KL(student || teacher), Eq. 4; "forward" is KL(teacher || student), Eq. 5.
-    student_hidden (N, Ds) and student_weight (V, Ds), teacher_hidden (N, Dt) and teacher_weight (Vt, Dt): each model in
-    its dtype, float32 or bfloat16, or both in float64; token_weight (N,), all ones if None. Rows of either weight from
-    vocab_size on are padding: probability and gradient 0; where V differs from Vt, vocab_size (the tokenizer's) must be
-    given.
-    Returns loss (scalar) and kl (N,), unweighted and without gradient, 0 where token_weight is 0: such rows are dropped
-    before the products, so whatever they hold, NaN included, is harmless. Both float32 (float64 for float64).
-    backend: as in `fused_linear_logprob`. Raises ValueError on shapes, dtypes or values that do not fit.
+    Raises ValueError as `fused_linear_logprob` does. For a target outside the vocabulary on a GPU, the Triton kernel
+    gives NaN as both of its log-probabilities, and leaves every other output and the gradient as they are.
     """
-    count = len(student_hidden)
     if vocab_size is None and len(student_weight) != len(teacher_weight):
         raise ValueError(f"student_weight has {len(student_weight)} rows, teacher_weight {len(teacher_weight)}; pass "
                          "vocab_size, the size of the tokenizer they share.")
     vocab_size = _check_linear(student_hidden, student_weight, vocab_size, temperature, "student_")
     _check_linear(teacher_hidden, teacher_weight, vocab_size, temperature, "teacher_")
-    if len(teacher_hidden) != count or _wide_dtype(teacher_hidden) != _wide_dtype(student_hidden):
+    if len(teacher_hidden) != len(student_hidden) or _wide_dtype(teacher_hidden) != _wide_dtype(student_hidden):
         raise ValueError(f"teacher_hidden is {_describe(teacher_hidden)}, student_hidden {_describe(student_hidden)}; "
                          "pass the same tokens, both in float64 or neither.")
-    reverse, token_weight = _check_kl(direction, token_weight, student_hidden)
-    keep = token_weight.nonzero().squeeze(1)
-    partial = len(keep) < count
-    if partial:
-        student_hidden, teacher_hidden, token_weight = (x.index_select(0, keep)
-                                                        for x in (student_hidden, teacher_hidden, token_weight))
-    compute = functools.partial(_kl_forward, student_hidden, student_weight, teacher_hidden, teacher_weight,
-                                token_weight, reverse, temperature, vocab_size, _use_triton(backend, student_hidden))
-    loss, kl = _with_gradient(compute, student_hidden, student_weight)
-    return loss, (kl.new_zeros(count).index_copy_(0, keep, kl) if partial else kl)
-
-
-# The same on logits that exist already.
-
-class _LogprobFromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, target_ids, temperature, kernel):
-        logprob, entropy, *statistics = _logits_logprob(logits, target_ids, temperature, kernel)
-        ctx.save_for_backward(logits, target_ids, *statistics)
-        ctx.settings = temperature, kernel
-        ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, _):
-        logits, target_ids, top, log_total = ctx.saved_tensors
-        temperature, kernel = ctx.settings
-        d_logits = torch.empty_like(logits)  # (N, V)
-        if kernel:
-            _launch_logprob_grad(logits, 0, target_ids, top, log_total, upstream.contiguous(), d_logits, temperature)
-            return d_logits, None, None, None
-        for rows in _pieces(len(logits), logits.shape[1] * top.element_size(), logits.device):
-            piece = logits[rows].to(top.dtype, copy=True)  # copy: the next line writes in place
-            grad = _logprob_grad_rows(piece, 0, *(x[rows] for x in (target_ids, top, log_total, upstream)), temperature)
-            d_logits[rows] = grad.masked_fill_(upstream[rows, None] == 0, 0)
-        return d_logits, None, None, None
-
-
-def _logits_logprob(logits, target_ids, temperature, kernel):
-    """-> logprob, entropy, max, log sum exp(logits - max) (4, N)."""
-    out = logits.new_empty((4, len(logits)), dtype=_wide_dtype(logits))
-    if kernel:
-        _launch(_logprob_row_kernel, len(logits), logits.detach(), target_ids, *out, logits.stride(0), 1 / temperature,
-                V=logits.shape[1], **ROW)
-        return out
-    for rows in _pieces(len(logits), logits.shape[1] * out.element_size(), logits.device):
-        piece = logits[rows].detach().to(out.dtype, copy=True)  # copy: the next line writes in place
-        out[:, rows] = _logprob_rows(piece, target_ids[rows], temperature)
-    return out
-
-
-def logprob_from_logits(logits, target_ids, temperature=1.0, backend=None):
-    """`fused_linear_logprob` for finite logits (N, V) that exist already: logprob (N,), entropy (N,)."""
-    _check_logits(logits, temperature, "logits")
-    _check_targets(target_ids, len(logits), logits.shape[1])
-    args = _rows(logits), target_ids, temperature, _use_triton(backend, logits)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _LogprobFromLogits.apply(*args)
-    return tuple(_logits_logprob(*args)[:2])
-
-
-def _logits_kl(student_logits, teacher_logits, token_weight, reverse, temperature, kernel, with_grad):
-    """-> loss, KL (N,), d loss / d student logits (N, V) or None."""
-    student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
-    kl = torch.empty_like(token_weight)
-    d_logits = torch.empty_like(student_logits) if with_grad else None
-    if kernel:
-        _launch_kl_rows(student_logits, teacher_logits, token_weight, kl, d_logits, reverse, temperature)
-        return (token_weight * kl).sum(), kl, d_logits
-    for rows in _pieces(len(kl), student_logits.shape[1] * kl.element_size(), kl.device):
-        dead = token_weight[rows, None] == 0  # both rows alike: KL and gradient are 0, whatever stood there
-        student, teacher = (x[rows].to(kl.dtype, copy=True).masked_fill_(dead, 0)  # copy: the next line writes in place
-                            for x in (student_logits, teacher_logits))
-        kl[rows], grad = _kl_rows(student, teacher, token_weight[rows], reverse, temperature, with_grad)
-        if with_grad:
-            d_logits[rows] = grad
-    return (token_weight * kl).sum(), kl, d_logits
-
-
-def kl_from_logits(student_logits, teacher_logits, direction="reverse", temperature=1.0, token_weight=None,
-                   backend=None):
-    """`fused_linear_kl` for finite logits (N, V) of both models that exist already, cut to the shared vocabulary."""
-    _check_logits(student_logits, temperature, "student_logits")
-    if student_logits.shape != teacher_logits.shape or student_logits.device != teacher_logits.device:
-        raise ValueError(f"teacher_logits is {_describe(teacher_logits)}, student_logits {_describe(student_logits)}; cut "
-                         "both to the shared vocabulary, on one device.")
-    reverse, token_weight = _check_kl(direction, token_weight, student_logits)
-    student_logits = _rows(student_logits)
-    compute = functools.partial(_logits_kl, student_logits, _rows(teacher_logits), token_weight, reverse, temperature,
-                                _use_triton(backend, student_logits))
-    return _with_gradient(compute, student_logits)
+    target_ids = _check_targets(target_ids, len(student_hidden), vocab_size)
+    if direction not in ("reverse", "forward"):
+        raise ValueError(f'direction is {direction!r}; pass "reverse" (student || teacher) or "forward".')
+    args = (student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), target_ids,
+            direction == "reverse", temperature, vocab_size, _use_triton(backend, student_hidden))
+    if torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad):
+        return TokenKL(*_FusedLinearKL.apply(*args))
+    return _kl_forward(*args, need_hidden=False, need_weight=False)[0]
 
 
 # Arguments.
@@ -699,42 +610,29 @@ def _describe(x):
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
-def _check_logits(logits, temperature, name):
-    if logits.dim() != 2 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"{name} is {_describe(logits)}; flatten it to 2 dimensions and convert it to float32, bfloat16 or "
-                         "float64.")
+def _check_linear(hidden, weight, vocab_size, temperature, name=""):
+    """Returns the size of the vocabulary: vocab_size if it is given, or else the number of rows of weight."""
+    if hidden.dim() != 2 or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"{name}hidden is {_describe(hidden)}; flatten it to 2 dimensions and convert it to float32, "
+                         "bfloat16 or float64.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it divides the logits: pass a positive number (1.0 for none).")
-
-
-def _check_linear(hidden, weight, vocab_size, temperature, name=""):
-    """-> the vocabulary size that counts."""
-    _check_logits(hidden, temperature, name + "hidden")
     if (weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype
             or weight.device != hidden.device):
-        raise ValueError(f"{name}weight is {_describe(weight)}, {name}hidden {_describe(hidden)}; pass the lm_head of the "
-                         "same model, in the same dtype.")
+        raise ValueError(f"{name}weight is {_describe(weight)}, {name}hidden {_describe(hidden)}; pass the lm_head of "
+                         "the same model, in the same dtype.")
     vocab_size = len(weight) if vocab_size is None else vocab_size
     if not 0 < vocab_size <= len(weight):
-        raise ValueError(f"vocab_size is {vocab_size}, {name}weight has {len(weight)} rows; pass the tokenizer's size, at "
-                         "most that.")
+        raise ValueError(f"vocab_size is {vocab_size}, {name}weight has {len(weight)} rows; pass the tokenizer's size, "
+                         "at most that.")
     return vocab_size
 
 
 def _check_targets(target_ids, count, vocab_size):
+    """Returns target_ids as the kernels read them, without gaps."""
     if target_ids.shape != (count,) or target_ids.dtype != torch.int64:
         raise ValueError(f"target_ids is {_describe(target_ids)}; pass ({count},) int64, one a row.")
     if target_ids.device.type == "cpu" and count and not 0 <= target_ids.min() <= target_ids.max() < vocab_size:
         raise ValueError(f"target_ids spans {target_ids.min()}..{target_ids.max()} but the vocabulary has {vocab_size} "
                          "tokens; drop padding such as -100 before the call.")
-
-
-def _check_kl(direction, token_weight, student):
-    """-> reverse?, token_weight in the precision of the statistics."""
-    if direction not in ("reverse", "forward"):
-        raise ValueError(f'direction is {direction!r}; pass "reverse" (student || teacher) or "forward" (the other way).')
-    if token_weight is None:
-        return direction == "reverse", student.new_ones(len(student), dtype=_wide_dtype(student))
-    if token_weight.shape != (len(student),):
-        raise ValueError(f"token_weight is {tuple(token_weight.shape)}; pass ({len(student)},), one number a row.")
-    return direction == "reverse", token_weight.detach().to(student.device, _wide_dtype(student))
+    return target_ids.contiguous()

@@ -1,231 +1,219 @@
-"""Stage 2b: on-policy distillation, OPD (Eq. 4 of v1; settings of Table 10).
+"""Stage 2b: on-policy distillation, OPD, of the student from the trained teacher (Section 2; settings of Table 9).
 
     L_R(theta) = E_{s ~ d_student} KL(pi_theta(. | s) || pi_T(. | s))
 
-The current student samples; the frozen teacher is asked for its whole next-token distribution at every position of the
-student's own responses; the student moves towards it. This is maximum-entropy RL with the dense token reward
-r_T = beta log pi_T(y_t | s_t): -beta L_R is Eq. 2's J_0.
+The student pi_theta samples responses y = (y_1 .. y_T) to prompts x. A state s_t = (x, y_<t) is a prompt with the
+response so far, and d_student are the states that the student's own responses go through. At each of them the frozen
+teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is how far the student's
+is from it.
 
-Is this really reverse KL? Yes: the student comes first in the KL and its samples are the states. As usual in OPD, the
-gradient is taken at the sampled states and not through the sampling of them. `--estimator sampled` replaces the exact KL
-at each state by its one-sample policy gradient, with the reward log pi_T - log pi_theta on the sampled token (later
-versions of the paper, and most other code): the same gradient in expectation, with its variance.
+This is the reverse KL, with the student first, of one token at a time. The states are treated as constants: no gradient
+goes through the sampling of them. At a state, with p = pi_theta and q = pi_T, the gradient with respect to the
+student's logits is p (log p - log q - KL).
 
-Our choices where the paper is silent: L_R is a mean over tokens; one update per batch of rollouts, so every update is
-exactly on-policy; Table 10's mini-batch of 64 counts prompts, each with all its 8 rollouts. The rollouts are graded for
-the log only: no label enters the loss.
+Relation to Eq. 3. Eq. 3 is the policy gradient that lowers KL(pi_theta || pi_T) between whole responses: it multiplies
+grad log pi_theta(y_t) of each token by the sum of log pi_T - log pi_theta over the response. L_R keeps only token t's
+own summand, and so leaves out what a token does to the states after it. `--estimator sampled` estimates this same-token
+term from the sampled token: a policy gradient with the dense reward log pi_T(y_t | s_t) - log pi_theta(y_t | s_t). The
+default takes the exact KL, whose gradient is the expectation of the same-token term over the next token: without the
+noise of one sample, and the same on average (as far as its importance weights are not truncated). Neither is an
+unbiased estimate of Eq. 3. Its constant factor beta is left out.
+
+The paper names two conditions for the dense reward to be informative. C1 (optimality): the teacher is itself near the
+best reward, which Stage 1 is for. C2 (minimal deviation): the teacher is close to the student where the student goes,
+which Stage 2a is for; otherwise a few tokens that the student samples and the teacher finds very unlikely dominate the
+sampled gradient. Both are reported here, neither is enforced.
+
+Our choices where the paper is silent: L_R is a mean over all tokens of an update, so long responses weigh more. Every
+batch of rollouts is used for one update, so that training is on-policy. "Mini-batch 64" in Table 9 counts prompts, each
+with all its 8 responses. Rollouts are graded for the log only: no label enters the loss.
+
+Every rank has all rollouts and computes its share of the micro-batches. Gradients are summed over ranks.
 
 One process:   python opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H --out runs/bridge
-Eight GPUs:    the same behind torchrun --nproc_per_node=8 opd.py
+Eight GPUs:    torchrun --nproc_per_node=8 opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H \
+                   --out runs/bridge --activation-checkpointing
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-import checkpoints
 import common
-import memory
-import records
-from common import Policy
-from engines import Sampling, check_engine, make_engine, sample_rollouts
-from kernels import fused_linear_kl, fused_linear_logprob
-from records import Batch
-from verifier import Verifier
+from common import Batch, TrainingConfig
+from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
+from lib import data, memory, runs
+from lib.engines import Sampling, make_engine
+from lib.policy import Policy, load_policy, release
+from lib.rollouts import grade, sample_rollouts
+from lib.runs import Run, prepare
+from lib.verifier import Verifier
 
 
 @dataclass
-class Config:
-    model: str  # student checkpoint: a directory (the warmup's, for the two-stage bridge), or a name on the hub
-    teacher: str  # teacher checkpoint, of the student's tokenizer
-    data: str  # problems: dapo, a .jsonl or .parquet file, or owner/name:split on the hub
-    out: str  # checkpoint directory to write
-    half: Literal["full", "1H", "2H"] = "full"  # which of the two fixed random halves of the data to use (§6)
-    split_seed: int = 0  # of the halves: the same in every stage of a route
-    exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets, whose problems are never trained on
-    estimator: Literal["full", "sampled"] = "full"  # exact KL over the vocabulary (Eq. 4), or its one-sample estimate
-    passes: int = 1  # over the data (Table 10: 1 epoch)
-    max_steps: int | None = None  # stop after this many updates
-    prompts_per_step: int = 64  # Table 10's mini-batch
-    rollouts_per_prompt: int = 8  # Table 10
-    temperature: float = 1.0  # of the student's sampling (Table 10; top-p 1, top-k -1)
-    max_prompt_tokens: int = 2048  # Table 10
-    max_response_tokens: int = 16384  # Table 10
-    instruction: str = records.INSTRUCTION  # appended to each problem; the paper's is not given
-    thinking: bool = False  # Qwen3's thinking mode; not stated, the baselines' scores fit its being off
-    importance_cap: float = 2.0  # of the truncated trainer/sampler weights in the sampled estimator
-    lr: float = 1e-6  # Table 10
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # not in the paper; cosine ends at a tenth
-    warmup_steps: int = 0  # of the learning rate
-    weight_decay: float = 0.01  # not in the paper
-    max_grad_norm: float = 1.0  # not in Table 10; as in Table 9
-    micro_batch_tokens: int = 16384  # positions in one forward and backward pass; lower it when memory runs out
-    max_sequences: int = 512  # sequences that a rank samples at a time; likewise
-    engine: Literal["auto", "torch", "vllm"] = "auto"  # sampler; auto is vLLM where it and a GPU are present
-    tensor_parallel: int = 1  # ranks that share one vLLM engine, for models that one GPU cannot sample from
-    shard_nodes: int = 1  # nodes that hold the weights between them, for models too large for one
-    kv_cache_gib: float = 16.0  # vLLM's key/value cache on each GPU (on a CPU 0.25)
-    activation_checkpointing: bool = False  # recompute activations in the backward pass; saves memory
-    seed: int = 0  # of the order of the data and of every sample
-    save_every: int = 20  # steps between training states that --resume can continue from
-    dry_run: bool = False  # print what each GPU would hold, and stop
-    resume: bool = False  # continue an interrupted run of the same settings, if there is one
+class Config(TrainingConfig):
+    model: str  # student to train: a directory (the warmup's, for the two-stage bridge), or a name on the hub
+    teacher: str  # teacher to learn from, with the student's tokenizer
+    estimator: Literal["full", "sampled"] = "full"  # KL over the whole vocabulary, or from the sampled token alone
+    passes: int = 1  # passes over the data (Table 9: 1 epoch)
+    prompts_per_step: int = 64  # prompts in an update (Table 9: mini-batch)
+    rollouts_per_prompt: int = 8  # responses sampled for each prompt (Table 9)
+    temperature: float = 1.0  # the student's sampling temperature (Table 9)
+    max_prompt_tokens: int = 2048  # longest prompt (Table 9)
+    max_response_tokens: int = 16384  # length at which a response is cut (Table 9)
+    importance_cap: float = 2.0  # largest ratio of trainer to sampler; only for --estimator sampled
+    lr: float = 1e-6  # learning rate (Table 9)
 
 
-FAR_FROM_TEACHER = 1.0  # nats a token; a student whose first KL is beyond it hardly ever writes what the teacher would
+FAR_KL = 1.0  # nats a token; a student that starts further away hardly ever writes what the teacher would write (C2)
+OUTLIER_REWARD = -5.0  # nats; the teacher finds the token e^5 = 148 times less likely than the student who sampled it
 
 
-def reverse_kl_loss(
-    student: Policy | Callable, teacher: Policy, batch: Batch, vocab_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Eq. 4 summed over the batch's tokens, and the KL of each, (N,): KL(pi_theta || pi_T) on the student's states.
+def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int) -> TokenKL:
+    """L_R summed over the batch's tokens: KL(pi_theta || pi_T) at the student's own states, exact, at temperature 1.
 
-    `vocab_size` is the tokenizer's; heads of one family are padded to different sizes, and padding is no token.
-    """
+    `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
+    softmaxes leave the padding out. The targets, which are the sampled tokens, do not enter the loss, only the log."""
     with torch.no_grad():
-        teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V, D_T)
+        teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V_T, D_T)
 
     def head(hidden, weight):
-        return fused_linear_kl(hidden, weight, teacher_hidden, teacher_weight, "reverse", vocab_size=vocab_size)
+        return fused_linear_kl(
+            hidden, weight, teacher_hidden, teacher_weight, batch.targets, "reverse", vocab_size=vocab_size
+        )
 
     return student(batch, head)
 
 
-def sampled_kl_loss(
-    student: Policy | Callable, teacher: Policy, batch: Batch, importance_cap: float
-) -> tuple[Tensor, Tensor]:
-    """A loss whose gradient is the one-sample estimate of Eq. 4's, and the k1 estimate of each token's KL, (N,).
+def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int, importance_cap: float) -> TokenKL:
+    """A loss whose gradient estimates that of `exact_kl_loss` from the sampled tokens: Eq. 3's same-token term, summed.
 
-    Policy gradient with the teacher-induced token reward log pi_T - log pi_theta (later versions of the paper), each
-    token weighted by the truncated ratio of trainer to sampler.
-    """
+    It is a policy gradient with the dense reward log pi_T(y_t) - log pi_theta(y_t). Each token is weighted by the ratio
+    of its probability in the trainer to that in the sampler, at most `importance_cap`. The loss's value means nothing.
+    `kl` in the result is the one-sample estimate (k1) of each token's KL: the reward with its sign changed."""
 
-    def token_logprobs(policy: Policy) -> Tensor:
-        return policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))[0]
+    def head(hidden, weight):
+        return fused_linear_logprob(hidden, weight, batch.targets, vocab_size=vocab_size)
 
     with torch.no_grad():
-        teacher_logprobs = token_logprobs(teacher)  # (N,)
-    logprobs = token_logprobs(student)  # (N,)
+        teacher_logprobs, _ = teacher(batch, head)  # (N,)
+    logprobs, entropy = student(batch, head)  # (N,), (N,)
     reward = teacher_logprobs - logprobs.detach()
     weights = torch.exp(logprobs.detach() - batch.sampler_logprobs).clamp(max=importance_cap)
-    return -(weights * reward * logprobs).sum(), -reward
+    loss = -(weights * reward * logprobs).sum()
+    return TokenKL(loss, -reward, entropy, logprobs.detach(), teacher_logprobs)
 
 
-def watched(student: Policy, temperature: float, mismatch: list[Tensor]) -> Callable:
-    """`student`, whose forward also notes how far the sampler's logprobs are from its own; no pass of its own for that."""
+def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
+    """What is logged of one micro-batch: sums over its tokens, and maxima. All in nats, at temperature 1.
 
-    def forward(batch: Batch, head: Callable):
-        def noting_head(hidden, weight):
-            with torch.no_grad():
-                logprobs, _ = fused_linear_logprob(hidden, weight, batch.targets, temperature)
-            mismatch.append((logprobs - batch.sampler_logprobs).abs())  # (N,)
-            return head(hidden, weight)
+    The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is a
+    noisy -KL, but its spread and its outliers show how well condition C2 holds."""
+    reward = (result.teacher_logprobs - result.logprobs).double()  # (N,)
+    mismatch = (result.logprobs - batch.sampler_logprobs).abs()  # (N,) between trainer and sampler
+    sums = {
+        "reverse_kl": result.kl.sum(),
+        "entropy": result.entropy.sum(),
+        "sampler_mismatch": mismatch.sum(),
+        "dense_reward": reward.sum(),
+        "dense_reward_squared": (reward**2).sum(),
+        "frac_dense_reward_outliers": (reward < OUTLIER_REWARD).sum(),
+    }
+    maxima = {"sampler_mismatch_max": mismatch, "negated_dense_reward_max": -reward}
+    return (
+        {name: value.item() for name, value in sums.items()},
+        {name: value.max().item() if len(value) else -math.inf for name, value in maxima.items()},  # or an empty batch
+    )
 
-        return student(batch, noting_head)
 
-    return forward
+def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temperature: float) -> dict[str, float]:
+    """Means over the tokens of all micro-batches and ranks, and extremes, from `token_statistics` of each.
+    Collective."""
+    sums = {name: sum(sums[name] for sums, _ in statistics) for name in statistics[0][0]}
+    maxima = {name: max(maxima[name] for _, maxima in statistics) for name in statistics[0][1]}
+    means = {name: total / num_tokens for name, total in common.all_sum(sums).items()}
+    maxima = common.all_max(maxima)
+    variance = means.pop("dense_reward_squared") - means["dense_reward"] ** 2
+    means["dense_reward_std"] = max(variance, 0.0) ** 0.5
+    means["dense_reward_min"] = -maxima.pop("negated_dense_reward_max")
+    means |= maxima
+    if temperature != 1:  # the trainer's log-probabilities are at temperature 1, the sampler's are not
+        del means["sampler_mismatch"], means["sampler_mismatch_max"]
+    return means
 
 
-def mismatch_statistics(mismatch: Tensor) -> dict[str, float]:
-    """Mean and largest over the tokens of all ranks."""
-    sums = common.all_sum({"total": mismatch.sum().item(), "count": len(mismatch)})
-    worst = common.all_max({"sampler_mismatch_max": mismatch.max().item() if len(mismatch) else 0.0})
-    return {"sampler_mismatch": sums["total"] / max(sums["count"], 1), **worst}
+def report_c1(teacher_record: dict) -> None:
+    """Says whether the teacher's lineage has a stage that trained on the sparse reward (condition C1)."""
+    stage = runs.last_rl_stage(teacher_record)
+    if stage is None:
+        common.print0(
+            "C1: no RL is recorded for the teacher or its ancestors; a student cannot be better than its teacher."
+        )
+    else:
+        first, last = (100 * stage[moment]["reward"] for moment in ("first", "last"))
+        common.print0(
+            f"C1: in its RL, the teacher's mean reward went from {first:.0f} % (first step) to {last:.0f} % (last)."
+        )
 
 
 def main(cfg: Config) -> None:
-    common.check_settings(cfg)
-    records.check_same_tokenizer(cfg.model, cfg.teacher)
-    problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
-    tokenizer = records.load_tokenizer(cfg.model)
-    for model in (cfg.model, cfg.teacher):
-        common.check_checkpoint(model, len(tokenizer))
-    prompts = records.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
     if cfg.dry_run:
-        return memory.report(cfg, cfg.teacher, in_loss=True)
-    check_engine(cfg, cfg.model)
-    parents = {"model": cfg.model, "teacher": cfg.teacher}
-    with checkpoints.Run(cfg, parents) as run, Verifier() as verifier:
-        rewarded = checkpoints.rewarded(run.record["parents"]["teacher"])
-        if rewarded is None:
-            common.say(
-                "C1: the teacher's lineage holds no stage trained on reward; expect the student to copy a raw teacher."
-            )
-        else:
-            before, after = (rewarded[moment]["reward"] for moment in ("first", "last"))
-            common.say(
-                f"C1: reward took the teacher's rollouts from {100 * before:.0f} % to {100 * after:.0f} % right."
-            )
+        return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
 
+    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, Verifier() as verifier:
+        report_c1(run.record["parents"]["teacher"])
         torch.manual_seed(cfg.seed)
-        device = common.this_device()
-        teacher = common.load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
-        policy = common.load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
+        teacher = load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
+        policy = load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-
-        batches = records.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
 
         for step in run.steps(len(batches)):
-            engine.sync(policy)
+            # 1. Sample from the student.
             with run.phase("rollout"):
+                engine.sync(policy)
                 rollouts = sample_rollouts(
-                    engine, tokenizer, batches[step], prompts, cfg.rollouts_per_prompt, sampling, (cfg.seed, step)
+                    engine, batches[step], prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, step)
                 )
+                engine.sleep()
             with run.phase("verify"):
-                records.grade(rollouts, verifier)
-            engine.sleep()
-            num_tokens = records.count_tokens(rollouts)
+                grade(rollouts, verifier)
+
+            # 2. Move the student towards the teacher's distributions at the student's states.
+            num_tokens = common.count_tokens(rollouts)  # of all ranks and micro-batches
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
-            loss_sum = kl_sum = 0.0
+            loss_sum, statistics = 0.0, []
             with run.phase("update"):
-                micro_batches = records.make_batches(rollouts, cfg.micro_batch_tokens, device)
-                mismatch: list[Tensor] = []
-                for batch in micro_batches:
-                    # One micro-batch tells if the sampler's weights are stale.
-                    student = policy if mismatch else watched(policy, cfg.temperature, mismatch)
+                for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.estimator == "full":
-                        loss, kl = reverse_kl_loss(student, teacher, batch, len(tokenizer))
+                        result = exact_kl_loss(policy, teacher, batch, len(tokenizer))
                     else:
-                        loss, kl = sampled_kl_loss(student, teacher, batch, cfg.importance_cap)
-                    (loss / num_tokens).backward()
-                    loss_sum += loss.item()
-                    kl_sum += kl.sum().item()
-                common.release(teacher)
+                        result = sampled_kl_loss(policy, teacher, batch, len(tokenizer), cfg.importance_cap)
+                    (result.loss / num_tokens).backward()
+                    loss_sum += result.loss.item()
+                    statistics.append(token_statistics(result, batch))
+                release(teacher)  # its output matrix, which stays gathered after a forward pass without a backward
                 grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
-            reverse_kl = common.all_sum({"kl": kl_sum})["kl"] / num_tokens
-            skipped = int(not math.isfinite(grad_norm))
-            if step == 0 and reverse_kl > FAR_FROM_TEACHER:
-                common.say(
-                    f"C2: the student starts {reverse_kl:.2f} nats a token from the teacher; a warmup would help."
+
+            # 3. Log and save.
+            metrics = reduce_statistics(statistics, num_tokens, cfg.temperature)
+            metrics |= {"accuracy": sum(rollout.correct for rollout in rollouts) / len(rollouts), "lr": lr}
+            metrics |= {"grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
+            if step == 0 and (kl := metrics["reverse_kl"]) > FAR_KL:
+                common.print0(
+                    f"C2: the student starts {kl:.2f} nats a token from the teacher; run fkl_warmup.py first."
                 )
-            run.consume(batches[step])
-            run.log(
-                step,
-                {
-                    "reverse_kl": reverse_kl,
-                    "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
-                    # What was sampled estimates the student's entropy without bias, at the sampling temperature.
-                    "entropy": -sum(sum(r.logprobs) for r in rollouts) / num_tokens,
-                    **records.response_statistics(rollouts),
-                    **mismatch_statistics(mismatch[0]),
-                    "grad_norm": grad_norm,
-                    "skipped_steps": skipped,
-                    "lr": lr,
-                },
-                show=("reverse_kl", "accuracy", "response_tokens"),
-            )
-            run.stop_if_repeated(step, skipped, rollouts)
-            run.checkpoint(step + 1, policy, optimizer)
-        run.finish(policy, tokenizer, len(batches))
+            run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "response_tokens"))
+            run.save(step + 1, policy, optimizer, trained_on=batches[step])
+        run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,50 @@
-"""Stage 3 (optional): GRPO of the bridged student on held-out labels (§3, the paper's 2H).
+"""Stage 3 (optional): GRPO of the bridged student on held-out labels, the paper's 2H (Section 3; settings of Table 8).
 
-This *is* Stage 1 on another checkpoint and another half: it calls `teacher_grpo.main`, so direct GRPO, Stage 3 and
-replay share verifier, normalisation, optimizer, batches and schedule by construction (the paper's matched protocol).
+The student comes from Stages 2a and 2b, the bridge. This *is* Stage 1 on another checkpoint and another half: it calls
+`teacher_grpo.main`, so that direct GRPO, Stage 3 and the replay control run the same code with the same defaults, which
+is the paper's matched protocol (App. F).
 
-What is added is the guarantee that the labels are held out: the checkpoint's lineage lists every problem its weights
-have been trained on, its teacher's included, and training on any of them is refused, unless `--replay` says that this is
-the control (route R7: 1H again, with the same number of problems and updates).
+What this file adds is the guarantee that the labels are held out. A checkpoint's run.json lists every problem that its
+weights, or its teacher's, have been trained on. Training on any of them is refused, unless `--replay` says that this is
+the replay control of Table 2, which trains again on the half that was used already (1H). Both halves are equally large,
+so both runs make as many updates.
 
 One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
 The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay
-Eight GPUs:    the same behind torchrun --nproc_per_node=8 student_grpo.py
+Eight GPUs:    torchrun --nproc_per_node=8 student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-import checkpoints
 import common
-import records
 import teacher_grpo
 from common import InputError
+from lib import data, runs
 
 
 @dataclass
 class Config(teacher_grpo.Config):
-    half: Literal["full", "1H", "2H"] = "2H"  # the labels held out from Stages 1 and 2
-    replay: bool = False  # train on consumed labels on purpose (route R7)
+    _: KW_ONLY
+    half: Literal["full", "1H", "2H"] = "2H"  # labels to train on; the default assumes that Stages 1 and 2 used 1H
+    replay: bool = False  # train on purpose on labels that were used already: the replay control of Table 2
 
 
 def main(cfg: Config) -> None:
-    problems = records.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
-    records.load_tokenizer(cfg.model)  # says so if there is no such checkpoint
-    consumed = common.on_rank_0(lambda: checkpoints.consumed_problems(checkpoints.read_lineage(cfg.model)))
+    problems = data.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
+    data.load_tokenizer(cfg.model)  # raises if there is no such checkpoint
+    consumed = common.on_rank_0(lambda: runs.consumed_problems(runs.read_lineage(cfg.model)))
     seen = sum(problem.id in consumed for problem in problems)
     if seen and not cfg.replay:
         raise InputError(
-            f"--half {cfg.half}: {seen} of its {len(problems)} problems were already consumed on the way to --model "
-            f"{cfg.model!r}; train on the other half, or say --replay if that is the control"
+            f"--half {cfg.half}: on {seen} of its {len(problems)} problems --model {cfg.model!r} or a checkpoint before it was "
+            "already trained; give the other half, or add --replay for the replay control"
         )
     if cfg.replay and not seen:
         raise InputError(
-            f"--replay: --model {cfg.model!r} has consumed none of the problems of half {cfg.half}; drop it"
+            f"--replay: --model {cfg.model!r} was trained on none of the problems of half {cfg.half}; leave --replay out"
         )
     teacher_grpo.main(cfg)
 

@@ -48,11 +48,12 @@ def cpu_step(op, who):
         others = torch.randn(n, d), torch.randn(v, d).mul_(0.1)
     else:
         function = K.fused_linear_logprob if who == "ours" else K.fused_linear_logprob_reference
-        others = (torch.randint(0, v, (n,)),)
+        others = ()
+    target = torch.randint(0, v, (n,))
 
     def step():
         hidden.grad = weight.grad = None
-        function(hidden, weight, *others)[0].sum().backward()
+        function(hidden, weight, *others, target)[0].sum().backward()
     return step
 
 
@@ -122,14 +123,18 @@ def trl_chunked():
     return lambda h, w, th, tw: loss(h[None], th[None], w, tw, torch.ones(1, len(h), device=h.device), 1.0, 1)[0]
 
 
-def compiled():
-    function = torch.compile(K.fused_linear_kl_reference)
-    return lambda *args: function(*args)[0]
+def sampled(h, w):
+    """One token for each row, standing for those that were sampled."""
+    return torch.arange(len(h), device=h.device) % len(w)
+
+
+def exact(function, *direction):
+    return lambda h, w, th, tw: function(h, w, th, tw, sampled(h, w), *direction)[0]
 
 
 def sampled_token(h, w, th, tw):
     """The sampled-token estimator: policy gradient on log pi_T - log pi_student of one token."""
-    target = torch.arange(len(h), device=h.device) % len(w)
+    target = sampled(h, w)
     logprob, _ = K.fused_linear_logprob(h, w, target)
     with torch.no_grad():
         advantage = K.fused_linear_logprob(th, tw, target)[0] - logprob
@@ -137,10 +142,10 @@ def sampled_token(h, w, th, tw):
 
 
 KL_METHODS = {
-    "ours, reverse": lambda: lambda *a: K.fused_linear_kl(*a)[0],
-    "ours, forward": lambda: lambda *a: K.fused_linear_kl(*a, "forward")[0],
-    "formulas": lambda: lambda *a: K.fused_linear_kl_reference(*a)[0],
-    "formulas, torch.compile": compiled,
+    "ours, reverse": lambda: exact(K.fused_linear_kl),
+    "ours, forward": lambda: exact(K.fused_linear_kl, "forward"),
+    "formulas": lambda: exact(K.fused_linear_kl_reference),
+    "formulas, torch.compile": lambda: exact(torch.compile(K.fused_linear_kl_reference)),
     "Liger LigerFusedLinearJSD (default)": liger_fused,
     "Liger chunked JSD loss": liger_chunked,
     "TRL chunked divergence": trl_chunked,
@@ -236,7 +241,7 @@ def kl_table(device, sizes):
 
 def logprob_table(device, n, ds, dt, v):
     hidden, weight, _, _ = inputs(n, ds, 1, v, device.name)
-    target = torch.arange(n, device=device.name) % v
+    target = sampled(hidden, weight)
     rows = {}
     for who, function in (("ours", K.fused_linear_logprob), ("formulas", K.fused_linear_logprob_reference)):
         with torch.no_grad():
@@ -260,8 +265,9 @@ def gradient_errors(device, n, ds, v):
         moved = (weight + noise * 2 / ds ** 0.5 * torch.randn_like(weight, dtype=torch.float32)).detach().bfloat16()
         args = hidden, weight, hidden.detach(), moved
         wide = [x.detach().double().requires_grad_(x.requires_grad) for x in args]
-        loss, kl = K.fused_linear_kl(*wide, backend="torch")
-        truth = torch.autograd.grad(loss, wide[:2])
+        exact_kl = K.fused_linear_kl(*wide, sampled(hidden, weight), backend="torch")
+        truth = torch.autograd.grad(exact_kl.loss, wide[:2])
+        mean_kl = f"{exact_kl.kl.mean().item():.1e}"
         row = {}
         for name, make in KL_METHODS.items():
             skipped = name in ("ours, forward", "sampled token, ours", "formulas, torch.compile")
@@ -272,9 +278,9 @@ def gradient_errors(device, n, ds, v):
                     row[name] = max(((g.double() - t).norm() / t.norm()).item() for g, t in zip(got, truth))
                 except Exception as error:  # the row is kept
                     row[name] = f"{type(error).__name__}: {error}"[:80]
-        table[f"{kl.mean().item():.1e}"] = row
+        table[mean_kl] = row
         shown = {k: f"{x:.2%}" if isinstance(x, float) else x for k, x in row.items()}
-        print(f"  KL {kl.mean().item():.1e}: ", shown, flush=True)
+        print(f"  KL {mean_kl}: ", shown, flush=True)
     return table
 
 

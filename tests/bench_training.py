@@ -26,19 +26,21 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 import common  # noqa: E402
-import engines  # noqa: E402
 import kernels  # noqa: E402
-import memory  # noqa: E402
+import lib.engines  # noqa: E402
+import lib.memory  # noqa: E402
+import lib.policy  # noqa: E402
 import opd  # noqa: E402
-import records  # noqa: E402
 import teacher_grpo  # noqa: E402
+from experiments import hours  # noqa: E402
 
 STUDENT = Qwen3Config(
     hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True,
-    **memory.QWEN3,
+    **hours.QWEN3,
 )  # fmt: skip
-TEACHER = memory.MODELS["Qwen3-1.7B"]
+TEACHER = hours.MODELS["Qwen3-1.7B"]
 SHRUNK = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     vocab_size=300, layer_types=None,
@@ -51,16 +53,16 @@ FORMULAS = {
 }
 
 
-def forward_flops(config: Qwen3Config, rollouts: list[records.Rollout]) -> float:
+def forward_flops(config: Qwen3Config, rollouts: list[common.Rollout]) -> float:
     """Of one pass over all positions, with the output matrix at those that predict response tokens."""
-    size = memory.size_of(config)
+    size = lib.memory.size_of(config)
     lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts]
     layers = 2 * (size.parameters - size.outside) * sum(lengths)
     attention = 2 * size.layers * size.query * sum(length**2 for length in lengths)  # causal: half of two products
-    return layers + attention + 2 * size.head * records.count_tokens(rollouts)
+    return layers + attention + 2 * size.head * common.count_tokens(rollouts)
 
 
-def random_rollouts(count: int, shortest: int, longest: int, vocab_size: int) -> list[records.Rollout]:
+def random_rollouts(count: int, shortest: int, longest: int, vocab_size: int) -> list[common.Rollout]:
     rng = random.Random(0)
     rollouts = []
     for number in range(count):
@@ -68,18 +70,18 @@ def random_rollouts(count: int, shortest: int, longest: int, vocab_size: int) ->
             [rng.randrange(vocab_size) for _ in range(n)] for n in (100, rng.randint(shortest, longest))
         )
         logprobs = [-math.log(vocab_size)] * len(response)
-        rollouts.append(records.Rollout(None, number % 8, prompt, response, logprobs, "length", ""))
+        rollouts.append(common.Rollout(None, number % 8, prompt, response, logprobs, "length", ""))
     return rollouts
 
 
 def opd_update(policy, teacher, optimizer, rollouts, cfg) -> None:
     """An update as in opd.py's main."""
     loss_sum = 0.0
-    for batch in records.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
-        loss, _ = opd.reverse_kl_loss(policy, teacher, batch)
-        (loss / records.count_tokens(rollouts)).backward()
-        loss_sum += loss.item()
-    common.release(teacher)
+    for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
+        kl = opd.exact_kl_loss(policy, teacher, batch, policy.model.config.vocab_size)
+        (kl.loss / common.count_tokens(rollouts)).backward()
+        loss_sum += kl.loss.item()
+    lib.policy.release(teacher)
     common.optimizer_step(policy, optimizer, loss_sum, cfg.lr, cfg.max_grad_norm)
 
 
@@ -119,11 +121,12 @@ def main() -> None:
     count, shortest, longest, new_tokens = (8, 5, 30, 8) if options.tiny else (16, 2000, 4000, 256)
     rollouts = random_rollouts(count, shortest, longest, student.vocab_size)
     cfg = teacher_grpo.Config(
-        "", "", "", group_size=8, mini_batch_prompts=count // 8, kl_coef=0.0,
+        "", data="", out="", rollouts_per_prompt=8, mini_batch_prompts=count // 8, kl_coef=0.0,
         micro_batch_tokens=300 if options.tiny else 16384,
     )  # fmt: skip
     positions = sum(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
-    advantages = torch.linspace(-1, 1, count, device=device)
+    for rollout, advantage in zip(rollouts, torch.linspace(-1, 1, count).tolist()):
+        rollout.advantage = advantage
 
     rows = []
 
@@ -140,7 +143,7 @@ def main() -> None:
         for key, config in configs.items():
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(f"{directory}/{key}")
-        load = lambda key: common.load_policy(f"{directory}/{key}", trainable=key == "student")
+        load = lambda key: lib.policy.load_policy(f"{directory}/{key}", trainable=key == "student")
         forward, teacher_forward = forward_flops(student, rollouts), forward_flops(teacher, rollouts)
         for losses in ("fused", "formulas"):
             for (module, function), formula in FORMULAS.items() if losses == "formulas" else ():
@@ -149,22 +152,22 @@ def main() -> None:
                 policy, frozen = load("student"), load("teacher") if step == "OPD update" else None
                 optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=cfg.weight_decay, fused=True)
                 if frozen is None:
-                    work = partial(teacher_grpo.update, policy, None, optimizer, rollouts, advantages, cfg.lr, cfg)
+                    work = partial(teacher_grpo.update, policy, None, optimizer, rollouts, cfg.lr, cfg)
                 else:
                     work = partial(opd_update, policy, frozen, optimizer, rollouts, cfg)
                 row(step, losses, work, positions, 3 * forward + (teacher_forward if frozen else 0))
                 del policy, frozen, optimizer, work  # before the next ones come
         policy = load("student")
-        sampler = engines.make_engine(
+        sampler = lib.engines.make_engine(
             dataclasses.replace(cfg, engine="torch"), f"{directory}/student", SimpleNamespace(eos_token_id=0), policy
         )
         sampler.sync(policy)
         prompts, seeds = [[5 + i] * 100 for i in range(8)], [[8 * i + j for j in range(8)] for i in range(8)]
-        work = partial(sampler.generate, prompts, seeds, engines.Sampling(new_tokens))
-        row("embedded sampler", "", work, 64 * new_tokens, 2 * 64 * new_tokens * memory.size_of(student).parameters)
+        work = partial(sampler.generate, prompts, seeds, lib.engines.Sampling(new_tokens))
+        row("embedded sampler", "", work, 64 * new_tokens, 2 * 64 * new_tokens * lib.memory.size_of(student).parameters)
     text = "\n".join([
-        f"{name}, torch {torch.__version__}, {options.date}. Student {memory.size_of(student).parameters / 1e9:.2f}B, teacher "
-        f"{memory.size_of(teacher).parameters / 1e9:.2f}B parameters, {student.vocab_size} tokens in the vocabulary, {positions} "
+        f"{name}, torch {torch.__version__}, {options.date}. Student {lib.memory.size_of(student).parameters / 1e9:.2f}B, teacher "
+        f"{lib.memory.size_of(teacher).parameters / 1e9:.2f}B parameters, {student.vocab_size} tokens in the vocabulary, {positions} "
         f"positions an update in micro-batches of {cfg.micro_batch_tokens}. Command: `python -m tests.bench_training`.",
         "",
         "| step | losses | seconds | tokens/s | MFU | peak GiB |", "|---|---|---|---|---|---|", *rows, "",
@@ -174,7 +177,7 @@ def main() -> None:
         path = ROOT / "results/training" / f"{name.replace(' ', '-').lower()}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    common.end_process()
+    common.exit_process(0)
 
 
 if __name__ == "__main__":

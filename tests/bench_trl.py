@@ -96,25 +96,25 @@ def products(what: str, response_tokens: float) -> float:
 
 def ours(what: str, directory: Path) -> tuple[list[float], float]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import checkpoints
+    import lib.runs
     import opd
     import teacher_grpo
 
-    marks, lengths, log = [], [], checkpoints.Run.log
+    marks, lengths, log = [], [], lib.runs.Run.log
 
-    def log_and_mark(run, step, metrics, show=()):
-        log(run, step, metrics, show)
-        lengths.append(metrics["response_tokens"])
+    def log_and_mark(run, step, metrics, rollouts, show=()):
+        log(run, step, metrics, rollouts, show)
+        lengths.append(sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts))
         marks.append(seconds())
 
-    checkpoints.Run.log = log_and_mark
+    lib.runs.Run.log = log_and_mark
     settings = dict(
         model=str(directory / "student"), data=str(directory / "problems.jsonl"), out=str(directory / what), exclude=(),
         instruction="", max_prompt_tokens=16, max_response_tokens=TOKENS, max_steps=WARMUP_STEPS + STEPS, lr=1e-6,
         passes=1000, save_every=10**6, engine="torch",
     )  # fmt: skip
     if what == "grpo":
-        script, extra = teacher_grpo, dict(prompts_per_step=8, mini_batch_prompts=8, group_size=8, kl_coef=0.0)
+        script, extra = teacher_grpo, dict(prompts_per_step=8, mini_batch_prompts=8, rollouts_per_prompt=8, kl_coef=0.0)
     else:
         extra = dict(teacher=str(directory / "teacher"), prompts_per_step=64, rollouts_per_prompt=1)
         script = opd

@@ -40,8 +40,6 @@ def variants(target):
         yield f"KL rows, {direction}, no gradient", kernels._kl_row_kernel, kl | dict(WITH_GRAD=False), {}, options
     odd = kl | dict(V=VOCABULARY - 267)
     yield "KL rows, forward, bf16 gradient, odd vocabulary", kernels._kl_row_kernel, odd, bf16_grad, options
-    yield "log-probability rows, bf16", kernels._logprob_row_kernel, row, {"logits_ptr": "*bf16"}, options
-    yield "log-probability rows, fp32", kernels._logprob_row_kernel, row, {}, options
     yield "log-probability gradient, bf16", kernels._logprob_grad_kernel, row | dict(V=19008), bf16_grad, options
     bf16_tile = {"sm_90": kernels.HOPPER_TILE, "gfx942": kernels.AMD_TILE}.get(target, kernels.TILE)
     for operand, tile in (("bf16", dict(bf16_tile)), ("fp32", dict(kernels.FP32_TILE))):

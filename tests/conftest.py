@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import toy
+from experiments import toy
 
 torch.set_num_threads(1)
 
@@ -35,7 +35,9 @@ def tiny_model(
 
 
 def write_checkpoint(directory: Path, **options) -> str:
-    tiny_model(**options).save_pretrained(directory)
+    model = tiny_model(**options)
+    model.generation_config.eos_token_id = [1, 0]  # two tokens end a response, as in Qwen3's checkpoints
+    model.save_pretrained(directory)
     toy.make_tokenizer().save_pretrained(directory)
     return str(directory)
 

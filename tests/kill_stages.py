@@ -16,29 +16,34 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import datasets
 import torch
+import tqdm
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-import checkpoints
 import fkl_warmup
+import lib.runs
 import opd
-import records
 import student_grpo
 import teacher_grpo
 from common import InputError
+from lib.rollouts import RolloutCache
 
 torch.set_num_threads(1)
 
 SHARED = dict(exclude=(), max_prompt_tokens=64, max_response_tokens=8, lr=1e-2)
-GRPO = dict(prompts_per_step=4, mini_batch_prompts=2, group_size=4, require_finished=False, **SHARED)
+GRPO = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, require_finished=False, **SHARED)
 
 
 def stages(student: str, teacher: str, data: str, engine: str) -> dict:
@@ -86,10 +91,12 @@ class Halved:
         self._file, self._name, self._moments = file, name, moments
 
     def write(self, data):
+        data = memoryview(data).cast("B") if not isinstance(data, str) else data
         self._file.write(data[: len(data) // 2])
         self._file.flush()
         self._moments.pass_by(f"halfway through writing {self._name}")
         self._file.write(data[len(data) // 2 :])
+        return len(data)
 
     def __getattr__(self, name):
         return getattr(self._file, name)
@@ -97,15 +104,13 @@ class Halved:
 
 def instrument(moments: Moments) -> None:
     sys.addaudithook(moments.audit)
-    write, log, open_metrics = checkpoints._HashedFile.write, checkpoints.Run.log, checkpoints.Run._open_metrics
-    save_pretrained, make_cache = checkpoints.save_pretrained, fkl_warmup.RolloutCache.__init__
+    log, open_metrics, create_stream = lib.runs.Run.log, lib.runs.Run._open_metrics, FileSystem.create_stream
+    save_pretrained, append = lib.runs.save_pretrained, RolloutCache.append
 
-    def short_write(file, data):
-        if len(data) < 2:
-            return write(file, data)
-        written = write(file, memoryview(data).cast("B")[: len(data) // 2])
-        moments.pass_by("halfway through writing a training state")
-        return written  # the rest is asked for again
+    @contextmanager
+    def halved_stream(filesystem, path, mode):
+        with create_stream(filesystem, path, mode) as stream:
+            yield Halved(stream, "a training state", moments) if mode == "wb" else stream
 
     def around_log(*arguments, **options):
         moments.pass_by("before a line of metrics")
@@ -117,19 +122,19 @@ def instrument(moments: Moments) -> None:
         save_pretrained(*arguments)
         moments.pass_by("after saving the weights")
 
+    def around_append(*arguments):
+        append(*arguments)
+        moments.pass_by("after a shard of teacher rollouts")
+
     def halved_metrics(run):
         result = open_metrics(run)
         run._metrics = Halved(run._metrics, "metrics.jsonl", moments)
         return result
 
-    def halved_cache(cache, *arguments):
-        make_cache(cache, *arguments)
-        cache._file = Halved(cache._file, "teacher_rollouts.jsonl", moments)
-
-    checkpoints.plot_metrics = lambda _, picture: picture.write_text("")  # half of a tiny run's time otherwise
-    checkpoints._HashedFile.write = short_write
-    checkpoints.Run.log, checkpoints.Run._open_metrics = around_log, halved_metrics
-    checkpoints.save_pretrained, fkl_warmup.RolloutCache.__init__ = around_save, halved_cache
+    lib.runs.plot_metrics = lambda _, picture: picture.write_text("")  # drawing takes half of a tiny run's time
+    FileSystem.create_stream = halved_stream
+    lib.runs.Run.log, lib.runs.Run._open_metrics = around_log, halved_metrics
+    lib.runs.save_pretrained, RolloutCache.append = around_save, around_append
 
 
 def made_up_grades(rollouts, verifier):
@@ -143,9 +148,11 @@ def child(script, settings: dict, out: Path, drawn, action, said: Path) -> None:
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # tqdm's own lock is shared with the process that this one was forked from, and a child that is killed would keep it.
+    tqdm.std.tqdm.set_lock(threading.RLock())
     status = 1
     try:
-        records.grade = made_up_grades
+        teacher_grpo.grade = fkl_warmup.grade = opd.grade = made_up_grades
         moments = Moments(out, drawn, action)
         instrument(moments)
         script.main(script.Config(out=str(out), resume=True, **settings))
@@ -162,8 +169,9 @@ def child(script, settings: dict, out: Path, drawn, action, said: Path) -> None:
 
 # In the process that watches
 
-# Half a problem's rollouts in the cache; a checkpoint that lacks its name alone.
-SURELY = ("halfway through writing teacher_rollouts.jsonl", "rename OUT.partial")
+# Moments of which each stage that passes them dies at the first: teacher rollouts that lack only their name, and a
+# checkpoint that lacks only its name.
+SURELY = ("rename teacher_rollouts/shard-N.tmp", "rename OUT.partial")
 
 
 def start(script, settings, out, said, drawn=None, action=None, after: float | None = None) -> tuple[int, str]:
@@ -190,9 +198,10 @@ def outcome(out: Path) -> dict:
         "weights": (out / "model.safetensors").read_bytes(),
         "metrics": [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines],
         "record": [record["consumed"], record["steps"]],
-        "rollouts": (out / "teacher_rollouts.jsonl").read_bytes() if (out / "teacher_rollouts.jsonl").exists() else b"",
-        "files": sorted(os.listdir(out)),
-    }
+        "rollouts": [row for shard in sorted(out.glob("teacher_rollouts/shard-??????"))
+                     for row in datasets.load_from_disk(str(shard)).to_list()],
+        "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
+    }  # fmt: skip
 
 
 def check(out: Path, straight: dict, said: str) -> None:

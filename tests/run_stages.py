@@ -17,18 +17,18 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-import checkpoints
 import common
 import evaluate
 import fkl_warmup
+import lib.policy
+import lib.runs
 import opd
-import records
 import student_grpo
 import teacher_grpo
 
 out, student, teacher, problems, engine = sys.argv[1:6]
 sampler = dict(engine=engine, tensor_parallel=int(sys.argv[6]))
-grpo = dict(prompts_per_step=3, mini_batch_prompts=2, group_size=3, max_response_tokens=8, kl_coef=0.1)
+grpo = dict(prompts_per_step=3, mini_batch_prompts=2, rollouts_per_prompt=3, max_response_tokens=8, kl_coef=0.1)
 settings = dict(
     data=problems, exclude=(), max_prompt_tokens=32, lr=1e-3, max_steps=3, micro_batch_tokens=40, save_every=2,
     **sampler,
@@ -43,7 +43,7 @@ runs = {
     "student": (student_grpo, dict(model=f"{out}/bridge", half="2H", **grpo)),
 }  # fmt: skip
 
-sampled, finish, checkpoint = [], checkpoints.Run.finish, checkpoints.Run.checkpoint
+sampled, finish, save = [], lib.runs.Run.finish, lib.runs.Run.save
 
 
 def made_up_grades(rollouts, verifier):
@@ -52,9 +52,9 @@ def made_up_grades(rollouts, verifier):
     sampled.append([[rollout.problem.id, rollout.sample, rollout.response_ids] for rollout in rollouts])
 
 
-def finish_and_compare(run, policy, tokenizer, steps):
+def finish_and_compare(run, policy, tokenizer):
     """The saved checkpoint, read back by plain transformers, against this rank's shards, bit for bit."""
-    finish(run, policy, tokenizer, steps)
+    finish(run, policy, tokenizer)
     saved = AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float32).state_dict()
     ours = policy.model.state_dict()
     assert saved.keys() == ours.keys()
@@ -68,15 +68,15 @@ def finish_and_compare(run, policy, tokenizer, steps):
         assert torch.equal(value, expected), name
 
 
-def checkpoint_and_copy(run, steps, *arguments):
-    checkpoint(run, steps, *arguments)
+def save_and_copy(run, steps, policy, optimizer, trained_on):
+    save(run, steps, policy, optimizer, trained_on)
     if common.rank() == 0 and steps == 2 and not run.out.name.startswith("again"):
         shutil.copytree(run.partial, run.partial.with_name(f"again-{run.partial.name}"))
 
 
-records.grade = made_up_grades
-checkpoints.Run.checkpoint = checkpoint_and_copy
-checkpoints.Run.finish = finish_and_compare
+teacher_grpo.grade = fkl_warmup.grade = opd.grade = made_up_grades
+lib.runs.Run.save = save_and_copy
+lib.runs.Run.finish = finish_and_compare
 common.start_process()
 for name, (stage, options) in runs.items():
     # A rewarded teacher is checked by lineage, so the made-up rewards serve; rewarded finishing would need real ones.
@@ -91,19 +91,19 @@ for name, (stage, options) in runs.items():
     stage.main(stage.Config(out=f"{out}/again-{name}", resume=True, **settings, **options, **extra))
 
 # What is not finite on one rank is seen by all, and none of them steps.
-policy = common.load_policy(student, True)
+policy = lib.policy.load_policy(student, True)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
-rollouts = [records.Rollout(None, 0, [2, 4, 3], [5 + i, 6, 1], [0.0] * 3, "stop", "") for i in range(4)]
+rollouts = [common.Rollout(None, 0, [2, 4, 3], [5 + i, 6, 1], [0.0] * 3, "stop", "") for i in range(4)]
 
 
 def step(loss: float, spoil: bool) -> tuple[float, list[torch.Tensor]]:
-    for batch in records.make_batches(rollouts, 8, common.this_device()):
+    for batch in common.make_batches(rollouts, 8, common.this_device()):
         fkl_warmup.sft_loss(policy, batch).backward()
     if spoil:
         gradient = next(parameter.grad for parameter in policy.parameters())
         (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(torch.nan)
     norm = common.optimizer_step(policy, optimizer, loss, 0.1, 1.0)
-    return norm, [value.clone() for _, value in common.full_weights(policy)]
+    return norm, [value.clone() for _, value in lib.policy.full_weights(policy)]
 
 
 last = common.rank() == common.world_size() - 1
@@ -114,14 +114,14 @@ for loss, spoil in ((float("inf") if last else 1.0, False), (1.0, last)):
 norm, after = step(1.0, False)
 assert norm > 0 and not all(torch.equal(x, y) for x, y in zip(before, after))
 
-# A frozen model's head is gathered for its forward pass, and is given up when asked.
-if common.is_sharded(policy):
-    frozen = common.load_policy(student, trainable=False)
+# A frozen model's output matrix is gathered for its forward pass, and freed by release.
+if lib.policy.is_sharded(policy):
+    frozen = lib.policy.load_policy(student, trainable=False)
     head = lambda: frozen.model.get_output_embeddings().weight
     with torch.no_grad():
-        frozen(records.make_batches(rollouts, 100, common.this_device())[0], lambda hidden, weight: None)
+        frozen(common.make_batches(rollouts, 100, common.this_device())[0], lambda hidden, weight: None)
     assert not isinstance(head(), DTensor)
-    common.release(frozen)
+    lib.policy.release(frozen)
     assert isinstance(head(), DTensor)
 
 evaluate.main(
@@ -132,4 +132,4 @@ evaluate.main(
 )  # fmt: skip
 if common.rank() == 0:
     Path(out, "rollouts.json").write_text(json.dumps(straight))
-common.end_process()
+common.exit_process(0)

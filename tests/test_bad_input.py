@@ -17,19 +17,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, MambaConfig, PhiConfig, PreTrainedConfig
 
-import checkpoints
 import common
-import toy
+import lib.policy
+import lib.runs
+from experiments import toy
 
 ROOT = Path(__file__).parent.parent
 
 GOOD = "--exclude --max-prompt-tokens 64 --max-response-tokens 8"
 SCRIPTS = {
+    "experiments.audit": "--out {tmp}/out",
     "teacher_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
     "student_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
     "fkl_warmup": f"--model {{student}} --teacher {{teacher}} --data {{problems}} --out {{tmp}}/out {GOOD}",
@@ -113,7 +116,7 @@ SMALL = dict(vocab_size=26, hidden_size=16, intermediate_size=32, num_hidden_lay
 
 
 def trained_on_everything(bad):
-    from records import load_problems
+    from lib.data import load_problems
 
     ids = [problem.id for problem in load_problems(str(bad.parent / "seen.jsonl"), quiet=True)]
     (bad / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "consumed": ids}))
@@ -131,12 +134,12 @@ def interrupted(*changes):
     def prepare(place):
         teacher_grpo = importlib.import_module("teacher_grpo")
         cfg = teacher_grpo.Config(
-            str(place.student), str(place.problems), str(place.tmp / "out"), exclude=(), max_prompt_tokens=64,
+            str(place.student), data=str(place.problems), out=str(place.tmp / "out"), exclude=(), max_prompt_tokens=64,
             max_response_tokens=8, save_every=1, max_steps=2, passes=1, prompts_per_step=2,
         )  # fmt: skip
-        with checkpoints.Run(cfg, {"model": cfg.model}) as run:
-            policy = common.load_policy(cfg.model, True)
-            run.checkpoint(1, policy, torch.optim.AdamW(policy.parameters()))
+        with lib.runs.Run(cfg, {"model": cfg.model}) as run:
+            policy = lib.policy.load_policy(cfg.model, True)
+            run.save(1, policy, torch.optim.AdamW(policy.parameters()), trained_on=())
         for change in changes:
             change(place.tmp / "out.partial" / "state-000001")
 
@@ -147,27 +150,44 @@ RESUMED = "--save-every 1 --max-steps 2 --passes 1 --prompts-per-step 2 --resume
 
 
 def cached_rollouts(*changes):
-    """{tmp}/cache.jsonl, complete and with no right answer, made by a run that is gone."""
+    """{tmp}/cache, complete and with no right answer, made by a run that is gone; `changes` are made to the directory."""
 
     def prepare(place):
         fkl_warmup = importlib.import_module("fkl_warmup")
+        cache = place.tmp / "cache"
         cfg = fkl_warmup.Config(
-            str(place.student), str(place.teacher), str(place.problems), str(place.tmp / "made"), exclude=(),
-            max_prompt_tokens=64, max_response_tokens=8, rollouts=str(place.tmp / "cache.jsonl"), rollouts_per_prompt=2,
-            max_steps=1,
+            str(place.student), str(place.teacher), data=str(place.problems), out=str(place.tmp / "made"), exclude=(),
+            max_prompt_tokens=64, max_response_tokens=8, rollouts=str(cache), rollouts_per_prompt=2, max_steps=1,
         )  # fmt: skip
+        place.monkeypatch.setattr(
+            fkl_warmup, "grade", lambda rollouts, _: [setattr(r, "correct", False) for r in rollouts]
+        )
         fkl_warmup.main(cfg)
         shutil.rmtree(place.tmp / "made")
-        path = place.tmp / "cache.jsonl"
-        rows = path.read_text().replace('"correct": true', '"correct": false').splitlines()
         for change in changes:
-            rows = change(rows)
-        path.write_text("\n".join(rows) + "\n")
+            change(cache)
 
     return prepare
 
 
-CACHE = "--rollouts {tmp}/cache.jsonl --rollouts-per-prompt 2 --max-steps 1"
+def identity(cache):
+    path = cache / "identity.json"
+    path.write_text(path.read_text().replace('"problems": "', '"problems": "0'))
+
+
+def rows(change):
+    """Replaces the rows of the only shard."""
+
+    def prepare(cache):
+        shard = str(cache / "shard-000000")
+        changed = change(datasets.load_from_disk(shard).to_list())
+        shutil.rmtree(shard)
+        datasets.Dataset.from_list(changed).save_to_disk(shard)
+
+    return prepare
+
+
+CACHE = "--rollouts {tmp}/cache --rollouts-per-prompt 2 --max-steps 1"
 
 
 def report(name: str, content: str | dict):
@@ -176,10 +196,6 @@ def report(name: str, content: str | dict):
 
 def both(*prepares):
     return lambda place: [prepare(place) for prepare in prepares]
-
-
-def one_report(label: str = "a", **settings):
-    return {"settings": {"k": 16, **settings}, "results": {label: {"test": {"avg": 0.5, "se": 0.1}}}}
 
 
 ROW = {"prompt": "1+1", "answer": "2"}
@@ -240,9 +256,9 @@ CASES = {
     "negative learning rate": ("opd", "--lr -1e-6", None,
         "--lr -1e-06 is too small; give a number above zero"),
     "learning rate that is no number": ("fkl_warmup", "--lr nan", None,
-        "--lr nan is no number to compute with; give a finite one"),
-    "group of one": ("teacher_grpo", "--group-size 1", None,
-        "--group-size 1 leaves nothing to compare a rollout with; give 2 or more"),
+        "--lr nan is not a finite number; give one"),
+    "group of one": ("teacher_grpo", "--rollouts-per-prompt 1", None,
+        "--rollouts-per-prompt 1 leaves nothing to compare a response with; give 2 or more"),
     "temperature zero": ("opd", "--temperature 0", None,
         "--temperature 0.0 is too small; give a number above zero"),
     "negative seed": ("fkl_warmup", "--seed -1", None,
@@ -322,27 +338,33 @@ CASES = {
     "different template": (
         "opd", "--teacher {tmp}/bad",
         copied(tokenizer(chat_template=toy.CHAT_TEMPLATE.replace("<|user|>", "<|assistant|>")), of="teacher"),
-        "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after '<|' one has 'user|>1+1\\nPlease reason step by step, an', the other 'assistant|>1+1\\nPlease reason step by ste'); give both the same chat template"),
+        "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after '<|' one has …, the other …); give both the same chat template"),
     # teacher rollouts
     "rollouts of another run": ("fkl_warmup", CACHE + " --seed 1", cached_rollouts(),
-        "--rollouts '{tmp}/cache.jsonl' holds other rollouts (with seed = 0, and this run needs 1); name another file"),
-    "rollouts of other problems": ("fkl_warmup", CACHE, cached_rollouts(lambda rows: [rows[0].replace('"problems": "', '"problems": "0')] + rows[1:]),
-        "--rollouts '{tmp}/cache.jsonl' holds other rollouts (with problems = '056a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a', and this run needs '56a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a'); name another file"),
-    "rollouts with a damaged line": ("fkl_warmup", CACHE, cached_rollouts(lambda rows: rows[:7] + [rows[7][:50]] + rows[8:]),
-        "--rollouts '{tmp}/cache.jsonl' is damaged at line 8; delete the file, or that line and all after it"),
-    "rollouts with a line lost": ("fkl_warmup", CACHE, cached_rollouts(lambda rows: rows[:4] + rows[5:]),
-        "--rollouts '{tmp}/cache.jsonl' is damaged at line 5; delete the file, or that line and all after it"),
-    "rollouts that are none": ("fkl_warmup", CACHE, lines("hello", name="cache.jsonl"),
-        "--rollouts '{tmp}/cache.jsonl' holds other rollouts (its first line does not say which); name another file"),
-    "rollouts in a directory's place": ("fkl_warmup", "--rollouts {tmp}", None,
-        "--rollouts '{tmp}' cannot be written (Is a directory); name another file"),
+        "--rollouts '{tmp}/cache' holds other rollouts (with seed = 0, and this run needs 1); name another directory"),
+    "rollouts of other problems": ("fkl_warmup", CACHE, cached_rollouts(identity),
+        "--rollouts '{tmp}/cache' holds other rollouts (with problems = '056a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a', and this run needs '56a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a'); name another directory"),
+    "rollouts cut short": ("fkl_warmup", CACHE, cached_rollouts(cut("shard-000000/data-00000-of-00001.arrow", 900)),
+        "{tmp}/cache/shard-000000 is damaged; delete it, and its rollouts will be sampled again"),
+    "rollouts with a file lost": ("fkl_warmup", CACHE, cached_rollouts(without("shard-000000/state.json")),
+        "{tmp}/cache/shard-000000 is damaged; delete it, and its rollouts will be sampled again"),
+    "rollouts with a row lost": ("fkl_warmup", CACHE, cached_rollouts(rows(lambda rows: rows[:4] + rows[5:])),
+        "{tmp}/cache/shard-000000 is damaged; delete it, and its rollouts will be sampled again"),
+    "rollouts of an unknown problem": ("fkl_warmup", CACHE, cached_rollouts(rows(lambda rows: [{**rows[0], "id": "x"}] + rows[1:])),
+        "{tmp}/cache/shard-000000 is damaged; delete it, and its rollouts will be sampled again"),
+    "rollouts that are none": ("fkl_warmup", CACHE, lines("hello", name="cache/identity.json"),
+        "--rollouts '{tmp}/cache' is not empty and has no identity.json that can be read; name another directory"),
+    "rollouts in another directory's place": ("fkl_warmup", "--rollouts {tmp}/full", lines("hello", name="full/file"),
+        "--rollouts '{tmp}/full' is not empty and has no identity.json that can be read; name another directory"),
+    "rollouts in a file's place": ("fkl_warmup", "--rollouts {tmp}/file", lines("hello", name="file"),
+        "--rollouts '{tmp}/file' cannot be written (File exists); name another directory"),
     "nothing right to learn from": ("fkl_warmup", CACHE + " --loss sft --keep correct", cached_rollouts(),
-        "--keep correct leaves no rollout: the teacher answered nothing rightly; give --keep all"),
+        "--keep correct leaves no rollout: the teacher answered no problem correctly; give --keep all"),
     # held-out labels
     "labels that were seen": ("student_grpo", BAD + " --data {tmp}/seen.jsonl --half full", both(lines(ROW, {"prompt": "2+2", "answer": "4"}, name="seen.jsonl"), copied(trained_on_everything)),
-        "--half full: 2 of its 2 problems were already consumed on the way to --model '{tmp}/bad'; train on the other half, or say --replay if that is the control"),
+        "--half full: on 2 of its 2 problems --model '{tmp}/bad' or a checkpoint before it was already trained; give the other half, or add --replay for the replay control"),
     "replay of what was never seen": ("student_grpo", "--replay", None,
-        "--replay: --model '{student}' has consumed none of the problems of half 2H; drop it"),
+        "--replay: --model '{student}' was trained on none of the problems of half 2H; leave --replay out"),
     # engines
     "tensor parallel without vLLM": ("teacher_grpo", "--engine torch --tensor-parallel 2", None,
         "--tensor-parallel 2 needs vLLM; give --engine vllm, or drop it"),
@@ -356,7 +378,13 @@ CASES = {
         "--tensor-parallel 2 must divide the number of processes (1); give one that does"),
     # evaluation
     "nothing to evaluate": ("evaluate", "--models", None,
-        "nothing to evaluate: give --models, or --responses to grade, or --merge reports"),
+        "there is nothing to evaluate; name checkpoints with --models"),
+    "nothing to audit": ("experiments.audit", "", None,
+        "there is nothing to do; give --lineage, --compare, --responses or --curves"),
+    "curves of no stage": ("experiments.audit", "--curves {student}", None,
+        "--curves ['{student}']: none of them has a metrics.jsonl; name checkpoints of the stages"),
+    "two curves of one name": ("experiments.audit", "--curves {student} {student}", None,
+        "--labels ['student', 'student'] must be one different name for each of the 2 --curves"),
     "labels that do not match": ("evaluate", "--labels a b", None,
         "--labels ['a', 'b'] must be one different name for each of the 1 --models"),
     "two checkpoints of one name": ("evaluate", "--models {student} {student}", None,
@@ -372,29 +400,25 @@ CASES = {
     "top-k zero": ("evaluate", "--top-k 0", None,
         "--top-k 0 keeps no token; give 1 or more, or -1 for all"),
     "report in a file's place": ("evaluate", "--out {tmp}/file", lines(name="file"),
-        "--out '{tmp}/file' cannot be written ('{tmp}/file' is no directory to write to); name another"),
-    "missing responses": ("evaluate", "--responses {tmp}/nowhere.jsonl", None,
+        "--out '{tmp}/file' cannot be written ('{tmp}/file' is not a writable directory); name another"),
+    "missing responses": ("experiments.audit", "--responses {tmp}/nowhere.jsonl", None,
         "--responses '{tmp}/nowhere.jsonl' is not a file; give a .jsonl file of answers and responses"),
-    "responses with a bad line": ("evaluate", "--responses {tmp}/data.jsonl", lines(FINE, b"\xff"),
+    "responses with a bad line": ("experiments.audit", "--responses {tmp}/data.jsonl", lines(FINE, b"\xff"),
         "line 2 of '{tmp}/data.jsonl' is not an object with answer and response; mend it"),
-    "responses without answers": ("evaluate", "--responses {tmp}/data.jsonl", lines(FINE, {"response": "a"}),
+    "responses without answers": ("experiments.audit", "--responses {tmp}/data.jsonl", lines(FINE, {"response": "a"}),
         "line 2 of '{tmp}/data.jsonl' is not an object with answer and response; mend it"),
-    "responses that are no text": ("evaluate", "--responses {tmp}/data.jsonl", lines({"answer": "1", "response": 1}),
+    "responses that are no text": ("experiments.audit", "--responses {tmp}/data.jsonl", lines({"answer": "1", "response": 1}),
         "line 1 of '{tmp}/data.jsonl': answer and response must be text, the answer not empty; mend it"),
-    "no responses": ("evaluate", "--responses {tmp}/data.jsonl", lines(),
+    "no responses": ("experiments.audit", "--responses {tmp}/data.jsonl", lines(),
         "--responses '{tmp}/data.jsonl' is empty; give a line for each response"),
-    "responses graded onto themselves": ("evaluate", "--responses {tmp}/data.jsonl --out {tmp}", lines(FINE),
+    "responses graded onto themselves": ("experiments.audit", "--responses {tmp}/data.jsonl --out {tmp}", lines(FINE),
         "--out '{tmp}' is the directory of --responses itself; name another"),
-    "merge of nothing": ("evaluate", "--merge {tmp}", None,
-        "--merge '{tmp}' holds no results.json; evaluate into it first"),
-    "merge of half a report": ("evaluate", "--merge {tmp}/a", report("a", '{"results": {'),
-        "--merge '{tmp}/a': its results.json is not a report of one evaluation; evaluate it anew"),
-    "merge of a merged report": ("evaluate", "--merge {tmp}/a", report("a", {"averages": {}}),
-        "--merge '{tmp}/a': its results.json is not a report of one evaluation; evaluate it anew"),
-    "merge of other checkpoints": ("evaluate", "--merge {tmp}/a {tmp}/b", both(report("a", one_report()), report("b", one_report("b"))),
-        "--merge: '{tmp}/b' and '{tmp}/a' do not have the same checkpoints and data sets; evaluate them alike"),
-    "merge of other settings": ("evaluate", "--merge {tmp}/a {tmp}/b", both(report("a", one_report()), report("b", one_report(k=4))),
-        "--merge: '{tmp}/b' and '{tmp}/a' do not have the same settings; evaluate them alike"),
+    "scores from no report": ("experiments.audit", "--lineage {student} --reports {tmp}", None,
+        "--reports '{tmp}' holds no results.json; evaluate into it first"),
+    "scores from half a report": ("experiments.audit", "--lineage {student} --reports {tmp}/a", report("a", '{"results": {'),
+        "--reports '{tmp}/a': its results.json is not a report of an evaluation; evaluate it anew"),
+    "scores from something else": ("experiments.audit", "--lineage {student} --reports {tmp}/a", report("a", {"averages": {}}),
+        "--reports '{tmp}/a': its results.json is not a report of an evaluation; evaluate it anew"),
 }  # fmt: skip
 
 
@@ -432,6 +456,7 @@ def test_one_sentence_and_nothing_left_behind(name, student, teacher, problems, 
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *place.fill(f"{SCRIPTS[script]} {words}").split()])
     capfd.readouterr()
     module = importlib.import_module(script)
+    monkeypatch.setattr(common, "exit_process", sys.exit)  # which would end pytest if it has made a process group
     with pytest.raises(SystemExit) as exit:
         common.cli(module.main, module.Config)
     said = capfd.readouterr().err

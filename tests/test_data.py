@@ -10,10 +10,10 @@ from conftest import write_problems
 from hypothesis import given
 from hypothesis import strategies as st
 
-import records
-import toy
-from common import InputError
-from records import Problem
+import fkl_warmup
+import lib.data
+from common import InputError, Problem
+from experiments import toy
 
 
 def write_rows(path, rows):
@@ -24,7 +24,7 @@ def write_rows(path, rows):
 ROWS = {  # one row in the columns of each known source, and the problem that it is
     "DAPO-Math-17k": (
         {
-            "prompt": [{"role": "user", "content": records.DAPO_PREFIX + "What is 1+1?" + records.DAPO_SUFFIX}],
+            "prompt": [{"role": "user", "content": lib.data.DAPO_PREFIX + "What is 1+1?" + lib.data.DAPO_SUFFIX}],
             "reward_model": {"ground_truth": "2", "style": "rule"},
             "extra_info": {"index": "x"},
         },
@@ -60,14 +60,14 @@ def test_every_known_format(tmp_path, name, suffix):
         write_rows(path, [row])
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-    [problem] = records.load_problems(str(path))
+    [problem] = lib.data.load_problems(str(path))
     assert (problem.prompt, problem.answer) == expected
 
 
 def test_repeats_and_conflicts_are_dropped_and_counted(tmp_path, capsys):
     rows = [("a", "1"), ("b", "2"), ("a", "1"), ("  b\n", "2"), ("c", "3"), ("c", "4"), ("c", "3")]
     path = write_rows(tmp_path / "data.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in rows])
-    assert [(p.prompt, p.answer) for p in records.load_problems(path)] == [("a", "1"), ("b", "2")]
+    assert [(p.prompt, p.answer) for p in lib.data.load_problems(path)] == [("a", "1"), ("b", "2")]
     assert "7 rows, 4 repeats dropped, 1 problems with conflicting answers dropped, 2 left" in capsys.readouterr().out
 
 
@@ -81,24 +81,24 @@ def test_one_problem_has_one_id_however_it_is_typeset(tmp_path):
     ]
     different = ["z^4+z^2+1", "z^4-z^2+1", "1.5+2", "15+2", "n!", "n", "x<y", "x>y", "已知 z", "已知 x"]
     for first, second in same:
-        assert records.problem_id(first) == records.problem_id(second)
-    assert len({records.problem_id(prompt) for prompt in different}) == len(different)
+        assert lib.data.problem_id(first) == lib.data.problem_id(second)
+    assert len({lib.data.problem_id(prompt) for prompt in different}) == len(different)
 
 
 def test_halves_are_equal_disjoint_and_independent_of_row_order():
     rng = random.Random(0)
     problems = list({p.id: p for p in (toy.make_problem(rng) for _ in range(101))}.values())[:101]
-    first, second = (records.half_of(problems, half) for half in ("1H", "2H"))
+    first, second = (lib.data.half_of(problems, half) for half in ("1H", "2H"))
     assert len(first) == len(second) == 50 and not {p.id for p in first} & {p.id for p in second}
-    assert records.half_of(problems[::-1], "1H") == first
-    assert records.half_of(problems, "1H", split_seed=1) != first
-    assert records.half_of(problems, "full") == problems
+    assert lib.data.half_of(problems[::-1], "1H") == first
+    assert lib.data.half_of(problems, "1H", split_seed=1) != first
+    assert lib.data.half_of(problems, "full") == problems
 
 
 def test_evaluation_problems_are_not_trained_on(tmp_path, capsys):
     train = write_rows(tmp_path / "train.jsonl", [{"prompt": f"problem {i}", "answer": "1"} for i in range(10)])
     test = write_rows(tmp_path / "test.jsonl", [{"prompt": f" problem  {i}", "answer": "1"} for i in (3, 5)])
-    kept = records.load_training_problems(train, "full", 0, (test,))
+    kept = lib.data.load_training_problems(train, "full", 0, (test,))
     assert {p.prompt for p in kept} == {f"problem {i}" for i in range(10) if i not in (3, 5)}
     assert "2 problems dropped" in capsys.readouterr().out
 
@@ -106,11 +106,22 @@ def test_evaluation_problems_are_not_trained_on(tmp_path, capsys):
 @given(count=st.integers(1, 30), size=st.integers(1, 12), passes=st.integers(1, 4), seed=st.integers(0, 5))
 def test_batches_cover_every_pass_once(count, size, passes, seed):
     problems = [Problem(str(i), "", "") for i in range(count)]
-    batches = records.problem_batches(problems, size, passes, seed)
+    batches = lib.data.problem_batches(problems, size, passes, seed)
     flat = [problem for batch in batches for problem in batch]
     assert all(len(batch) == size for batch in batches[:-1]) and len(flat) == count * passes
     for number in range(passes):
         assert sorted(p.id for p in flat[number * count : (number + 1) * count]) == sorted(p.id for p in problems)
+
+
+def test_every_pass_has_an_order_of_its_own():
+    problems = [Problem(str(i), "", "") for i in range(12)]
+    passes = lib.data.problem_batches(problems, 12, 3, seed=0)
+    assert len({tuple(p.id for p in one) for one in passes}) == 3
+    assert lib.data.problem_batches(problems, 12, 3, seed=1) != passes
+    order = fkl_warmup.rollout_order(range(12), 3, seed=0)
+    assert len({tuple(order[start : start + 12]) for start in (0, 12, 24)}) == 3
+    assert all(sorted(order[start : start + 12]) == list(range(12)) for start in (0, 12, 24))
+    assert fkl_warmup.rollout_order(range(12), 3, seed=1) != order
 
 
 BAD = {
@@ -137,25 +148,25 @@ def test_bad_data_gives_one_sentence(tmp_path, name):
         path.write_text("\n".join(content), encoding="utf-8")
         content = str(path)
     with pytest.raises(InputError) as error:
-        records.load_problems(content)
+        lib.data.load_problems(content)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_unreadable_parquet_is_said(tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"PAR1 and then nothing of the kind")
     with pytest.raises(InputError, match="data.parquet"):
-        records.load_problems(str(tmp_path / "data.parquet"))
+        lib.data.load_problems(str(tmp_path / "data.parquet"))
 
 
 def test_half_of_one_row(tmp_path):
     with pytest.raises(InputError, match="--half 1H needs at least two problems"):
-        records.load_training_problems(write_problems(tmp_path / "one.jsonl", 1), "1H", 0, ())
+        lib.data.load_training_problems(write_problems(tmp_path / "one.jsonl", 1), "1H", 0, ())
 
 
 def test_everything_excluded(tmp_path):
     path = write_problems(tmp_path / "data.jsonl", 3)
     with pytest.raises(InputError, match="is left outside --exclude"):
-        records.load_training_problems(path, "full", 0, (path,))
+        lib.data.load_training_problems(path, "full", 0, (path,))
 
 
 def test_toy_demonstrations_say_what_their_habit_says():

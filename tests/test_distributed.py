@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_losses import make_rollouts
 
 import common
-import records
+import lib.policy
 import teacher_grpo
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +70,8 @@ def test_two_ranks_do_what_one_does(run_stages):
         first, second = weights(one, stage), weights(two, stage)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
+        for out in (one, two):
+            assert json.loads((out / stage / "generation_config.json").read_text())["eos_token_id"] == [1, 0], stage
     scores = [json.loads((out / "report" / "results.json").read_text())["results"] for out in (one, two)]
     for rows in scores:
         for result in (result for row in rows.values() for result in row.values()):
@@ -116,12 +118,14 @@ def test_two_nodes_hold_a_copy_each_or_one_between_them(student, problems, tmp_p
 
 
 def test_nodes_that_cannot_be_grouped_are_refused(student, problems, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "world_size", lambda: 24)
+    monkeypatch.setattr(lib.policy, "world_size", lambda: 24)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(
         common.InputError, match="--shard-nodes 2: 24 processes cannot be grouped by 16; give a divisor"
     ):
-        teacher_grpo.main(teacher_grpo.Config(student, problems, str(tmp_path / "x"), exclude=(), shard_nodes=2))
+        teacher_grpo.main(
+            teacher_grpo.Config(student, data=problems, out=str(tmp_path / "x"), exclude=(), shard_nodes=2)
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -155,7 +159,7 @@ def test_micro_batches_are_dealt_out_once_evenly_and_equally_many(monkeypatch, r
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-        shares.append(records.make_batches(rollouts, 16, torch.device("cpu")))
+        shares.append(common.make_batches(rollouts, 16, torch.device("cpu")))
     assert len({len(share) for share in shares}) == 1
     seen = [index for share in shares for batch in share for index in batch.rollout_index.unique().tolist()]
     assert sorted(seen) == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
@@ -175,5 +179,5 @@ def test_work_is_spread_in_order(monkeypatch):
             gathered[:] = [done.get(other, done[max(done)]) for other in range(4)]
 
         monkeypatch.setattr(common.dist, "all_gather_object", gather)
-        result = common.spread(lambda share: [10 * item for item in share], items, tensor_parallel=2)
+        result = common.map_over_ranks(lambda share: [10 * item for item in share], items, tensor_parallel=2)
     assert done[0] == done[1] and done[2] == done[3] and result == [10 * item for item in items]

@@ -6,8 +6,17 @@ import torch
 from conftest import SIZES, tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import toy
-from engines import LeanDecoder, ModelDecoder, Sampling, TorchEngine, attend, prefill, request_uniforms, sample_tokens
+from experiments import toy
+from lib.engines import (
+    LeanDecoder,
+    ModelDecoder,
+    Sampling,
+    TorchEngine,
+    attend,
+    prefill,
+    request_uniforms,
+    sample_tokens,
+)
 
 TOKENIZER = toy.make_tokenizer()
 PROMPTS = [[2, 4, 11, 12, 5, 3], [2, 3], [2, 7, 8, 9, 10, 3, 4, 5, 6], [2, 4, 4, 3]]  # of different lengths

@@ -1,4 +1,4 @@
-"""Statistics against hand-made numbers; the script on tiny checkpoints; grading of responses made elsewhere."""
+"""Statistics against hand-made numbers, and the script on tiny checkpoints."""
 
 import json
 import math
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_checkpoint
+from conftest import tiny_model, write_checkpoint
 
 import evaluate
 from common import InputError
+from experiments import toy
 
 
 def samples(correct, tokens=5, reason="stop"):
@@ -22,7 +23,7 @@ def samples(correct, tokens=5, reason="stop"):
 
 
 def test_statistics_of_known_samples():
-    summary = evaluate.summarise(samples([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), k=4)
+    summary = evaluate.summarise(samples([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]), k=4)
     assert summary["avg"] == pytest.approx(0.5) and summary["pass"] == pytest.approx(2 / 3)
     assert summary["se"] == pytest.approx(np.std([0.5, 0, 1], ddof=1) / math.sqrt(3))
     assert summary["scores"] == {"p0": 0.5, "p1": 0.0, "p2": 1.0} and summary["tokens"] == 5
@@ -69,6 +70,26 @@ def test_checkpoints_are_compared_in_tables_and_pictures(
     assert len(sampled) == 3
 
 
+def test_checkpoints_of_one_architecture_share_an_engine(student, teacher, test_problems, tmp_path, monkeypatch):
+    """Each is still judged on its own weights and ends its responses at its own tokens, in either order."""
+    other = tiny_model(seed=9, head_dim=32)
+    other.generation_config.eos_token_id = [1, 9]
+    other.save_pretrained(tmp_path / "other")
+    toy.make_tokenizer().save_pretrained(tmp_path / "other")
+    other = str(tmp_path / "other")
+    for model in (student, other):
+        evaluate.main(config(tmp_path / f"alone-{Path(model).name}", [model], test_problems))
+    made, make_engine = [], evaluate.make_engine
+    monkeypatch.setattr(evaluate, "make_engine", lambda cfg, *a, **k: made.append(a[0]) or make_engine(cfg, *a, **k))
+    for number, models in enumerate(([student, other, teacher], [other, student])):
+        evaluate.main(config(tmp_path / str(number), models, test_problems))
+        for model in (student, other):
+            name = Path(model).name
+            together, alone = (tmp_path / where / name / "test.jsonl" for where in (str(number), f"alone-{name}"))
+            assert together.read_text() == alone.read_text()
+    assert made == [student, teacher, other]
+
+
 def test_samples_repeat_with_their_seed(student, test_problems, tmp_path):
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
         evaluate.main(config(tmp_path / name, [student], test_problems, seed=seed))
@@ -76,57 +97,12 @@ def test_samples_repeat_with_their_seed(student, test_problems, tmp_path):
     assert first == second != third
 
 
-def test_responses_made_elsewhere_are_graded(tmp_path, capsys):
-    rows = [
-        {"answer": "42", "response": "so it is \\boxed{42}", "source": "kept as it is"},
-        {"answer": "42", "response": "I think of 42, so \\boxed{41}"},
-        {"answer": "\\frac12", "response": "\\boxed{0.5}"},
-        {"answer": "7", "response": "7"},
-    ]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(evaluate.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
-    graded = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
-    assert [row.pop("correct") for row in graded] == [True, False, True, False] and graded == rows
-    assert "2 of 4 correct (50.0 %)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        (['{"answer": "1", "response": "a"}', "not json"], "line 2 of"),
-        (['{"answer": "1"}'], "line 1 of"),
-        (['{"answer": 1, "response": "a"}'], "must be text"),
-        (['{"answer": " ", "response": "a"}'], "the answer not empty"),
-        ([], "is empty"),
-    ],
-)
-def test_bad_response_files(tmp_path, lines, message):
-    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=message):
-        evaluate.main(evaluate.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
-    assert not (tmp_path / "out").exists()
-
-
 def test_bad_arguments(student, test_problems, tmp_path):
     for settings, message in [
-        (dict(models=()), "nothing to evaluate"),
+        (dict(models=()), "there is nothing to evaluate"),
         (dict(models=(student, student)), "one different name for each of the 2 --models"),
         (dict(models=("nowhere",)), "--models 'nowhere' is not a checkpoint directory"),
-        (dict(responses="nowhere.jsonl"), "--responses 'nowhere.jsonl' is not a file"),
-        (dict(merge=(str(tmp_path),)), "holds no results.json"),
         (dict(models=(student,), k=0), "--k 0"),
     ]:
         with pytest.raises(InputError, match=message):
             evaluate.main(evaluate.Config(out=str(tmp_path / "out"), **{"data": (test_problems,), **settings}))
-
-
-def test_reports_of_several_seeds_are_merged(tmp_path, capsys):
-    for seed, average in enumerate([0.2, 0.4, 0.6]):
-        directory = tmp_path / f"seed{seed}" / "report"
-        directory.mkdir(parents=True)
-        results = {"bridge": {"test": {"avg": average, "se": 0.01}}}
-        (directory / "results.json").write_text(json.dumps({"settings": {"k": 16}, "results": results}))
-    reports = tuple(str(tmp_path / f"seed{seed}" / "report") for seed in range(3))
-    evaluate.main(evaluate.Config(out=str(tmp_path / "all"), merge=reports))
-    table = (Path(tmp_path) / "all" / "table.md").read_text()
-    assert "| bridge | 40.0 ± 11.5 | 20.0 ± 1.0 | 40.0 ± 1.0 | 60.0 ± 1.0 |" in table and "seed2" in table

@@ -1,8 +1,8 @@
-"""The fused losses of kernels.py against float64: PyTorch path, Triton kernels (interpreted, or on a GPU), machine code.
+"""Compares the fused losses of kernels.py with float64: the PyTorch path, the Triton kernels and their machine code.
 
 Plain pytest runs this file twice: here with the PyTorch path (and on a GPU where there is one), and, from
-`test_triton_in_interpreter`, in a process of its own in which Triton was imported to interpret. `test_machine_code`
-compiles in a third.
+`test_triton_in_interpreter`, in a process of its own in which Triton was imported to interpret its kernels.
+`test_machine_code` compiles them in a third process.
 """
 
 import os
@@ -36,8 +36,15 @@ def only(where):
     return dict(backend=where["backend"])
 
 
+def targets(n, v, device, seed=1):
+    """Tokens (n,), two of them in the last column of the vocabulary, whose block or tile is not full."""
+    target = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(seed))
+    target[:1] = target[-1:] = v - 1
+    return target.to(device)
+
+
 def linear(n, v, d, dtype, device, seed=0, shift=0.0, scale=0.3):
-    """hidden (n, d + 1), weight (v, d + 1): logits of spread about scale * sqrt(d), all moved by `shift`."""
+    """hidden (n, d + 1), weight (v, d + 1): the logits spread by about scale * sqrt(d), all moved by `shift`."""
     g = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(n, d + 1, generator=g), torch.randn(v, d + 1, generator=g) * scale
     hidden[:, -1], weight[:, -1] = 1.0, shift
@@ -45,13 +52,14 @@ def linear(n, v, d, dtype, device, seed=0, shift=0.0, scale=0.3):
 
 
 def run(op, leaves, others, upstream, **kwargs):
-    """-> (first output, second output, gradient of each leaf), as float64; the inputs must survive unchanged."""
+    """-> every output and the gradient of the first for each leaf, as float64. The inputs must survive unchanged."""
     before = [x.detach().clone() for x in (*leaves, *others)]
-    first, second = op(*leaves, *others, **kwargs)
+    first, *rest = outputs = op(*leaves, *others, **kwargs)
+    assert not any(x.requires_grad for x in rest)
     grads = torch.autograd.grad((first * upstream.to(first)).sum(), leaves)
     assert all(torch.equal(a.nan_to_num(7e7), b.detach().nan_to_num(7e7)) for a, b in zip(before, (*leaves, *others)))
     assert all(g.dtype == x.dtype and g.shape == x.shape for g, x in zip(grads, leaves))
-    return [x.detach().double() for x in (first, second, *grads)]
+    return [x.detach().double() for x in (*outputs, *grads)]
 
 
 def as_double(tensors):
@@ -61,23 +69,24 @@ def as_double(tensors):
 def check(op, reference, leaves, others, upstream, where, shift=0.0, **kwargs):
     """Ours may not be further from float64 than the formulas in the dtype of the inputs are.
 
-    In fp32 both are down to the order of summation, so a few last bits are granted, of the logits if these were shifted.
-    The last column of the hidden states' gradient is then left out: shift * (sum of a row's gradient, 0) is noise alone.
+    In fp32 the two differ only in the order of summation, so a few last bits are granted, of the logits if these were
+    shifted. The last column of the hidden states' gradient is then left out: it is shift times the sum of a row of the
+    logits' gradient, which is 0, so that only rounding errors stand there.
     """
     ours = run(op, leaves, others, upstream, backend=where["backend"], **kwargs)
     naive = run(reference, leaves, others, upstream, **kwargs)
     truth = run(reference, as_double(leaves), as_double(others), upstream, **kwargs)
-    for name, x, y, z in zip(("output 1", "output 2", "gradient 1", "gradient 2"), ours, naive, truth):
-        if shift and name == "gradient 1" and len(leaves) == 2:
+    outputs = K.TokenKL._fields if op is K.fused_linear_kl else ("logprob", "entropy")
+    for name, x, y, z in zip((*outputs, "d hidden", "d weight"), ours, naive, truth, strict=True):
+        if shift and name == "d hidden":
             x, y, z = x[:, :-1], y[:, :-1], z[:, :-1]
         mine, theirs, size = (x - z).norm().item(), (y - z).norm().item(), z.norm().item()
         bits = 0.0 if leaves[0].dtype == torch.bfloat16 else EPS * (4 + abs(shift) / 8)
         assert mine <= theirs + bits * size + 1e-30, f"{name}: error {mine:.3g}, naive {theirs:.3g}, norm {size:.3g}"
 
 
-KL, LOGPROB = (K.fused_linear_kl, K.fused_linear_kl_reference), (K.fused_linear_logprob, K.fused_linear_logprob_reference)
-LOGITS_KL, LOGITS_LOGPROB = ((K.kl_from_logits, K.kl_from_logits_reference),
-                             (K.logprob_from_logits, K.logprob_from_logits_reference))
+KL = K.fused_linear_kl, K.fused_linear_kl_reference
+LOGPROB = K.fused_linear_logprob, K.fused_linear_logprob_reference
 SHAPES = [(1, 1100, 40), (17, 1100, 48), (65, 257, 63), (64, 512, 127), (3, 4099, 20)]  # N, V, D - 1
 
 
@@ -88,10 +97,8 @@ SHAPES = [(1, 1100, 40), (17, 1100, 48), (65, 257, 63), (64, 512, 127), (3, 4099
 def test_logprob(where, shape, dtype):
     n, v, d = shape
     leaves = linear(n, v, d, dtype, where["device"])
-    target = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(1)).to(where["device"])
-    target[-1], target[0] = v - 1, v - 1  # the last column, in a tile that is not full
     upstream = torch.linspace(-2, 3, n, device=where["device"]) / n
-    check(*LOGPROB, leaves, [target], upstream, where)
+    check(*LOGPROB, leaves, [targets(n, v, where["device"])], upstream, where)
 
 
 @pytest.mark.parametrize("temperature, shift", [(0.5, 0.0), (2.0, 0.0), (1.0, -20.0), (1.0, 80.0)])
@@ -100,9 +107,6 @@ def test_logprob_temperature_and_shift(where, temperature, shift):
     target = torch.arange(9, device=where["device"]) * 137
     upstream = torch.linspace(-2, 3, 9, device=where["device"])
     check(*LOGPROB, leaves, [target], upstream, where, temperature=temperature, shift=shift)
-    logits = torch.randn(9, 5001, generator=torch.Generator().manual_seed(3)) * 3 + shift  # several blocks a row
-    logits = logits.to(where["device"]).requires_grad_()
-    check(*LOGITS_LOGPROB, [logits], [target], upstream, where, temperature=temperature, shift=shift)
 
 
 def test_logprob_rows_without_gradient_cannot_poison(where):
@@ -135,20 +139,18 @@ def test_kl(where, shape, dtype, direction):
     n, v, d = shape
     leaves = linear(n, v, d, dtype, where["device"])
     teacher = [x.detach() for x in linear(n, v, 24, dtype, where["device"], seed=5)]
-    weights = torch.linspace(0.1, 2, n, device=where["device"])
-    check(*KL, leaves, teacher, torch.tensor(0.7), where, direction=direction, token_weight=weights)
+    others = [*teacher, targets(n, v, where["device"])]
+    check(*KL, leaves, others, torch.tensor(0.7), where, direction=direction)
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("temperature, shift, teacher_shift", [
     (0.5, 0, 0), (2.0, 0, 0), (1.0, -20, -20), (1.0, 80, 80), (1.0, 80, 0), (1.0, 0, -20)])
 def test_kl_temperature_and_shift(where, direction, temperature, shift, teacher_shift):
-    leaves = linear(9, 1100, 40, torch.float32, where["device"], shift=shift)
-    teacher = [x.detach() for x in linear(9, 1100, 24, torch.float32, where["device"], seed=5, shift=teacher_shift)]
-    kwargs = dict(direction=direction, temperature=temperature)
-    check(*KL, leaves, teacher, torch.tensor(0.7), where, shift=shift, **kwargs)
-    student_logits, teacher_logits = ((h @ w.T).detach() for h, w in (leaves, teacher))
-    check(*LOGITS_KL, [student_logits.requires_grad_()], [teacher_logits], torch.tensor(0.7), where, **kwargs)
+    leaves = linear(9, 5001, 40, torch.float32, where["device"], shift=shift)  # several blocks a row
+    teacher = [x.detach() for x in linear(9, 5001, 24, torch.float32, where["device"], seed=5, shift=teacher_shift)]
+    check(*KL, leaves, [*teacher, targets(9, 5001, where["device"])], torch.tensor(0.7), where, shift=shift,
+          direction=direction, temperature=temperature)
 
 
 @pytest.mark.parametrize("noise", [0.12, 0.024, 0.0076])  # KL about 1e-1, 4e-3, 4e-4
@@ -158,74 +160,60 @@ def test_kl_gradient_error_when_models_are_close(where, direction, noise):
     hidden, weight = linear(16, 1100, 64, torch.bfloat16, where["device"])
     moved = weight.detach().float()
     moved = (moved + noise * torch.randn(moved.shape, generator=torch.Generator().manual_seed(2)).to(moved)).bfloat16()
-    args, upstream = ([hidden, weight], [hidden.detach(), moved]), torch.tensor(1.0)
+    args = [hidden, weight], [hidden.detach(), moved, targets(16, 1100, where["device"])]
+    upstream = torch.tensor(1.0)
     ours = run(K.fused_linear_kl, *args, upstream, direction=direction, **only(where))
     truth = run(K.fused_linear_kl_reference, *map(as_double, args), upstream, direction=direction)
     assert 0.3 < truth[1].mean().item() / (0.42 * (noise / 0.1) ** 2 * 0.64) < 3  # the case is what it says
-    for x, y in zip(ours[2:], truth[2:]):
+    for x, y in zip(ours[-2:], truth[-2:]):
         assert (x - y).norm() <= 0.003 * y.norm()
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_kl_of_a_model_with_itself_is_zero(where, direction):
     hidden, weight = linear(20, 1100, 40, torch.float32, where["device"], shift=80.0)
-    loss, kl = K.fused_linear_kl(hidden, weight, hidden.detach().clone(), weight.detach().clone(), direction,
-                                 **only(where))
-    grads = torch.autograd.grad(loss, (hidden, weight))
-    assert kl.abs().max() == 0 and not any(g.any() for g in grads)
+    target = targets(20, 1100, where["device"])
+    same = K.fused_linear_kl(hidden, weight, hidden.detach().clone(), weight.detach().clone(), target, direction,
+                             **only(where))
+    grads = torch.autograd.grad(same.loss, (hidden, weight))
+    assert same.kl.abs().max() == 0 and not any(g.any() for g in grads)
+    assert torch.equal(same.logprobs, same.teacher_logprobs)
     nudged = (hidden.detach() + 1e-5 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden))
-    _, kl = K.fused_linear_kl(hidden, weight, nudged, weight.detach(), direction, **only(where))
+    kl = K.fused_linear_kl(hidden, weight, nudged, weight.detach(), target, direction, **only(where)).kl
     assert kl.min() > -2e-5  # rounding of logits near 80
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_padding_of_vocabulary_and_tokens_is_ignored(where, direction):
-    """Rows past vocab_size and tokens of weight 0 hold NaN: they may reach nothing, in value or in gradient."""
-    nan = float("nan")
+def test_padding_of_vocabulary_is_ignored(where, direction):
+    """Rows past vocab_size hold NaN: they may reach nothing, in value or in gradient."""
     hidden, weight = linear(40, 300, 16, torch.float32, where["device"])
     teacher_hidden, teacher_weight = (x.detach() for x in linear(40, 300, 24, torch.float32, where["device"], seed=5))
-    live = torch.arange(40, device=where["device"]) % 3 > 0
-    weights = live * torch.linspace(0.5, 1, 40, device=where["device"])
-    want = run(K.fused_linear_kl_reference, [hidden, weight], [teacher_hidden, teacher_weight], torch.tensor(2.0),
-               direction=direction, token_weight=weights)
-    spoil = lambda x: torch.where(live[:, None], x.detach(), nan)
-    pad = lambda x, rows: torch.cat((x.detach(), x.new_full((rows, x.shape[1]), nan)))
-    leaves = [spoil(hidden).requires_grad_(), pad(weight, 20).requires_grad_()]
-    got = run(K.fused_linear_kl, leaves, [spoil(teacher_hidden), pad(teacher_weight, 84)], torch.tensor(2.0),
-              direction=direction, token_weight=weights, vocab_size=300, **only(where))
-    assert torch.allclose(got[0], want[0], rtol=1e-5) and torch.allclose(got[1], want[1] * live, atol=1e-5)
-    assert torch.allclose(got[2], want[2], atol=1e-5) and torch.allclose(got[3][:300], want[3], atol=1e-5)
-    assert not got[2][~live].any() and not got[3][300:].any()
-
-    student_logits, teacher_logits = spoil(hidden) @ weight.detach().T, spoil(teacher_hidden) @ teacher_weight.T
-    loss, kl = K.kl_from_logits(student_logits.requires_grad_(), teacher_logits, direction, 1.0, weights, **only(where))
-    assert torch.allclose(kl.double(), got[1], atol=1e-5)
-    grad, = torch.autograd.grad(loss, student_logits)
-    assert grad.isfinite().all() and not grad[~live].any()
-
-    target = torch.arange(40, device=where["device"])
-    logprob = K.fused_linear_logprob(hidden, leaves[1], target, vocab_size=300, **only(where))[0]
-    assert torch.allclose(logprob, K.fused_linear_logprob_reference(hidden, weight, target)[0], atol=1e-5)
-    assert not torch.autograd.grad(logprob.sum(), leaves[1])[0][300:].any()
+    target = targets(40, 300, where["device"])
+    pad = lambda x, rows: torch.cat((x.detach(), x.new_full((rows, x.shape[1]), float("nan"))))
+    padded = pad(weight, 20).requires_grad_()
+    others, padded_others = [teacher_hidden, teacher_weight, target], [teacher_hidden, pad(teacher_weight, 84), target]
+    upstream = torch.linspace(-1, 1, 40, device=where["device"])
+    for (op, reference), args, padded_args, kwargs in (
+            (KL, others, padded_others, dict(direction=direction)), (LOGPROB, [target], [target], {})):
+        want = run(reference, [hidden, weight], args, upstream, **kwargs)
+        got = run(op, [hidden, padded], padded_args, upstream, vocab_size=300, **kwargs, **only(where))
+        assert not got[-1][300:].any()
+        got[-1] = got[-1][:300]
+        assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("n, weights", [(0, None), (5, torch.zeros(5))], ids=["no tokens", "all tokens masked"])
-def test_nothing_to_do_gives_zero_gradients(where, n, weights):
+@pytest.mark.parametrize("n", [0, 5])
+def test_nothing_to_do_gives_zero_gradients(where, n):
+    """There are no tokens, or none has an upstream gradient."""
     hidden, weight = linear(n, 130, 16, torch.float32, where["device"])
-    weights = weights if weights is None else weights.to(where["device"])
-    teacher = hidden.detach() * float("nan"), weight.detach()
-    loss, kl = K.fused_linear_kl(hidden, weight, *teacher, token_weight=weights, **only(where))
-    assert loss.item() == 0 and kl.shape == (n,) and not kl.any()
-    grads = torch.autograd.grad(loss, (hidden, weight))
-    assert not any(g.any() for g in grads)
-    logits = torch.randn(n, 130, device=where["device"], requires_grad=True)
-    loss, kl = K.kl_from_logits(logits, logits.detach() * float("nan"), token_weight=weights, **only(where))
-    assert loss.item() == 0 and not kl.any() and not torch.autograd.grad(loss, logits)[0].any()
-    target = torch.zeros(n, dtype=torch.int64, device=where["device"])
-    for leaves, op in (((hidden, weight), K.fused_linear_logprob), ((logits,), K.logprob_from_logits)):
-        logprob, entropy = op(*leaves, target, **only(where))
-        assert logprob.shape == entropy.shape == (n,)
-        assert not any(g.any() for g in torch.autograd.grad((logprob * 0).sum(), leaves))
+    target = targets(n, 130, where["device"])
+    logprob, entropy = K.fused_linear_logprob(hidden, weight, target, **only(where))
+    assert logprob.shape == entropy.shape == (n,)
+    assert not any(g.any() for g in torch.autograd.grad((logprob * 0).sum(), (hidden, weight)))
+    teacher = hidden.detach() * 2, weight.detach()
+    loss, *per_token = K.fused_linear_kl(hidden, weight, *teacher, target, **only(where))
+    assert loss.shape == () and all(x.shape == (n,) for x in per_token) and (loss == 0).item() == (n == 0)
+    assert not any(g.any() for g in torch.autograd.grad(loss * 0, (hidden, weight)))
 
 
 # Both.
@@ -234,12 +222,13 @@ def test_pieces_do_not_change_the_result(where, monkeypatch):
     hidden, weight = linear(90, 300, 16, torch.float32, where["device"])
     teacher = [x.detach() for x in linear(90, 300, 24, torch.float32, where["device"], seed=5)]
     target = torch.arange(90, device=where["device"]) * 3
+    others = [*teacher, target]
     upstream = torch.linspace(-1, 1, 90, device=where["device"])
     results = []
     for budget in (1 << 30, 1 << 15):
         monkeypatch.setattr(K, "CPU_LOGIT_BYTES", budget)
         monkeypatch.setattr(K, "GPU_LOGIT_BYTES", budget)
-        results.append(run(K.fused_linear_kl, [hidden, weight], teacher, torch.tensor(1.0), **only(where))
+        results.append(run(K.fused_linear_kl, [hidden, weight], others, torch.tensor(1.0), **only(where))
                        + run(K.fused_linear_logprob, [hidden, weight], [target], upstream, **only(where)))
     for whole, parts in zip(*results):
         assert torch.allclose(whole, parts, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
@@ -250,79 +239,118 @@ def test_repeats_bit_for_bit_and_graph_can_be_walked_twice(where):
     teacher = [x.detach() for x in linear(30, 300, 24, torch.float32, where["device"], seed=5)]
     target = torch.arange(30, device=where["device"])
     one = torch.ones((), device=where["device"])
-    first, again = [[*run(K.fused_linear_kl, [hidden, weight], teacher, one, **only(where)),
+    others = [*teacher, target]
+    first, again = [[*run(K.fused_linear_kl, [hidden, weight], others, one, **only(where)),
                      *run(K.fused_linear_logprob, [hidden, weight], [target], one, **only(where))] for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(first, again))
-    loss, _ = K.fused_linear_kl(hidden, weight, *teacher, **only(where))
+    loss = K.fused_linear_kl(hidden, weight, *others, **only(where)).loss
     once, twice = (torch.autograd.grad(loss * 3, weight, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(once, twice) and torch.allclose(once.double(), 3 * first[3], rtol=1e-6)
+    assert torch.equal(once, twice) and torch.allclose(once.double(), 3 * first[6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_outputs_are_the_same_without_a_gradient(where, direction):
+    """And the KL's agree with those of the log-probability, which takes another route to them."""
+    hidden, weight = linear(30, 300, 16, torch.float32, where["device"])
+    teacher = [x.detach() for x in linear(30, 300, 24, torch.float32, where["device"], seed=5)]
+    target = targets(30, 300, where["device"])
+    with_graph = K.fused_linear_kl(hidden, weight, *teacher, target, direction, **only(where))
+    with torch.no_grad():
+        without = K.fused_linear_kl(hidden, weight, *teacher, target, direction, **only(where))
+        logprob, entropy = K.fused_linear_logprob(hidden, weight, target, **only(where))
+        teacher_logprob, _ = K.fused_linear_logprob(*teacher, target, **only(where))
+    assert isinstance(with_graph, K.TokenKL) and isinstance(without, K.TokenKL)
+    assert with_graph.loss.requires_grad and not any(x.requires_grad for x in (*with_graph[1:], *without))
+    assert all(torch.equal(x, y) for x, y in zip(with_graph, without))
+    for x, y in ((without.entropy, entropy), (without.logprobs, logprob), (without.teacher_logprobs, teacher_logprob)):
+        assert torch.allclose(x, y, atol=1e-5)
 
 
 def test_no_gradient_is_computed_that_nobody_asked_for(where, monkeypatch):
     hidden, weight = linear(8, 130, 16, torch.float32, where["device"])
     target = torch.arange(8, device=where["device"])
-    loss, _ = K.fused_linear_kl(hidden, weight.detach(), hidden.detach(), weight.detach() * 2, **only(where))
-    assert loss.grad_fn.saved_tensors[1] is None  # a frozen head: no dW
+    teacher = hidden.detach(), weight.detach() * 2
+    loss = K.fused_linear_kl(hidden, weight.detach(), *teacher, target, **only(where)).loss
+    assert loss.grad_fn.saved_tensors[1] is None  # The head is frozen, so there is no dW.
     assert torch.autograd.grad(loss, hidden)[0].any()
+    loss = K.fused_linear_kl(hidden.detach(), weight, *teacher, target, **only(where)).loss
+    assert loss.grad_fn.saved_tensors[0] is None  # The hidden states are constants, so there is no dH.
+    assert torch.autograd.grad(loss, weight)[0].any()
+    teacher = [x.requires_grad_() for x in teacher]
+    loss = K.fused_linear_kl(hidden.detach(), weight.detach(), *teacher, target, **only(where)).loss
+    assert not loss.requires_grad
 
     def forbidden(*args):
         raise AssertionError("an autograd.Function ran under no_grad")
-    for function in (K._FusedLinearLogprob, K._LogprobFromLogits, K._GradientInForward):
+    for function in (K._FusedLinearLogprob, K._FusedLinearKL):
         monkeypatch.setattr(function, "forward", forbidden)
     with torch.no_grad():
-        K.fused_linear_kl(hidden, weight, hidden, weight, **only(where))
+        K.fused_linear_kl(hidden, weight, hidden, weight, target, **only(where))
         K.fused_linear_logprob(hidden, weight, target, **only(where))
-        K.kl_from_logits(hidden, hidden, **only(where))
-        K.logprob_from_logits(hidden, target, **only(where))
 
 
 def test_teacher_in_another_precision(where):
     leaves = linear(9, 300, 16, torch.float32, where["device"])
     teacher = [x.detach() for x in linear(9, 300, 24, torch.bfloat16, where["device"], seed=5)]
-    got = run(K.fused_linear_kl, leaves, teacher, torch.tensor(1.0), **only(where))
-    want = run(K.fused_linear_kl_reference, as_double(leaves), as_double(teacher), torch.tensor(1.0))
+    others = [*teacher, targets(9, 300, where["device"])]
+    got = run(K.fused_linear_kl, leaves, others, torch.tensor(1.0), **only(where))
+    want = run(K.fused_linear_kl_reference, as_double(leaves), as_double(others), torch.tensor(1.0))
     assert all(torch.allclose(x, y, atol=1e-4, rtol=1e-4) for x, y in zip(got, want))
 
 
 def test_transposed_and_sliced_inputs(where):
-    """Rows that are not contiguous, hidden states cut from a longer sequence, a weight with padded columns."""
+    """Rows and targets are not contiguous, hidden states cut from a longer sequence, a weight has padded columns."""
     hidden, weight = (x.detach() for x in linear(20, 130, 15, torch.float32, where["device"]))
-    target = torch.arange(20, device=where["device"])
+    target = torch.arange(40, device=where["device"])[::2]
     wide = torch.cat((weight, weight), 1)[:, :16]
     want = K.fused_linear_logprob_reference(hidden, weight, target)[0]
     for h, w in ((hidden.T.contiguous().T, wide), (torch.cat((hidden, hidden))[20:], weight.T.contiguous().T)):
         assert torch.allclose(K.fused_linear_logprob(h, w, target, **only(where))[0], want, atol=1e-5)
-        loss, _ = K.fused_linear_kl(h.clone().requires_grad_(), w, h, w, **only(where))
-        assert loss.item() == 0
-    logits = (hidden @ weight.T).T.contiguous().T.requires_grad_()
-    assert torch.allclose(K.logprob_from_logits(logits, target, **only(where))[0], want, atol=1e-5)
+        same = K.fused_linear_kl(h.clone().requires_grad_(), w, h, w, target, **only(where))
+        assert same.loss.item() == 0 and torch.allclose(same.teacher_logprobs, want, atol=1e-5)
 
 
 @pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
 @pytest.mark.parametrize("reverse", [True, False])
 def test_bf16_gradient_over_fp32_logits(reverse):
-    """The gradient written in place, half as wide, over rows that span several blocks, is that of logits kept apart."""
+    """Written in place, half as wide, over rows of several blocks, it is that of logits kept apart, as is the rest."""
     student, teacher = torch.randn(2, 3, 5001)
-    weights = torch.tensor([1.0, 0.0, 2.0])
-    kl, kl_in_place, grad = torch.empty(3), torch.empty(3), torch.empty(3, 5001)
-    K._launch_kl_rows(student, teacher, weights, kl, grad, reverse, 0.7)
-    in_place = K._grad_space(student, torch.bfloat16)
-    K._launch_kl_rows(student, teacher, weights, kl_in_place, in_place, reverse, 0.7)
-    assert torch.equal(kl, kl_in_place)
-    assert ((in_place.float() - grad).abs() <= grad.abs() / 128).all()  # the interpreter truncates to bf16
+    target = torch.tensor([1, 5000, 2600])
+    apart, in_place, grad = torch.empty(4, 3), torch.empty(4, 3), torch.empty(3, 5001)
+    K._launch_kl_rows(student, teacher, target, apart, grad, reverse, 0.7)
+    over_logits = K._grad_space(student, torch.bfloat16)
+    K._launch_kl_rows(student, teacher, target, in_place, over_logits, reverse, 0.7)
+    assert torch.equal(apart, in_place)
+    assert ((over_logits.float() - grad).abs() <= grad.abs() / 128).all()  # the interpreter truncates to bf16
 
 
 @pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
-def test_rows_beyond_two_gigabytes():
+@pytest.mark.parametrize("reverse", [True, False])
+def test_rows_beyond_two_gigabytes(reverse):
     """Row 2 starts at element 2**31 + 128, past what an int32 reaches. The memory in between is never touched."""
     stride, v = 2 ** 30 + 64, 300
-    logits = torch.empty(2 * stride + v, dtype=torch.bfloat16).as_strided((3, v), (stride, 1))
-    logits.copy_(torch.randn(3, v))
-    target = torch.tensor([0, 150, 299])
-    want = K.logprob_from_logits_reference(logits, target)
-    got = K.logprob_from_logits(logits, target, backend="triton")
-    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(got, want))
-    assert K.kl_from_logits(logits, logits, backend="triton")[1].abs().max() == 0
+    space = lambda: torch.empty(2 * stride + v, dtype=torch.bfloat16).as_strided((3, v), (stride, 1))
+    student, teacher, grad, target = space(), space(), space(), torch.tensor([0, 150, 299])
+    student.copy_(torch.randn(3, v))
+    teacher.copy_(torch.randn(3, v))
+    near, far, near_grad = torch.empty(4, 3), torch.empty(4, 3), torch.empty(3, v, dtype=torch.bfloat16)
+    K._launch_kl_rows(student.clone().contiguous(), teacher.clone().contiguous(), target, near, near_grad, reverse, 1.0)
+    K._launch_kl_rows(student, teacher, target, far, grad, reverse, 1.0)
+    assert torch.equal(near, far) and torch.equal(near_grad, grad) and near.isfinite().all()
+
+
+@pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
+@pytest.mark.parametrize("reverse", [True, False])
+def test_target_outside_the_vocabulary_spoils_only_its_own_log_probabilities(reverse):
+    student, teacher = torch.randn(2, 3, 300)
+    (good, good_grad), (bad, bad_grad) = [(torch.empty(4, 3), torch.empty(3, 300)) for _ in range(2)]
+    K._launch_kl_rows(student, teacher, torch.tensor([7, 0, 299]), good, good_grad, reverse, 1.0)
+    K._launch_kl_rows(student, teacher, torch.tensor([7, -1, 300]), bad, bad_grad, reverse, 1.0)
+    assert torch.equal(good[:2], bad[:2]) and torch.equal(good[:, 0], bad[:, 0]) and torch.equal(good_grad, bad_grad)
+    assert bad[2:, 1:].isnan().all()
+    hidden, weight = (x.detach() for x in linear(3, 300, 16, torch.float32, "cpu"))
+    logprob = K._logprob_tiles(hidden, weight, torch.tensor([7, -1, 300]), 1.0, K.FP32_TILE)[0]
+    assert logprob.isnan().tolist() == [False, True, True]
 
 
 # The PyTorch path alone.
@@ -332,14 +360,10 @@ def test_rows_beyond_two_gigabytes():
 def test_gradcheck(direction):
     hidden, weight = (x.detach().requires_grad_() for x in linear(5, 11, 3, torch.float64, "cpu"))
     teacher = [x.detach() for x in linear(5, 13, 4, torch.float64, "cpu", seed=5)]
-    weights, target = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0]).double(), torch.tensor([0, 3, 9, 1, 2])
-    logits, teacher_logits = torch.randn(2, 5, 11, dtype=torch.float64).unbind()
-    logits.requires_grad_()
+    target = torch.tensor([0, 3, 9, 1, 2])
     gradcheck = torch.autograd.gradcheck
-    assert gradcheck(lambda h, w: K.fused_linear_kl(h, w, *teacher, direction, 0.7, weights, 10)[0], (hidden, weight))
+    assert gradcheck(lambda h, w: K.fused_linear_kl(h, w, *teacher, target, direction, 0.7, 10).loss, (hidden, weight))
     assert gradcheck(lambda h, w: K.fused_linear_logprob(h, w, target, 0.7, 10)[0], (hidden, weight))
-    assert gradcheck(lambda x: K.kl_from_logits(x, teacher_logits, direction, 0.7, weights)[0], logits)
-    assert gradcheck(lambda x: K.logprob_from_logits(x, target, 0.7)[0], logits)
 
 
 @only_here
@@ -352,33 +376,36 @@ def test_any_shape_equals_the_formulas(n, v, d, direction, temperature, padding,
     weights = torch.tensor([random.choice([0.0, 1.0, 0.25]) for _ in range(n)], dtype=torch.float64)
     target = torch.tensor([random.randrange(v) for _ in range(n)], dtype=torch.int64)
     kwargs = dict(temperature=temperature, vocab_size=v)
-    kl = dict(kwargs, direction=direction, token_weight=weights)
+    others, kl, upstream = [*teacher, target], dict(kwargs, direction=direction), torch.tensor(0.3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(K, "CPU_LOGIT_BYTES", budget)
-        got = [*run(K.fused_linear_kl, [hidden, weight], teacher, torch.tensor(0.3), **kl),
+        got = [*run(K.fused_linear_kl, [hidden, weight], others, upstream, **kl),
                *run(K.fused_linear_logprob, [hidden, weight], [target], weights, **kwargs)]
-    want = [*run(K.fused_linear_kl_reference, [hidden, weight], teacher, torch.tensor(0.3), **kl),
+    want = [*run(K.fused_linear_kl_reference, [hidden, weight], others, upstream, **kl),
             *run(K.fused_linear_logprob_reference, [hidden, weight], [target], weights, **kwargs)]
-    want[1] = want[1] * (weights != 0)
-    assert all(torch.allclose(x, y, atol=1e-11) for x, y in zip(got, want))
+    assert all(torch.allclose(x, y, atol=1e-11) for x, y in zip(got, want, strict=True))
 
 
 @only_here
 @pytest.mark.parametrize("message, call", [
     ("temperature is 0", lambda h, w, y: K.fused_linear_logprob(h, w, y, temperature=0)),
     ("target_ids spans -100", lambda h, w, y: K.fused_linear_logprob(h, w, y - 100)),
-    ("target_ids is .*int32", lambda h, w, y: K.logprob_from_logits(h, y.int())),
+    ("target_ids is .*int32", lambda h, w, y: K.fused_linear_logprob(h, w, y.int())),
     ("vocab_size is 8", lambda h, w, y: K.fused_linear_logprob(h, w, y, vocab_size=8)),
     ("weight is", lambda h, w, y: K.fused_linear_logprob(h, w.double(), y)),
     ("hidden is .*float16", lambda h, w, y: K.fused_linear_logprob(h.half(), w.half(), y)),
-    ("logits is", lambda h, w, y: K.logprob_from_logits(h[None], y)),
-    ("direction is 'both'", lambda h, w, y: K.fused_linear_kl(h, w, h, w, "both")),
-    ("pass vocab_size", lambda h, w, y: K.fused_linear_kl(h, w, h, w[:5])),
-    ("teacher_hidden is", lambda h, w, y: K.fused_linear_kl(h, w, h[:1], w)),
-    ("teacher_logits is", lambda h, w, y: K.kl_from_logits(h, w)),
-    ("token_weight is", lambda h, w, y: K.kl_from_logits(h, h, token_weight=torch.ones(3))),
-    ("backend is 'cuda'", lambda h, w, y: K.kl_from_logits(h, h, backend="cuda")),
-    ('backend is "triton"', lambda h, w, y: K.kl_from_logits(h, h, backend="triton")),
+    ("hidden is", lambda h, w, y: K.fused_linear_logprob(h[None], w, y)),
+    ("direction is 'both'", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, "both")),
+    ("pass vocab_size", lambda h, w, y: K.fused_linear_kl(h, w, h, w[:5], y)),
+    ("teacher_hidden is", lambda h, w, y: K.fused_linear_kl(h, w, h[:1], w, y)),
+    ("teacher_hidden is .*float64", lambda h, w, y: K.fused_linear_kl(h, w, h.double(), w.double(), y)),
+    ("teacher_weight is", lambda h, w, y: K.fused_linear_kl(h, w, h, w[:, :2], y)),
+    ("temperature is inf", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, temperature=float("inf"))),
+    (r"target_ids is \(3,\)", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y[:3])),
+    ("target_ids spans 4..7", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y + 4)),
+    ("target_ids spans 2..5", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y + 2, vocab_size=5)),
+    ("backend is 'cuda'", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, backend="cuda")),
+    ('backend is "triton"', lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, backend="triton")),
 ])
 def test_bad_arguments_are_named(message, call):
     with pytest.raises(ValueError, match=message):
@@ -407,10 +434,10 @@ def test_machine_code():
 @only_here
 def test_works_without_triton():
     python("-c", "import sys; sys.modules['triton'] = None\nimport torch, kernels\nassert not kernels.INTERPRETED\n"
-           "kernels.fused_linear_kl(*[torch.randn(4, 4, requires_grad=True)] * 4)[0].backward()")
+           "kernels.fused_linear_kl(*[torch.randn(4, 4, requires_grad=True)] * 4, torch.arange(4)).loss.backward()")
 
 
 @only_here
 def test_cpu_memory():
-    """Peak extra memory at most 0.3x that of the formulas (T=512, D=256, V=32000); the benchmark prints the time too."""
+    """Peak extra memory is at most 0.3x that of the formulas (T=512, D=256, V=32000). The time is printed too."""
     print(python("-m", "tests.bench_kernels", "--cpu", "--assert-memory"))

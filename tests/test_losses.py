@@ -9,12 +9,12 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+import common
 import fkl_warmup
 import opd
-import records
 import teacher_grpo
-from common import Policy
-from records import Problem, Rollout
+from common import Problem, Rollout
+from lib.policy import Policy
 
 CPU = torch.device("cpu")
 
@@ -71,17 +71,18 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
             p = naive_logits(teacher.model, rollout).log_softmax(-1).detach()  # pi_T
             expected = expected + ((p.exp() * (p - q)).sum() if direction == "forward" else (q.exp() * (q - p)).sum())
     loss = 0.0
-    for batch in records.make_batches(rollouts, micro_batch_tokens, CPU):
+    for batch in common.make_batches(rollouts, micro_batch_tokens, CPU):
         before = copy.deepcopy(batch)
         if direction == "forward":
-            loss = loss + fkl_warmup.forward_kl_loss(student, teacher, batch)
+            kl = fkl_warmup.forward_kl_loss(student, teacher, batch, 26)
         else:
-            total, kl = opd.reverse_kl_loss(student, teacher, batch)
-            torch.testing.assert_close(kl.sum(), total.detach())
-            assert (kl > -1e-12).all() and not kl.requires_grad
-            loss = loss + total
+            kl = opd.exact_kl_loss(student, teacher, batch, 26)
+        torch.testing.assert_close(kl.kl.sum(), kl.loss.detach())
+        assert (kl.kl > -1e-12).all() and not kl.kl.requires_grad
+        loss = loss + kl.loss
         for name, value in vars(batch).items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(before, name)))
+            if value is not None:
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(before, name)))
     assert_same_gradients(student, loss, expected)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -94,12 +95,12 @@ def test_sft_loss_is_cross_entropy_on_response_tokens(micro_batch_tokens):
         for r in rollouts
         if r.response_ids
     )
-    batches = records.make_batches(rollouts, micro_batch_tokens, CPU)
+    batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
     assert_same_gradients(student, sum(fkl_warmup.sft_loss(student, batch) for batch in batches), expected)
 
 
 def test_sampled_estimator_has_the_exact_gradient_on_average():
-    """Summing the one-sample gradient over every next token, weighted by its probability, gives Eq. 4's gradient."""
+    """Summing the one-sample gradient over every next token, weighted by its probability, gives the gradient of L_R."""
     student, teacher = double_policy(seed=1), double_policy(seed=2)
     prompt = [2, 5, 9, 3]
     vocabulary = student.model.config.vocab_size
@@ -109,13 +110,13 @@ def test_sampled_estimator_has_the_exact_gradient_on_average():
     total = None
     for token in range(vocabulary):
         rollout = Rollout(problem, 0, prompt, [token], [logprobs[token].item()], "stop", "")
-        [batch] = records.make_batches([rollout], 100, CPU)
+        [batch] = common.make_batches([rollout], 100, CPU)
         batch.sampler_logprobs = logprobs[token : token + 1]  # in float64, so that the weights are exactly 1
-        loss, _ = opd.sampled_kl_loss(student, teacher, batch, importance_cap=2.0)
+        loss = opd.sampled_kl_loss(student, teacher, batch, 26, importance_cap=2.0).loss
         weighted = [logprobs[token].exp() * gradient for gradient in gradients(student, loss)]
         total = weighted if total is None else [a + b for a, b in zip(total, weighted)]
-    [batch] = records.make_batches([Rollout(problem, 0, prompt, [7], [0.0], "stop", "")], 100, CPU)
-    exact = gradients(student, opd.reverse_kl_loss(student, teacher, batch)[0])
+    [batch] = common.make_batches([Rollout(problem, 0, prompt, [7], [0.0], "stop", "")], 100, CPU)
+    exact = gradients(student, opd.exact_kl_loss(student, teacher, batch, 26).loss)
     for ours, theirs in zip(total, exact):  # the model's norms compute in float32
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
@@ -175,7 +176,7 @@ def test_k3_is_unbiased_and_never_negative():
 
 
 def grpo_config(**settings) -> teacher_grpo.Config:
-    return teacher_grpo.Config(model="", data="", out="", group_size=2, **settings)
+    return teacher_grpo.Config(model="", data="", out="", rollouts_per_prompt=2, **settings)
 
 
 def updated(rollouts, advantages, reference=True, **settings):
@@ -183,7 +184,9 @@ def updated(rollouts, advantages, reference=True, **settings):
     policy = double_policy(seed=1)
     optimizer = torch.optim.SGD(policy.parameters())
     other = double_policy(seed=3) if reference else None
-    metrics = teacher_grpo.update(policy, other, optimizer, rollouts, advantages, 0.1, grpo_config(**settings))
+    for rollout, advantage in zip(rollouts, advantages.tolist()):
+        rollout.advantage = advantage
+    metrics = teacher_grpo.update(policy, other, optimizer, rollouts, 0.1, grpo_config(**settings))
     return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]), metrics
 
 
@@ -257,10 +260,10 @@ def test_groups_without_spread_move_nothing_but_the_kl():
 def test_token_counts_and_layout():
     rollouts = make_rollouts(9, group=3)
     for micro_batch_tokens in SPLITS:
-        batches = records.make_batches(rollouts, micro_batch_tokens, CPU)
+        batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
         seen = sorted(index for batch in batches for index in set(batch.rollout_index.tolist()))
         assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
-        assert sum(len(batch.targets) for batch in batches) == records.count_tokens(rollouts)
+        assert sum(len(batch.targets) for batch in batches) == common.count_tokens(rollouts)
         for batch in batches:
             assert len(batch.lengths) == 1 or batch.input_ids.numel() <= micro_batch_tokens
             assert int(batch.response_mask.sum()) == len(batch.targets) == len(batch.sampler_logprobs)

@@ -7,9 +7,10 @@ from test_losses import make_rollouts, naive_logits
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import common
-import records
-from common import InputError, Policy
+import lib.policy
+from common import InputError
 from kernels import fused_linear_logprob
+from lib.policy import Policy
 
 CPU = torch.device("cpu")
 SLIDING = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=3)
@@ -28,7 +29,7 @@ def one_by_one(model, rollouts):
 
 def in_batches(policy, rollouts, max_tokens):
     pieces = [None] * len(rollouts)
-    for batch in records.make_batches(rollouts, max_tokens, CPU):
+    for batch in common.make_batches(rollouts, max_tokens, CPU):
         head = lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets)
         logprobs, _ = policy(batch, head)
         for index in batch.rollout_index.unique().tolist():
@@ -53,7 +54,7 @@ def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, scale,
 
 
 def gpu_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs):
-    return common.varlen_attention(query, key, value, scaling, sliding_window, **kwargs)
+    return lib.policy.varlen_attention(query, key, value, scaling, sliding_window, **kwargs)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])
@@ -67,18 +68,18 @@ def test_packs_equal_one_by_one_forwards(name, attention, max_tokens, monkeypatc
     if attention in ("sdpa", "eager"):  # transformers' own, with a mask over the whole pack
         model.set_attn_implementation(attention)
     elif attention != "by length":
-        monkeypatch.setitem(common.AttentionInterface._global_mapping, "packed", gpu_attention)
-        monkeypatch.setattr(common, "varlen_attn", naive_varlen)
-        monkeypatch.setattr(common, "VARLEN_OPTIONS", {"window_size", "enable_gqa"})
+        monkeypatch.setitem(lib.policy.AttentionInterface._global_mapping, "packed", gpu_attention)
+        monkeypatch.setattr(lib.policy, "varlen_attn", naive_varlen)
+        monkeypatch.setattr(lib.policy, "VARLEN_OPTIONS", {"window_size", "enable_gqa"})
         if attention == "varlen of torch 2.10":
             monkeypatch.setattr(
-                common,
+                lib.policy,
                 "varlen_attn",
                 lambda *args, scale, is_causal: naive_varlen(
                     *args, scale, (-1, 0) if is_causal else None, enable_gqa=False
                 ),
             )
-            monkeypatch.setattr(common, "VARLEN_OPTIONS", {"is_causal"})
+            monkeypatch.setattr(lib.policy, "VARLEN_OPTIONS", {"is_causal"})
             if name == "sliding-window":
                 with pytest.raises(InputError, match="sliding windows needs torch 2.13"):
                     in_batches(policy, rollouts, max_tokens)
@@ -96,13 +97,13 @@ def test_packs_equal_one_by_one_forwards(name, attention, max_tokens, monkeypatc
 
 def test_attention_with_a_term_besides_is_refused():
     config = Gemma2Config(hidden_size=16, num_hidden_layers=2, **SIZES)  # caps the scores before the softmax
-    with pytest.raises(InputError, match="the model's attention has a softcap, which packed attention has not"):
+    with pytest.raises(InputError, match="the model's attention has a softcap, which packed attention leaves out"):
         in_batches(Policy(Gemma2ForCausalLM(config)), make_rollouts(2), 1000)
 
 
 def test_a_pack_has_no_padding_and_keeps_the_budget():
     rollouts = make_rollouts(40, shortest=3)
-    batches = records.make_batches(rollouts, 50, CPU)
+    batches = common.make_batches(rollouts, 50, CPU)
     assert all(batch.input_ids.shape[0] == 1 and batch.input_ids.numel() <= 50 for batch in batches)
     total = sum(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
     assert sum(batch.input_ids.numel() for batch in batches) == total == sum(sum(b.lengths) for b in batches)
@@ -111,7 +112,7 @@ def test_a_pack_has_no_padding_and_keeps_the_budget():
 
 def test_nothing_to_do_is_a_pass_of_zero():
     """What a rank does that has fewer micro-batches than another: all parameters get a gradient, and it is zero."""
-    batch = records._pack([], [], CPU)
+    batch = common.pack([], [], CPU)
     policy = Policy(tiny_model())
     logprobs, entropy = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
     assert logprobs.shape == entropy.shape == (0,)
@@ -125,7 +126,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing():
     for checkpointing in (False, True):
         policy = Policy(tiny_model())
         if checkpointing:
-            common.checkpoint_layers(policy)
+            lib.policy.recompute_layers(policy)
         policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(checkpointing))
         in_batches(policy, rollouts, 1000).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in policy.parameters()])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import common
 import kernels
-import records
+import lib.data
 import teacher_grpo
-from records import Problem, Rollout
+from common import Problem, Rollout
 
 CPU = torch.device("cpu")
 checked = settings(max_examples=60, deadline=None)
@@ -30,7 +30,7 @@ rollout_lists = st.lists(
 )
 
 
-def predictions(batch: records.Batch) -> list[tuple]:
+def predictions(batch: common.Batch) -> list[tuple]:
     """(rollout, its tokens before a target, target, sampler's logprob) for each target, as the attention would see them."""
     ids, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
     places = batch.response_mask[0].nonzero().flatten().tolist()
@@ -52,7 +52,7 @@ def test_packed_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks
     shares = []
     for rank in range(ranks):
         with mock.patch.object(common, "world_size", lambda: ranks), mock.patch.object(common, "rank", lambda: rank):
-            shares.append(records.make_batches(rollouts, max_tokens, CPU))
+            shares.append(common.make_batches(rollouts, max_tokens, CPU))
     assert len({len(share) for share in shares}) == 1
     batches = [batch for share in shares for batch in share]
     assert sorted(p for batch in batches for p in predictions(batch)) == expected
@@ -64,12 +64,12 @@ def test_packed_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks
 @checked
 @given(st.integers(2, 40), st.integers(0, 9), st.randoms())
 def test_halves_are_disjoint_equal_and_blind_to_order(count, split_seed, rng):
-    problems = [Problem.create(f"problem {i}", "1") for i in range(count)]
-    halves = [records.half_of(problems, half, split_seed) for half in ("1H", "2H")]
+    problems = [lib.data.new_problem(f"problem {i}", "1") for i in range(count)]
+    halves = [lib.data.half_of(problems, half, split_seed) for half in ("1H", "2H")]
     assert len(halves[0]) == len(halves[1]) == count // 2
     assert not {p.id for p in halves[0]} & {p.id for p in halves[1]}
     rng.shuffle(problems)
-    assert [records.half_of(problems, half, split_seed) for half in ("1H", "2H")] == halves
+    assert [lib.data.half_of(problems, half, split_seed) for half in ("1H", "2H")] == halves
 
 
 rewards = st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=6, max_size=6), min_size=1, max_size=4)
@@ -120,14 +120,14 @@ def test_losses_do_not_depend_on_their_chunks(direction, count, vocabulary, rows
     for budget in (kernels.CPU_LOGIT_BYTES, rows * vocabulary * 8):
         with mock.patch.object(kernels, "CPU_LOGIT_BYTES", budget):
             hidden, weight = (x.clone().requires_grad_() for x in data[:2])
-            loss, kl = kernels.fused_linear_kl(hidden, weight, *data[2:], direction)
+            kl = kernels.fused_linear_kl(hidden, weight, *data[2:], targets, direction)
             logprobs, entropy = kernels.fused_linear_logprob(hidden, weight, targets)
-            (loss + logprobs.sum()).backward()
-            results.append((loss, kl, logprobs, entropy, hidden.grad, weight.grad))
+            (kl.loss + logprobs.sum()).backward()
+            results.append((*kl, logprobs, entropy, hidden.grad, weight.grad))
     for whole, cut in zip(*results):
         torch.testing.assert_close(whole, cut, atol=1e-10, rtol=1e-8)
-    reference = kernels.fused_linear_kl_reference(*data, direction)
-    torch.testing.assert_close(results[1][1], reference[1] if isinstance(reference, tuple) else reference)
+    for ours, formula in zip(results[1], kernels.fused_linear_kl_reference(*data, targets, direction)):
+        torch.testing.assert_close(ours, formula)
 
 
 @checked
@@ -155,5 +155,5 @@ def test_a_problem_keeps_its_id_however_it_is_spaced_and_loses_it_with_a_digit(w
     typeset = typeset.replace("(", "\\left(").replace(")", "\\right)").replace("\\frac", "\\dfrac")
     typeset = unicodedata.normalize("NFD", typeset)
     typeset = typeset.replace("Find", "FIND") if shout else typeset
-    assert records.problem_id(text) == records.problem_id(typeset)
-    assert records.problem_id(text) != records.problem_id(text + "7")
+    assert lib.data.problem_id(text) == lib.data.problem_id(typeset)
+    assert lib.data.problem_id(text) != lib.data.problem_id(text + "7")

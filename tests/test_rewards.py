@@ -1,12 +1,13 @@
 """What a policy might try to be paid for: answers in the prompt, several boxes, responses that never end."""
 
 import pytest
+import torch
 from test_stages import grpo, metrics
 
-import records
+import lib.rollouts
 import teacher_grpo
-from records import Problem, Rollout
-from verifier import Verifier
+from common import Problem, Rollout
+from lib.verifier import Verifier
 
 RESPONSES = {  # text, whether it ended, whether it is to be paid for: the answer is 4
     "right": ("so \\boxed{4}", True, True),
@@ -25,7 +26,7 @@ RESPONSES = {  # text, whether it ended, whether it is to be paid for: the answe
 def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_finished):
     """Through Stage 1 itself, on groups of these responses. Every prompt holds its own answer in a box."""
 
-    def sample(engine, tokenizer, chosen, prompts, n, *rest):
+    def sample(engine, chosen, prompts, n, *rest, **options):
         assert n == len(RESPONSES)
         return [
             Rollout(Problem(p.id, "Is it \\boxed{4}?", "4"), i, prompts[p.id], [5, 1], [-1.0, -1.0],
@@ -36,9 +37,9 @@ def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_fini
     advantages = []
     update = teacher_grpo.update
 
-    def seen(policy, reference, optimizer, rollouts, given, *rest):
-        advantages.append(given.view(-1, len(RESPONSES)))
-        return update(policy, reference, optimizer, rollouts, given, *rest)
+    def seen(policy, reference, optimizer, rollouts, *rest):
+        advantages.append(torch.tensor([rollout.advantage for rollout in rollouts]).view(-1, len(RESPONSES)))
+        return update(policy, reference, optimizer, rollouts, *rest)
 
     monkeypatch.setattr(teacher_grpo, "sample_rollouts", sample)
     monkeypatch.setattr(teacher_grpo, "update", seen)
@@ -47,7 +48,7 @@ def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_fini
             student,
             problems,
             tmp_path / "out",
-            group_size=len(RESPONSES),
+            rollouts_per_prompt=len(RESPONSES),
             max_steps=1,
             require_finished=require_finished,
         )
@@ -67,5 +68,5 @@ def test_the_prompt_is_never_graded():
         for text in ("", "as was said above", "\\boxed{5}", "\\boxed{4}")
     ]
     with Verifier() as verifier:
-        records.grade(rollouts, verifier)
+        lib.rollouts.grade(rollouts, verifier)
     assert [rollout.correct for rollout in rollouts] == [False, False, False, True]

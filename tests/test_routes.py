@@ -1,24 +1,22 @@
-"""The paper's routes: what the Makefile would run, what two checkpoints differ in, and the tables made of them."""
+"""The paper's routes: what the Makefile would run, and what two checkpoints differ in."""
 
-import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_stages import chain, grpo  # noqa: F401  (chain is a fixture)
 
-import checkpoints
 import evaluate
+import lib.runs
 import student_grpo
-import tables
 from common import InputError
+from experiments import audit, tables
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = "teacher_grpo|fkl_warmup|opd|student_grpo|evaluate|toy|tables"
+SCRIPTS = "teacher_grpo|fkl_warmup|opd|student_grpo|evaluate|experiments.toy|experiments.tables|experiments.audit"
 
 
 def plan(target: str, **variables) -> list[tuple[str, dict[str, str]]]:
@@ -28,7 +26,7 @@ def plan(target: str, **variables) -> list[tuple[str, dict[str, str]]]:
     assert result.returncode == 0, result.stderr
     commands = []
     for line in result.stdout.replace("\\\n", " ").splitlines():
-        if found := re.search(rf"\b({SCRIPTS})\.py (.*)", line):
+        if found := re.search(rf"\b({SCRIPTS})(?:\.py)? (--.*)", line):
             options = dict(re.findall(r"--([\w-]+)((?: (?!--)\S+)*)", found[2]))
             commands.append((found[1], {name: value.strip() for name, value in options.items()}))
     return commands
@@ -49,7 +47,9 @@ PLANS = {
 @pytest.mark.parametrize("scale", ["toy", "paper"])
 @pytest.mark.parametrize("route", PLANS)
 def test_a_route_is_the_papers_chain_of_stages(route, scale):
-    commands = [(script, options) for script, options in plan(route, SCALE=scale) if script != "toy"]
+    commands = [
+        (script, options) for script, options in plan(route, SCALE=scale) if not script.startswith("experiments")
+    ]
     assert [script for script, _ in commands] == PLANS[route]
     halves = [options["half"] for _, options in commands]
     assert set(halves[:-1]) <= {"full"} if route in ("R1", "R3-full") else set(halves[:-1]) == {"1H"}
@@ -62,14 +62,14 @@ def test_a_route_is_the_papers_chain_of_stages(route, scale):
 
 def test_all_tables_need_each_checkpoint_once():
     commands = plan("tables", SCALE="paper")
-    written = [options["out"] for script, options in commands if script not in ("evaluate", "tables")]
+    written = [
+        options["out"] for script, options in commands if script != "evaluate" and not script.startswith("experiments")
+    ]
     assert len(written) == len(set(written)) == 30
     llama = [options["out"] for script, options in plan("tables", SCALE="paper", PAIR="llama") if "half" in options]
     assert len(llama) == 6 and all(path.startswith("runs/llama/full/") for path in llama)
     rows = {row.checkpoint for rows in tables.TABLES.values() for row in rows} - {"student", "teacher"}
     assert {f"runs/qwen3-8b/{row}" for row in rows} <= set(written)
-    for _, first, second, _ in tables.ABOVE + tables.EQUAL:
-        assert {first, second} <= rows | {"student", "teacher"}
 
 
 @pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("paper", "passes")])
@@ -107,13 +107,13 @@ def replayed(chain, problems, tmp_path_factory):  # noqa: F811
 
 
 def test_fresh_labels_and_replay_are_compared(chain, replayed, capsys):  # noqa: F811
-    first, second = (checkpoints.read_lineage(str(path)) for path in (chain / "student", replayed))
-    assert checkpoints.differences(first, second).keys() == {"half", "replay", "labels"}
-    assert checkpoints.differences(first, first) == {}
-    evaluate.main(evaluate.Config(compare=(str(chain / "student"), str(replayed))))
+    first, second = (lib.runs.read_lineage(str(path)) for path in (chain / "student", replayed))
+    assert audit.differences(first, second).keys() == {"half", "replay", "labels"}
+    assert audit.differences(first, first) == {}
+    audit.main(audit.Config(compare=(str(chain / "student"), str(replayed))))
     assert "| half | 2H | 1H |" in capsys.readouterr().out
-    other = checkpoints.differences(first, checkpoints.read_lineage(str(chain / "bridge")))
-    assert {"stage", "model weights", "teacher weights", "teacher", "group_size"} <= other.keys()
+    other = audit.differences(first, lib.runs.read_lineage(str(chain / "bridge")))
+    assert {"stage", "model weights", "teacher weights", "teacher", "rollouts_per_prompt"} <= other.keys()
 
 
 def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):  # noqa: F811
@@ -125,7 +125,7 @@ def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys
         )
     )  # fmt: skip
     capsys.readouterr()
-    evaluate.main(evaluate.Config(lineage=str(chain / "student"), reports=(str(report),)))
+    audit.main(audit.Config(lineage=str(chain / "student"), reports=(str(report),)))
     lines = capsys.readouterr().out.splitlines()
     assert [re.sub(r"[^ ]*/|  .*", "", line.lstrip("├└─│ ")) for line in lines] == [
         "student", "model: bridge", "model: warmup", "model: student", "teacher: teacher", "model: teacher",
@@ -135,76 +135,27 @@ def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys
     assert "[opd, 1H, 6 labels" in lines[1] and lines[1].startswith("└─ model: ")
     assert lines[2].startswith("   ├─ model: ") and lines[3].startswith("   │  ├─ model: ")
     with pytest.raises(InputError, match="--reports .* holds no results.json"):
-        evaluate.main(evaluate.Config(lineage=str(chain / "student"), reports=(str(tmp_path),)))
-    with pytest.raises(InputError, match="--out is missing"):
-        evaluate.main(evaluate.Config(models=(str(chain / "student"),)))
-
-
-def write_runs(directory: Path, averages: dict[str, float], seeds: int, shift: float) -> tuple[str, ...]:
-    """Reports of made-up checkpoints; every seed moves all averages, and problems differ far more than checkpoints."""
-    for seed in range(seeds):
-        rng = np.random.default_rng(seed)
-        hardness = rng.uniform(-0.3, 0.3, 40)
-        results = {}
-        for checkpoint, average in averages.items():
-            scores = average + shift * seed + hardness + rng.normal(0, 0.01, 40)
-            mean, error = evaluate.mean_and_error(scores)
-            row = {"avg": mean, "se": error, "scores": dict(zip(map(str, range(40)), scores.tolist()))}
-            results[checkpoint] = {"test": row}
-        path = directory / f"seed{seed}" / "report-test" / "all" / "results.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"results": results}))
-    return tuple(str(directory / f"seed{seed}") for seed in range(seeds))
-
-
-def test_tables_pair_problems_and_average_over_seeds(tmp_path, capsys):
-    averages = {"full/same/teacher": 0.5, "full/raw/bridge": 0.45, "full/rl/bridge": 0.44, "full/rl/opd_only": 0.40,
-                "1H/rl/bridge": 0.5, "1H/rl/bridge-replay": 0.5, "1H/rl/bridge-2H": 0.56}  # fmt: skip
-    runs = write_runs(tmp_path, averages, seeds=4, shift=0.05)
-    tables.main(tables.Config(runs=runs, out=str(tmp_path / "tables")))
-    found = {o["claim"]: o for o in json.loads((tmp_path / "tables" / "results.json").read_text())["orderings"]}
-    # Seeds differ by 5 points and problems by 17; both cancel in paired differences.
-    assert found["direct GRPO > bridge from the raw teacher"]["mean"] == pytest.approx(0.05, abs=0.005)
-    assert found["direct GRPO > bridge from the raw teacher"]["se"] < 0.005
-    assert {claim: o["verdict"] for claim, o in found.items()} == {
-        "direct GRPO > bridge from the raw teacher": "holds",
-        "bridge from the RL'd teacher > direct GRPO": "REVERSED",
-        "two-stage bridge > OPD only (no warmup)": "holds",
-        "bridge + 2H > bridge": "holds",
-        "bridge + 2H > bridge + replay": "holds",
-        "bridge + replay = bridge": "holds",
-    }
-    text = (tmp_path / "tables" / "tables.md").read_text()
-    assert "| - | direct GRPO (R1) |" in text and "75.9 / 19.8 / 17.1" in text and "teacher-sample SFT" not in text
-    assert (tmp_path / "tables" / "routes.png").stat().st_size > 10_000
-    assert [tables.verdict(0.01, 0.006, equal) for equal in (False, True)] == ["not resolved", "holds"]
-    assert [tables.verdict(0.01, float("nan"), False), tables.verdict(0.02, 0.006, True)] == [
-        "not resolved",
-        "does not hold",
-    ]
-    capsys.readouterr()
-    tables.main(tables.Config(runs=runs[:1], out=str(tmp_path / "one")))
-    assert "± SE over problems" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds no report-validation"):
-        tables.main(tables.Config(runs=runs, out=str(tmp_path / "x"), pool="validation"))
+        audit.main(audit.Config(lineage=str(chain / "student"), reports=(str(tmp_path),)))
 
 
 def test_a_plan_is_carried_out_as_if_by_the_shell(student, problems, tmp_path):
     """The same weights as from a fresh interpreter; the first command that fails ends the plan."""
     settings = f"--data {problems} --exclude --max-prompt-tokens 64 --max-response-tokens 8 --prompts-per-step 4 " \
-        "--mini-batch-prompts 2 --group-size 4 --max-steps 1 --lr 1e-2"  # fmt: skip
+        "--mini-batch-prompts 2 --rollouts-per-prompt 4 --max-steps 1 --lr 1e-2"  # fmt: skip
     commands = [f"python teacher_grpo.py --model {student} --out {tmp_path / name} \\\n\t{settings}" for name in "ab"]
     bad = f"python teacher_grpo.py --model nowhere --data {problems} --exclude --out {tmp_path / 'c'}"
     text = "\n".join([commands[0], f"touch {tmp_path / 'touched'}", bad, commands[1]])
     done = subprocess.run(
-        [sys.executable, "run_plan.py"], cwd=ROOT, input=text, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "experiments.run_plan"],
+        cwd=ROOT,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 1 and "error: exit status 2 of: python teacher_grpo.py --model nowhere" in done.stderr
     assert "error: --model 'nowhere' is not a checkpoint directory" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "touched"]
     words = commands[1].replace("\\\n", " ").split()
     subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert (
-        checkpoints.read_lineage(str(tmp_path / "a"))["sha256"]
-        == checkpoints.read_lineage(str(tmp_path / "b"))["sha256"]
-    )
+    assert lib.runs.read_lineage(str(tmp_path / "a"))["sha256"] == lib.runs.read_lineage(str(tmp_path / "b"))["sha256"]

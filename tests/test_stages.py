@@ -4,34 +4,46 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_model, write_checkpoint, write_problems
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoints
 import common
+import evaluate
 import fkl_warmup
+import lib.data
+import lib.engines
+import lib.policy
+import lib.runs
 import opd
-import records
 import student_grpo
 import teacher_grpo
-import toy
 from common import InputError
+from experiments import toy
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(exclude=(), max_prompt_tokens=64, max_response_tokens=8, lr=1e-2, save_every=1)
 
 
 def grpo(model, data, out, config=teacher_grpo.Config, **settings):
-    settings = {**SMALL, "prompts_per_step": 4, "mini_batch_prompts": 2, "group_size": 4, "passes": 1, **settings}
+    settings = {
+        **SMALL,
+        "prompts_per_step": 4,
+        "mini_batch_prompts": 2,
+        "rollouts_per_prompt": 4,
+        "passes": 1,
+        **settings,
+    }
     return config(model=model, data=data, out=str(out), **settings)
 
 
@@ -88,6 +100,43 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage):
     assert record["steps"] == len(lines) and record["config"]["seed"] == 0 and record["packages"]["torch"]
 
 
+def test_opd_logs_entropy_mismatch_and_the_dense_reward_of_every_token(student, teacher, problems, tmp_path):
+    """With either estimator, against a look at all tokens of the first batch of rollouts by formulas."""
+    seen = {}
+    for estimator in ("full", "sampled"):
+        out = tmp_path / estimator
+        settings = dict(estimator=estimator, prompts_per_step=5, max_steps=1, micro_batch_tokens=60)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(opd, "grade", lambda rollouts, verifier: seen.update(rollouts=rollouts) or
+                          [setattr(rollout, "correct", True) for rollout in rollouts])  # fmt: skip
+            opd.main(distill(student, teacher, problems, out, **settings))
+        [line] = metrics(out)
+        reward, entropy, kl, mismatch = [], [], [], []
+        models = [AutoModelForCausalLM.from_pretrained(model).double().eval() for model in (student, teacher)]
+        for rollout in seen["rollouts"]:
+            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+            with torch.no_grad():
+                p, q = (m(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1) for m in models)
+            sampled = torch.tensor(rollout.response_ids)[:, None]
+            reward.append((q - p).gather(1, sampled).squeeze(1))
+            entropy.append(-(p.exp() * p).sum(1))
+            kl.append((p.exp() * (p - q)).sum(1))
+            mismatch.append((p.gather(1, sampled).squeeze(1) - torch.tensor(rollout.logprobs)).abs())
+        reward, entropy, kl, mismatch = map(torch.cat, (reward, entropy, kl, mismatch))
+        expected = {
+            "reverse_kl": kl.mean() if estimator == "full" else -reward.mean(), "entropy": entropy.mean(),
+            "dense_reward": reward.mean(), "dense_reward_std": reward.std(correction=0),
+            "dense_reward_min": reward.min(), "frac_dense_reward_outliers": (reward < -5).double().mean(),
+            "accuracy": 1.0, "response_tokens": len(reward) / 10,
+        }  # fmt: skip
+        expected = {name: float(value) for name, value in expected.items()}
+        assert {name: line[name] for name in expected} == pytest.approx(expected, abs=2e-5)
+        assert (reward < -5).any()  # otherwise the share of outliers is not tested
+        assert line["sampler_mismatch"] == pytest.approx(mismatch.mean().item(), abs=1e-6)
+    opd.main(distill(student, teacher, problems, tmp_path / "cool", temperature=0.7, max_steps=1))
+    assert not [name for name in metrics(tmp_path / "cool")[0] if name.startswith("sampler_mismatch")]
+
+
 @pytest.mark.parametrize("stage", ["teacher", "bridge", "student"])
 def test_the_sampler_is_the_trainers_policy_in_every_step(chain, stage):
     for line in metrics(chain / stage):
@@ -103,24 +152,24 @@ def test_weights_change_in_every_stage(chain, student, teacher):
 
 
 def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
-    every = records.load_problems(problems)
-    half = {name: {problem.id for problem in records.half_of(every, name)} for name in ("1H", "2H")}
-    lineage = checkpoints.read_lineage(str(chain / "bridge"))
-    assert checkpoints.consumed_problems(lineage) == half["1H"]
-    assert checkpoints.consumed_problems(checkpoints.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
+    every = lib.data.load_problems(problems)
+    half = {name: {problem.id for problem in lib.data.half_of(every, name)} for name in ("1H", "2H")}
+    lineage = lib.runs.read_lineage(str(chain / "bridge"))
+    assert lib.runs.consumed_problems(lineage) == half["1H"]
+    assert lib.runs.consumed_problems(lib.runs.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
     assert lineage["stage"] == "opd" and lineage["parents"]["teacher"]["stage"] == "teacher_grpo"
-    assert lineage["parents"]["model"]["sha256"] == checkpoints.read_lineage(str(chain / "warmup"))["sha256"]
-    teacher = checkpoints.rewarded(lineage["parents"]["teacher"])
+    assert lineage["parents"]["model"]["sha256"] == lib.runs.read_lineage(str(chain / "warmup"))["sha256"]
+    teacher = lib.runs.last_rl_stage(lineage["parents"]["teacher"])
     assert teacher["stage"] == "teacher_grpo" and 0 <= teacher["first"]["reward"] <= 1
-    assert checkpoints.rewarded(lineage)["sha256"] == teacher["sha256"]
-    assert checkpoints.rewarded(lineage["parents"]["model"]["parents"]["model"]) is None
+    assert lib.runs.last_rl_stage(lineage)["sha256"] == teacher["sha256"]
+    assert lib.runs.last_rl_stage(lineage["parents"]["model"]["parents"]["model"]) is None
 
 
 def test_stage_3_refuses_consumed_labels_unless_it_is_the_replay(chain, problems, tmp_path):
     bridge = str(chain / "bridge")
-    with pytest.raises(InputError, match="6 of its 6 problems were already consumed"):
+    with pytest.raises(InputError, match="on 6 of its 6 problems --model .* already trained"):
         student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="1H"))
-    with pytest.raises(InputError, match="--replay: .* has consumed none"):
+    with pytest.raises(InputError, match="--replay: .* was trained on none"):
         student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="2H", replay=True))
     assert os.listdir(tmp_path) == []
     student_grpo.main(grpo(bridge, problems, tmp_path / "replay", student_grpo.Config, half="1H", replay=True))
@@ -152,36 +201,119 @@ def test_distillation_lowers_its_kl(student, teacher, problems, tmp_path):
         assert sum(values[-3:]) / 3 < factor * values[0], (name, values)
 
 
-def test_sft_and_the_shared_rollout_file(student, teacher, problems, tmp_path, capsys):
-    cache = str(tmp_path / "rollouts.jsonl")
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", rollouts=cache))
-    content = Path(cache).read_bytes()
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", rollouts=cache, loss="sft", passes=2))
-    assert Path(cache).read_bytes() == content  # sampled once
+def cached_rows(directory):
+    """All rows of a directory of teacher rollouts, in order."""
+    shards = sorted(Path(directory).glob("shard-??????"))
+    return [row for shard in shards for row in datasets.load_from_disk(str(shard)).to_list()]
+
+
+def rewrite_shard(directory, change):
+    """Replaces the only shard of a directory of teacher rollouts by its changed rows."""
+    [shard] = Path(directory).glob("shard-??????")
+    rows = [change(number, row) for number, row in enumerate(datasets.load_from_disk(str(shard)).to_list())]
+    shutil.rmtree(shard)
+    datasets.Dataset.from_list(rows).save_to_disk(str(shard))
+
+
+def test_sft_and_the_shared_rollouts(student, teacher, problems, tmp_path):
+    cache = tmp_path / "rollouts"
+    settings = dict(rollouts=str(cache), max_sequences=6)  # three problems in a shard
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", **settings))
+    rows, shards = cached_rows(cache), sorted(cache.glob("shard-??????"))
+    assert len(rows) == 12 * 2 and len(shards) == 4
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings, loss="sft", passes=2))
+    assert [shard.stat().st_mtime_ns for shard in shards] == times  # sampled once
     assert metrics(tmp_path / "sft")[-1]["cross_entropy"] < metrics(tmp_path / "sft")[0]["cross_entropy"]
-    # A file cut off in the middle of a problem keeps the whole problems before it and gets the rest again.
-    lines = content.splitlines(True)
-    Path(cache).write_bytes(b"".join(lines[:8]) + lines[8][:10])
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "again", rollouts=cache))
-    assert sorted(Path(cache).read_bytes().splitlines()) == sorted(content.splitlines())
+    # What a kill leaves out is sampled again, with the same result and in the same place.
+    shutil.rmtree(shards[2])
+    shards[3].rename(shards[3].with_suffix(".tmp"))
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "again", **settings))
+    assert cached_rows(cache) == rows
     assert_same_weights(tmp_path / "fkl", tmp_path / "again")
     with pytest.raises(InputError, match="holds other rollouts"):
-        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "other", rollouts=cache, seed=1))
+        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "other", **settings, seed=1))
 
 
 def test_verifier_filtered_sft_keeps_correct_rollouts_only(student, teacher, problems, tmp_path):
-    cache = tmp_path / "rollouts.jsonl"
+    cache = tmp_path / "rollouts"
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", rollouts=str(cache)))
-    header, *rows = cache.read_text().splitlines()
-    rows = [{**json.loads(row), "correct": i in (2, 9)} for i, row in enumerate(rows)]
-    cache.write_text("\n".join([header, *map(json.dumps, rows)]) + "\n")
-    settings = dict(rollouts=str(cache), loss="sft", keep="correct")
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings, mini_batch_prompts=1, rollouts_per_prompt=2))  # fmt: skip
+    rewrite_shard(cache, lambda number, row: {**row, "correct": number in (2, 9)})
+    settings = dict(rollouts=str(cache), loss="sft", keep="correct", mini_batch_prompts=1)
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings))
     consumed = json.loads((tmp_path / "sft" / "run.json").read_text())["consumed"]
-    assert set(consumed) == {rows[2]["id"], rows[9]["id"]}
-    cache.write_text("\n".join([header, *(json.dumps({**row, "correct": False}) for row in rows)]) + "\n")
-    with pytest.raises(InputError, match="the teacher answered nothing rightly"):
+    assert set(consumed) == {cached_rows(cache)[number]["id"] for number in (2, 9)}
+    rewrite_shard(cache, lambda number, row: {**row, "correct": False})
+    with pytest.raises(InputError, match="the teacher answered no problem correctly"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_split_into_micro_batches_shows_in_no_number(stage, student, teacher, problems, tmp_path, monkeypatch):
+    """Of those that a stage's main logs, the gradient's norm among them: tokens are counted once for all micro-batches."""
+    for module in (teacher_grpo, fkl_warmup, opd):
+        monkeypatch.setattr(module, "grade", lambda rollouts, _: [setattr(r, "correct", sum(r.response_ids) % 2 == 0) for r in rollouts])  # fmt: skip
+    for name, tokens in (("split", 45), ("whole", 10**6)):
+        script, config = RUNS[stage](
+            student, teacher, problems, tmp_path / name, max_steps=2, micro_batch_tokens=tokens
+        )
+        changes = {"require_finished": False} if stage in ("teacher", "student") else {}
+        script.main(dataclasses.replace(config, **changes))
+    for split, whole in zip(metrics(tmp_path / "split"), metrics(tmp_path / "whole"), strict=True):
+        assert split == pytest.approx(whole, rel=1e-3, abs=1e-4) and whole["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("stage", ["teacher", "bridge", "student"])
+def test_every_step_samples_anew(stage, student, teacher, problems, tmp_path, monkeypatch):
+    """A problem that comes again gets other responses, and another seed of the run gives others from the start."""
+    keys = []
+    for module in (teacher_grpo, opd):
+        sample = module.sample_rollouts
+        monkeypatch.setattr(module, "sample_rollouts", lambda *a, seed_key, sample=sample: keys.append(seed_key) or sample(*a, seed_key=seed_key))  # fmt: skip
+    for seed in (0, 1):
+        script, config = RUNS[stage](student, teacher, problems, tmp_path / str(seed), seed=seed)
+        script.main(dataclasses.replace(config, passes=2))
+    assert len(set(keys)) == len(keys) > 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_learning_rate_follows_its_schedule(stage, student, teacher, problems, tmp_path):
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=4)
+    script.main(dataclasses.replace(config, lr_schedule="cosine", warmup_steps=2, passes=4))
+    rates = [common.learning_rate(step, 4, config.lr, "cosine", 2) for step in range(4)]
+    assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx(rates) and len(set(rates)) > 2
+
+
+def test_the_reference_stays_where_the_stage_began(chain):
+    for stage in ("teacher", "student"):
+        first, *_, last = [line["kl_to_reference"] for line in metrics(chain / stage)]
+        assert 0 <= first < last
+
+
+TABLE_8 = dict(lr=1e-6, passes=10, mini_batch_prompts=8, max_prompt_tokens=3072, max_response_tokens=16384,
+               clip_ratio=0.2, max_grad_norm=1.0, kl_coef=5e-4)  # fmt: skip
+TABLE_9 = dict(lr=1e-6, passes=1, rollouts_per_prompt=8, max_prompt_tokens=2048, max_response_tokens=16384,
+               temperature=1.0)  # fmt: skip
+EARLIER_CODE = dict(weight_decay=0.1, warmup_steps=0, thinking=False, rollouts_per_prompt=8, temperature=1.0)
+DEFAULTS = {
+    teacher_grpo: {**TABLE_8, **EARLIER_CODE, "half": "full", "prompts_per_step": 32, "inner_epochs": 1},
+    student_grpo: {**TABLE_8, **EARLIER_CODE, "half": "2H", "replay": False},
+    fkl_warmup: {**TABLE_9, **EARLIER_CODE, "mini_batch_prompts": 64, "loss": "fkl", "keep": "all"},
+    opd: {**TABLE_9, **EARLIER_CODE, "prompts_per_step": 64, "estimator": "full"},
+    evaluate: dict(k=16, temperature=0.7, top_p=0.8, top_k=20, thinking=False, data=("math500", "aime24", "aime25"),
+                   max_prompt_tokens=3072, max_response_tokens=16384),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", DEFAULTS, ids=lambda script: script.__name__)
+def test_defaults_are_those_of_the_paper(script):
+    """Tables 8 and 9, App. F, and for what they leave open the authors' code for their earlier papers."""
+    found = {field.name: field.default for field in dataclasses.fields(script.Config)}
+    assert {name: found[name] for name in DEFAULTS[script]} == DEFAULTS[script]
+    if script is not evaluate:
+        assert found["exclude"] == ("math500", "aime24", "aime25")
+    if script in (teacher_grpo, student_grpo):
+        assert found["require_finished"] and found["normalize_by_std"] and found["importance_cap"] == 2
 
 
 # Interruption; tests/test_faults.py kills every stage many times
@@ -250,7 +382,8 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
     def no_model(*arguments, **options):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(common, "load_causal_lm", no_model)
+    monkeypatch.setattr(lib.policy, "load_causal_lm", no_model)
+    monkeypatch.setattr(lib.engines, "load_causal_lm", no_model)
     out = tmp_path / "out"
     template, vocabulary = (make(tmp_path / make.__name__, teacher) for make in (other_template, other_vocabulary))
     taken, one = tmp_path / "taken", write_problems(tmp_path / "one.jsonl", 1)
@@ -269,7 +402,7 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
         (teacher_grpo, grpo(student, problems, out, max_prompt_tokens=5), "more than --max-prompt-tokens 5"),
         (teacher_grpo, grpo(student, problems, taken), "--out .*taken' already exists"),
         (student_grpo, grpo(missing, problems, out, student_grpo.Config), "--model .*missing'"),
-        (teacher_grpo, grpo(student, problems, out, group_size=1), "--group-size"),
+        (teacher_grpo, grpo(student, problems, out, rollouts_per_prompt=1), "--rollouts-per-prompt"),
         (teacher_grpo, grpo(student, problems, out, temperature=0.0), "--temperature"),
     ]
     for script, config, message in cases:
@@ -299,9 +432,9 @@ def test_the_command_line_ends_in_one_line(tmp_path):
 
 def test_two_runs_cannot_share_an_output_directory(student, problems, tmp_path):
     config = grpo(student, problems, tmp_path / "out")
-    first = checkpoints.Run(config, {"model": student})
+    first = lib.runs.Run(config, {"model": student})
     with pytest.raises(InputError, match="is being written by another run"):
-        checkpoints.Run(config, {"model": student})
+        lib.runs.Run(config, {"model": student})
     del first
 
 
@@ -312,4 +445,4 @@ def test_unsafe_heads_are_refused(tmp_path):
     config = json.loads((tmp_path / "scaled" / "config.json").read_text())
     (tmp_path / "scaled" / "config.json").write_text(json.dumps({**config, "logit_scale": 0.5}))
     with pytest.raises(InputError, match="rescales its logits"):
-        common.load_policy(directory, True)
+        lib.policy.load_policy(directory, True)

@@ -1,7 +1,7 @@
 r"""The verifier against right answers, wrong answers that look right, and answers written to break it.
 
-tests/data/verifier_cases.jsonl holds one case a line: gold, response, expected, kind, and source where the gold answer is
-taken from MATH-500 (MIT licence). The expectations were written from the mathematics, not from what the verifier says;
+tests/data/verifier_cases.jsonl holds one case a line: gold, response, expected, kind, and source where the gold answer
+is taken from MATH-500 (MIT licence). What is expected was derived from the mathematics, not from the verifier.
 results/verifier/disagreements.md lists where the two differ.
 """
 
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,11 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import verifier
-from verifier import MAX_CHARS, Verifier, extract_answer, normalise, quick_check
+from lib.verifier import MAX_CHARS, Verdict, Verifier, extract_answer, normalise, quick_check
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Every other case, unless TEST_LONG is set: half a minute of two cores instead of a whole one.
+# To save time, every other case is left out unless TEST_LONG is set.
 CASES = [json.loads(line) for line in (ROOT / "tests/data/verifier_cases.jsonl").read_text().splitlines()]
 CASES = CASES if os.environ.get("TEST_LONG") else CASES[::2]
 
@@ -35,10 +35,9 @@ def box(answer: str) -> str:
 
 @pytest.fixture(scope="module")
 def shared():
-    with Verifier(
-        num_workers=2, deadline=20.0
-    ) as v:  # generous: a busy test machine must not time an honest answer out
-        yield v
+    # With this generous deadline no honest answer is timed out, however busy the machine is.
+    with Verifier(num_workers=2, deadline=20.0) as verifier:
+        yield verifier
 
 
 # ---- the corpus
@@ -47,23 +46,22 @@ def shared():
 def test_corpus(shared):
     """At least 99 % agreement, no wrong answer accepted, and every disagreement explained in results/."""
     assert len(CASES) >= 300
-    verdicts = shared.check([c["response"] for c in CASES], [c["gold"] for c in CASES])
-    differing = [(c, v) for c, v in zip(CASES, verdicts, strict=True) if c["expected"] != v.correct]
-    assert [(c["gold"], v.extracted) for c, v in differing if v.correct] == [], "false positives"
+    verdicts = shared.check([case["response"] for case in CASES], [case["gold"] for case in CASES])
+    graded = [(case["gold"], case["expected"], verdict) for case, verdict in zip(CASES, verdicts)]
+    differing = [(gold, verdict) for gold, expected, verdict in graded if expected != verdict.correct]
+    assert [(gold, verdict) for gold, verdict in differing if verdict.correct] == [], "false positives"
     assert len(differing) <= 0.01 * len(CASES)
     listed = (ROOT / "results/verifier/disagreements.md").read_text()
-    unexplained = [(c["gold"], v.extracted) for c, v in differing if f"`{v.extracted}`" not in listed]
-    assert unexplained == []
+    assert [(gold, verdict) for gold, verdict in differing if f"`{verdict.extracted}`" not in listed] == []
 
 
 def test_corpus_is_not_one_sided():
     """A verifier that always says no, or yes, must fail the corpus."""
-    share = sum(c["expected"] for c in CASES) / len(CASES)
+    share = sum(case["expected"] for case in CASES) / len(CASES)
     assert 0.3 < share < 0.7
-    kinds = {c["kind"] for c in CASES}
-    assert kinds >= {
-        "fraction", "interval", "set", "matrix", "units", "percent", "mixed", "extract", "text", "thousands", "aime", "hedge",
-        "trap", "injection", "unicode",
+    assert {case["kind"] for case in CASES} >= {
+        "fraction", "interval", "set", "matrix", "units", "percent", "mixed", "extract", "text", "thousands", "aime",
+        "hedge", "trap", "injection", "unicode",
     }  # fmt: skip
 
 
@@ -82,14 +80,11 @@ def test_corpus_is_not_one_sided():
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
         (r"\boxed{\left\{x\right.}", r"\left\{x\right."),
         (r"\boxed{}", ""),
-        (r"\boxed{7} \boxed{", None),  # truncated while boxing something else
+        (r"\boxed{7} \boxed{", None),
         (r"\boxed{7", None),
         (r"\boxed{7}}}} {{", "7"),
-        (
-            r"\boxed{\frac{1}{2} so, properly: \boxed{0.5}",
-            "0.5",
-        ),  # an early box that never closes does not hide a later one
-        (r"\boxed{1 + \boxed{2}}", r"1 + \boxed{2}"),  # of nested boxes, the outer
+        (r"\boxed{\frac{1}{2} so, properly: \boxed{0.5}", "0.5"),  # An early box that never closes hides no later one.
+        (r"\boxed{1 + \boxed{2}}", r"1 + \boxed{2}"),
         (r"put it in \boxed, so \boxed{7}", "7"),
         (r"\boxedx{7}", None),
         ("\\boxed\n{7}", "7"),
@@ -103,32 +98,21 @@ def test_extract(text, answer):
 @pytest.mark.parametrize(
     "text",
     [
-        r"\boxed{" + "{" * 10**6 + "7" + "}" * 10**6 + "}",
-        r"\boxed{" + "{" * 10**6,
-        r"\boxed{" * 150_000,
-        r"\boxed{" * 70_000 + "}" * 70_000,
-        r"\boxed " * 150_000,
-        r"\boxed{7}" * 110_000,
-        r"\boxed" + " " * 10**6,
-        "\\" * 10**6,
-        r"\boxed{" + "7" * 10**6 + "}",
-    ],
-    ids=[
-        "braces",
-        "open braces",
-        "open boxes",
-        "nested boxes",
-        "bare boxes",
-        "many boxes",
-        "spaces",
-        "backslashes",
-        "digits",
+        pytest.param(r"\boxed{" + "{" * 10**6 + "7" + "}" * 10**6 + "}", id="braces"),
+        pytest.param(r"\boxed{" + "{" * 10**6, id="open braces"),
+        pytest.param(r"\boxed{" * 150_000, id="open boxes"),
+        pytest.param(r"\boxed{" * 70_000 + "}" * 70_000, id="nested boxes"),
+        pytest.param(r"\boxed " * 150_000, id="bare boxes"),
+        pytest.param(r"\boxed{7}" * 110_000, id="many boxes"),
+        pytest.param(r"\boxed" + " " * 10**6, id="spaces"),
+        pytest.param("\\" * 10**6, id="backslashes"),
+        pytest.param(r"\boxed{" + "7" * 10**6 + "}", id="digits"),
     ],
 )
 def test_extraction_is_linear(text):
     start = time.monotonic()
     extract_answer(text)
-    assert time.monotonic() - start < 10.0  # about 1 s; a quadratic scan would take hours
+    assert time.monotonic() - start < 10.0  # It takes about 1 s, while a quadratic scan would take hours.
 
 
 @settings(max_examples=200, deadline=None)
@@ -136,11 +120,8 @@ def test_extraction_is_linear(text):
 def test_extract_any_text(text):
     answer = extract_answer(text)
     assert answer is None or answer in text
-    assert (
-        extract_answer(text + r" \boxed{42}") in ("42", *([answer] if answer else []))
-        or "\\boxed" in text
-        or "\\fbox" in text
-    )
+    if "\\boxed" not in text and "\\fbox" not in text:
+        assert extract_answer(text + r" \boxed{42}") == "42"
 
 
 # ---- the fast path
@@ -164,7 +145,7 @@ def test_decimals_are_decided_exactly(gold, other):
 
 
 def test_no_number_is_too_long():
-    """Python's int() raises above 4,300 digits; the fast path compares digits as text."""
+    """Python's int() raises an error above 4,300 digits, so the fast path compares digits as text."""
     assert quick_check("7" * 900, "0" * 50 + "7" * 900) is True
     assert quick_check("7" * 5000, "0" + "7" * 5000) is True
     assert quick_check("7" * 5000, "7" * 4999) is False
@@ -172,59 +153,48 @@ def test_no_number_is_too_long():
 
 @pytest.mark.parametrize("digits", ["٣", "３", "७", "𝟹", "3٣"])
 def test_other_digits_are_wrong(digits):
-    """int() reads them as 3, and no gold answer is written so: a guess in them is not a formatting habit worth a reward."""
+    """int() reads them as 3, but no gold answer is written in them, so they earn no reward."""
     assert quick_check("3", digits) is False
     assert quick_check("33", digits) is False
 
 
 def test_plain_answers_start_no_worker():
-    with Verifier(num_workers=2) as v:
-        responses = [
-            box("073"),
-            box(r"336^\circ"),
-            box("1,000"),
-            box("70.0"),
-            box("8"),
-            box(r"\text{east}"),
-            "no box",
-            box("9" * 10**6),
-        ]
-        verdicts = v.check(responses, ["73", "336", "1000", "70", "7", r"\text{west}", "7", "9"])
-        assert [x.correct for x in verdicts] == [True] * 4 + [False] * 4
-        assert [x.how for x in verdicts] == ["fast"] * 6 + ["no_answer", "too_long"]
-        assert len(verdicts[-1].extracted) == MAX_CHARS
-        assert all(worker.process is None for worker in v._workers)
+    with Verifier(num_workers=2) as verifier:
+        boxed = ["073", r"336^\circ", "1,000", "70.0", "8", r"\text{east}", "9" * 10**6]
+        golds = ["73", "336", "1000", "70", "7", r"\text{west}", "9", "7"]
+        verdicts = verifier.check([*map(box, boxed), "no box"], golds)
+        assert [verdict.correct for verdict in verdicts] == [True] * 4 + [False] * 4
+        assert [verdict.how for verdict in verdicts] == ["fast"] * 6 + ["too_long", "no_answer"]
+        assert len(verdicts[-2].extracted) == MAX_CHARS
+        assert all(worker.process is None for worker in verifier._workers)
 
 
 # ---- the parts that replace math-verify's own
 
 
 def test_unequal_factorials(shared):
-    """math-verify alone accepts the first: both sides are 0.0 to 15 decimal places."""
-    pairs = [
-        (r"\frac{1}{2006!}", r"\frac{1}{2004!}"),
-        ("2006!+1", "2006!"),
-        (r"\frac{\pi}{2004!+1}", r"\frac{\pi}{2004!}"),
-    ]
-    assert [v.correct for v in shared.check([box(a) for a, _ in pairs], [g for _, g in pairs])] == [False] * 3
+    """math-verify alone accepts the first, since both sides are 0.0 to 15 decimal places."""
+    answers = [r"\frac{1}{2006!}", "2006!+1", r"\frac{\pi}{2004!+1}"]
+    golds = [r"\frac{1}{2004!}", "2006!", r"\frac{\pi}{2004!}"]
+    assert [verdict.correct for verdict in shared.check(list(map(box, answers)), golds)] == [False] * 3
     assert shared.check([box(r"2006\cdot 2005!")], ["2006!"])[0] == (True, r"2006\cdot 2005!", "math_verify")
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.fractions(-50, 50, max_denominator=40), st.fractions(-50, 50, max_denominator=40))
 def test_fractions(shared, gold, other):
-    def latex(x: Fraction) -> str:
-        return rf"\frac{{{3 * x.numerator}}}{{{3 * x.denominator}}}"
+    def latex(value: Fraction, factor: int) -> str:
+        return rf"\frac{{{factor * value.numerator}}}{{{factor * value.denominator}}}"
 
-    answers = [latex(gold), f"{gold.numerator}/{gold.denominator}", latex(other)]
-    verdicts = shared.check([box(a) for a in answers], [rf"\frac{{{gold.numerator}}}{{{gold.denominator}}}"] * 3)
-    assert [v.correct for v in verdicts] == [True, True, gold == other]
+    answers = [latex(gold, 3), f"{gold.numerator}/{gold.denominator}", latex(other, 3)]
+    verdicts = shared.check([box(answer) for answer in answers], [latex(gold, 1)] * 3)
+    assert [verdict.correct for verdict in verdicts] == [True, True, gold == other]
 
 
 def test_juxtaposition(shared):
     """math-verify alone reads 3(5) as 8."""
     verdicts = shared.check([box("3(5)"), box("3(5)"), box(r"3\frac12"), box(r"3(\frac12)")], ["15", "8", "7/2", "7/2"])
-    assert [v.correct for v in verdicts] == [True, False, True, False]
+    assert [verdict.correct for verdict in verdicts] == [True, False, True, False]
 
 
 # ---- hostile answers
@@ -259,55 +229,59 @@ HOSTILE = {
 
 
 def test_hostile_answers(tmp_path, monkeypatch):
-    """Each is graded wrong, the honest answers among them are graded right, and no time or memory is lost for good."""
-    monkeypatch.chdir(tmp_path)
-    with Verifier(num_workers=2, deadline=1.5, memory_bytes=1 << 30) as v:
-        honest = v.check([box(f"x+{i}") for i in range(2)], [f"{i}+x" for i in range(2)])
-        assert all(x.correct for x in honest)
-        limits = (ROOT / f"/proc/{v._workers[0].process.pid}/limits").read_text()
-        assert str(1 << 30) in re.search(r"Max address space.*", limits)[0]
+    """Each is graded wrong, the honest answers among them right, in bounded time and memory, and none runs as code."""
+    monkeypatch.chdir(tmp_path)  # Users may start a stage from any directory.
+    with Verifier(num_workers=2, deadline=1.5, memory_bytes=1 << 30) as verifier:
+        honest = verifier.check([box(f"x+{i}") for i in range(2)], [f"{i}+x" for i in range(2)])
+        assert all(verdict.correct for verdict in honest)
+        for worker in verifier._workers:
+            limits = pathlib.Path(f"/proc/{worker.process.pid}/limits").read_text()
+            assert str(1 << 30) in re.search(r"Max address space.*", limits)[0]
         start = time.monotonic()
         answers = [*HOSTILE.values(), r"2\pi/6", r"\pi-\frac{2\pi}{3}"]
-        *verdicts, last, least = v.check([box(a) for a in answers], [r"\frac{\pi}{3}"] * len(answers))
+        *verdicts, last, least = verifier.check([box(answer) for answer in answers], [r"\frac{\pi}{3}"] * len(answers))
         seconds = time.monotonic() - start
         for name, verdict in zip(HOSTILE, verdicts, strict=True):
             assert not verdict.correct, name
             assert verdict.extracted is None or len(verdict.extracted) <= MAX_CHARS
         assert last.correct and least.correct
-        assert {x.how for x in verdicts} <= {"fast", "math_verify", "timeout", "too_long", "error"}
-        assert "timeout" in {x.how for x in verdicts}, "nothing reached the deadline"
+        assert {verdict.how for verdict in verdicts} <= {"fast", "math_verify", "timeout", "too_long", "error"}
+        assert "timeout" in {verdict.how for verdict in verdicts}, "nothing reached the deadline"
         assert seconds < 60
-        assert v.check([box(r"2\pi/6")], [r"\frac{\pi}{3}"])[0].correct
-    assert not (tmp_path / CANARY).exists()
+        assert verifier.check([box(r"2\pi/6")], [r"\frac{\pi}{3}"])[0].correct
+    # This process runs in the first of these directories, the workers run in the second.
+    assert not (tmp_path / CANARY).exists() and not (ROOT / CANARY).exists()
 
 
-def test_a_time_out_is_remembered():
-    with Verifier(num_workers=1, deadline=0.5) as v:
-        first = v.check([box("9^{9^{9^9}}")] * 8, ["7"] * 8)
-        start = time.monotonic()
-        assert v.check([box("9^{9^{9^9}}")], ["7"]) == first[:1]
-        assert {x.how for x in first} == {"timeout"}
-        assert time.monotonic() - start < 0.2
+def run_python(program: str) -> str:
+    """What the program prints."""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
 
 
 def test_workers_compile_no_text():
-    """sympy's sympify and parse_expr evaluate text; a worker that is ready cannot."""
-    program = (
-        "import verifier, sympy\n"
-        "assert sympy.sympify('1+1') == 2\n"
-        "verifier._lock_down()\n"
-        "for attack in (lambda: sympy.sympify('1+1'), lambda: eval('1+1'), lambda: __import__('os').system('true'),\n"
-        "               lambda: __import__('subprocess').run(['true'])):\n"
-        "    try: attack()\n"
-        "    except Exception as e: print(e)\n"
-        "print(verifier._algebra_check('(x+1)^2', 'x^2+2x+1'))\n"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert out == ["a verifier worker compiles no text"] * 2 + [
-        f"refused in a verifier worker: {e}" for e in ("os.system", "subprocess.Popen")
-    ] + ["True"]
+    """sympy's sympify and parse_expr evaluate text, but not in a worker that is ready."""
+    program = """
+import os, subprocess, sympy
+from lib import verifier_worker
+assert sympy.sympify("1+1") == 2
+verifier_worker.lock_down()
+for attack in (
+    lambda: sympy.sympify("1+1"), lambda: eval("1+1"), lambda: os.system("true"), lambda: subprocess.run(["true"])
+):
+    try:
+        attack()
+    except Exception as error:
+        print(error)
+print(verifier_worker.algebra_check("(x+1)^2", "x^2+2x+1"))
+"""
+    assert run_python(program).splitlines() == [
+        "a verifier worker compiles no text",
+        "a verifier worker compiles no text",
+        "refused in a verifier worker: os.system",
+        "refused in a verifier worker: subprocess.Popen",
+        "True",
+    ]
 
 
 # ---- processes
@@ -328,32 +302,45 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
 
 
 def test_a_killed_worker_is_replaced():
-    """Also while it works: the answer it held is asked again."""
-    with Verifier(num_workers=2, deadline=20.0) as v:
-        assert all(x.correct for x in v.check([box("x+1"), box("x+2")], ["1+x", "2+x"]))
-        pids = [w.process.pid for w in v._workers]
+    """Whether it is idle or at work when it is killed: the answer it held is asked again."""
+    with Verifier(num_workers=2, deadline=20.0) as verifier:
+        assert all(verdict.correct for verdict in verifier.check([box("x+1"), box("x+2")], ["1+x", "2+x"]))
+        pids = [worker.process.pid for worker in verifier._workers]
         os.kill(pids[0], signal.SIGKILL)
         killer = threading.Timer(0.1, os.kill, (pids[1], signal.SIGKILL))
         killer.start()
-        verdicts = v.check([box(f"(x+{i})^2") for i in range(30)], [f"x^2+{2 * i}x+{i * i}" for i in range(30)])
+        verdicts = verifier.check([box(f"(x+{i})^2") for i in range(30)], [f"x^2+{2 * i}x+{i * i}" for i in range(30)])
         killer.join()
-        assert [x.correct for x in verdicts] == [True] * 30
+        assert [verdict.correct for verdict in verdicts] == [True] * 30
         assert not any(map(alive, pids))
-        pids = [w.process.pid for w in v._workers if w.process]
+        pids = [worker.process.pid for worker in verifier._workers if worker.process]
     assert wait_until_gone(pids, 5)
+
+
+def test_a_worker_without_memory_is_replaced():
+    with Verifier(num_workers=1, deadline=20.0) as verifier:
+        assert verifier.check([box("x+1")], ["1+x"])[0].correct
+        pid = verifier._workers[0].process.pid
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        used_bytes = 1024 * int(re.search(r"VmSize:\s*(\d+) kB", status)[1])
+        resource.prlimit(pid, resource.RLIMIT_AS, (used_bytes, used_bytes))
+        verdict = verifier.check([box(r"\operatorname{ones}(300,300)")], ["7"])[0]
+        assert (verdict.correct, verdict.how) == (False, "math_verify")
+        assert verifier._workers[0].process.pid != pid
 
 
 @pytest.mark.parametrize("answer", ["x+1", "9^{9^{9^9}}"], ids=["idle", "busy"])
 def test_workers_die_with_a_killed_parent(answer):
-    """An idle worker sees its stdin close; a busy one has an alarm pending, 2 s after the deadline."""
-    program = (
-        "import threading, time, verifier\n"
-        "v = verifier.Verifier(num_workers=1, deadline=2.0)\n"
-        "v.check([r'\\boxed{x+1}'], ['1+x'])\n"
-        "print(v._workers[0].process.pid, flush=True)\n"
-        f"v.check([r'\\boxed{{{answer}}}'], ['1+x'])\n"
-        "time.sleep(100)\n"
-    )
+    """An idle worker sees its stdin close. A busy one has an alarm set for 2 s after the deadline."""
+    program = f"""
+import time
+from lib.verifier import Verifier
+verifier = Verifier(num_workers=1, deadline=2.0)
+verifier.check([r"\\boxed{{x+1}}"], ["1+x"])
+print(verifier._workers[0].process.pid, flush=True)
+verifier.check([r"\\boxed{{{answer}}}"], ["1+x"])
+time.sleep(100)
+"""
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
     time.sleep(0.5)
@@ -364,27 +351,72 @@ def test_workers_die_with_a_killed_parent(answer):
     assert wait_until_gone([worker], 10)
 
 
-def test_no_worker_outlives_a_verifier():
-    """Nor one that is neither closed nor in a with statement, at interpreter exit."""
-    program = "import verifier; v = verifier.Verifier(1); v.check([r'\\boxed{x+1}'], ['1+x']); print(v._workers[0].process.pid)"
-    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert wait_until_gone([int(out.stdout)], 5)
+def test_a_verifier_that_is_not_closed():
+    """It neither delays the interpreter's exit nor leaves a worker behind."""
+    program = """
+from lib.verifier import Verifier
+verifier = Verifier(num_workers=1)
+verifier.check([r"\\boxed{x+1}"], ["1+x"])
+print(verifier._workers[0].process.pid)
+"""
+    assert wait_until_gone([int(run_python(program))], 5)
+
+
+def test_ctrl_c():
+    """Pairs that nobody has begun are dropped, so that the program ends by the deadline of those under way."""
+    program = """
+import signal
+from lib.verifier import Verifier
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background job would ignore it.
+with Verifier(num_workers=2, deadline=3.0) as verifier:
+    verifier.check([r"\\boxed{x+1}", r"\\boxed{x+2}"], ["1+x", "2+x"])
+    print(*(worker.process.pid for worker in verifier._workers), flush=True)
+    verifier.check([rf"\\boxed{{\\operatorname{{ones}}(3000,{number})}}" for number in range(2000, 2060)], ["7"] * 60)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, like that of a command in a terminal
+    )
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    time.sleep(0.5)
+    assert len(pids) == 2 and all(map(alive, pids))
+    os.killpg(parent.pid, signal.SIGINT)
+    time.sleep(0.7)
+    assert all(map(alive, pids)), "workers that end by themselves would be replaced and their pairs asked again"
+    assert parent.communicate(timeout=20)[1].rstrip().endswith("KeyboardInterrupt")
+    assert not any(map(alive, pids))
+
+
+def check_with_worker(script: str, monkeypatch, tmp_path) -> list[Verdict]:
+    """Verdicts on two right answers if each worker runs a shell script instead of its program."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with Verifier(num_workers=2) as verifier:
+        return verifier.check([box("x+1"), box("x+2")], ["1+x", "2+x"])
 
 
 def test_workers_that_cannot_start_are_an_error(monkeypatch, tmp_path):
-    """A missing math-verify must stop the run: graded as wrong answers, it would look like a weak model."""
-    broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\necho 'No module named math_verify' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(verifier.sys, "executable", str(broken))
-    with Verifier(num_workers=2) as v, pytest.raises(RuntimeError, match="did not start: No module named math_verify"):
-        v.check([box("x+1")] * 2, ["1+x", "x+2"])
+    """A missing math-verify must stop the run. If its answers were graded as wrong, it would look like a weak model."""
+    with pytest.raises(RuntimeError, match="did not start: No module named math_verify"):
+        check_with_worker("echo 'No module named math_verify' >&2", monkeypatch, tmp_path)
+
+
+def test_an_answer_whose_workers_die_is_wrong(monkeypatch, tmp_path):
+    verdicts = check_with_worker("echo ready; read question", monkeypatch, tmp_path)
+    assert verdicts == [(False, "x+1", "error"), (False, "x+2", "error")]
 
 
 def test_imports_stay_small():
-    program = "import sys, verifier; print(sorted({'torch', 'transformers', 'sympy', 'math_verify', 'numpy'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    """A worker that imported torch would take long to start, and a stage has no use for sympy in its own process."""
+    program = "import sys; from lib import {}; print(*{{'torch', 'transformers', 'numpy', 'sympy'}} & set(sys.modules))"
+    assert run_python(program.format("verifier")).split() == []
+    assert run_python(program.format("verifier_worker")).split() == ["sympy"]
 
 
 # ---- the interface
@@ -393,29 +425,31 @@ def test_imports_stay_small():
 def test_order_and_duplicates(shared):
     """Verdicts come in the order of the responses, whichever worker finishes first."""
     answers = [rf"\frac{{{i % 5}}}{{3}}" for i in range(40)]
-    verdicts = shared.check([box(a) for a in answers], [r"\frac{6}{9}"] * 40)
-    assert [v.correct for v in verdicts] == [i % 5 == 2 for i in range(40)]
-    assert [v.extracted for v in verdicts] == answers
+    verdicts = shared.check([box(answer) for answer in answers], [r"\frac{6}{9}"] * 40)
+    assert [verdict.correct for verdict in verdicts] == [i % 5 == 2 for i in range(40)]
+    assert [verdict.extracted for verdict in verdicts] == answers
 
 
-def test_many_threads(shared):
-    results = {}
+def test_equal_pairs_are_asked_once(monkeypatch):
+    """The samples of one prompt often agree, and one that meets the deadline would do so each time."""
+    asked = []
 
-    def grade(i: int) -> None:
-        results[i] = [v.correct for v in shared.check([box(f"x+{j}") for j in range(5)], [f"{i}+x"] * 5)]
+    def ask(gold: str, answer: str) -> tuple[bool, str]:
+        asked.append((gold, answer))
+        return answer == "x+2", "math_verify"
 
-    threads = [threading.Thread(target=grade, args=(i,)) for i in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == {i: [i == j for j in range(5)] for i in range(5)}
+    with Verifier(num_workers=1) as verifier:
+        monkeypatch.setattr(verifier._workers[0], "ask", ask)
+        verdicts = verifier.check([box("x+1"), box("x+2"), box("x + 1"), box("x+2")], ["2+x"] * 4)
+    assert asked == [("2+x", "x+1"), ("2+x", "x+2")]
+    assert [verdict.correct for verdict in verdicts] == [False, True, False, True]
+    assert [verdict.extracted for verdict in verdicts] == ["x+1", "x+2", "x + 1", "x+2"]
 
 
 @pytest.mark.parametrize(("responses", "golds"), [(["a"], []), (["a"], [" "]), (["a"], ["7" * 2000])])
 def test_bad_calls(responses, golds):
-    with Verifier() as v, pytest.raises(ValueError):
-        v.check(responses, golds)
+    with Verifier() as verifier, pytest.raises(ValueError):
+        verifier.check(responses, golds)
 
 
 @pytest.mark.parametrize("arguments", [{"num_workers": 0}, {"deadline": 0.0}])
@@ -426,22 +460,23 @@ def test_bad_settings(arguments):
 
 def test_command_line():
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "verifier.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "lib.verifier", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert run(r"\frac12", r"so \boxed{0.5}").stdout == "Verdict(correct=True, extracted='0.5', how='math_verify')\n"
     assert run("7").returncode != 0
 
 
 def test_short_soak():
-    """2,000 gradings: the same processes and descriptors at the end as after the first. The long one is in results/."""
-    with Verifier(num_workers=2, deadline=20.0) as v:
-        v.check([box("x+1"), box("x+2")], ["1+x", "2+x"])
-        pids, descriptors = [w.process.pid for w in v._workers], len(os.listdir("/proc/self/fd"))
+    """2,000 gradings end with the processes and descriptors of the first. results/verifier/soak.md tells of more."""
+    with Verifier(num_workers=2, deadline=20.0) as verifier:
+        verifier.check([box("x+1"), box("x+2")], ["1+x", "2+x"])
+        pids, descriptors = [worker.process.pid for worker in verifier._workers], len(os.listdir("/proc/self/fd"))
         for start in range(0, 2000, 250):
             values = range(start, start + 250)
             answers = [rf"\frac{{{i}}}{{7}}" if i % 50 == 0 else str(i) for i in values]
             golds = [rf"\frac{{{2 * i}}}{{14}}" if i % 50 == 0 else f"0{i}" for i in values]
-            assert all(x.correct for x in v.check([box(a) for a in answers], golds))
-        assert [w.process.pid for w in v._workers] == pids
+            assert all(verdict.correct for verdict in verifier.check([box(answer) for answer in answers], golds))
+        assert [worker.process.pid for worker in verifier._workers] == pids
         assert len(os.listdir("/proc/self/fd")) == descriptors
     assert wait_until_gone(pids, 5)

@@ -9,11 +9,12 @@ from conftest import tiny_model
 from test_engines import model_logprobs
 
 import common
+import lib.engines
 import teacher_grpo
-import toy
-from common import InputError, Policy
-from engines import Completion, Sampling, TorchEngine, VLLMEngine, check_engine
-from records import Problem, Rollout
+from common import InputError, Problem, Rollout
+from experiments import toy
+from lib.engines import Completion, Sampling, TorchEngine, VLLMEngine, check_engine
+from lib.policy import Policy
 
 pytest.importorskip("vllm")
 TOKENIZER = toy.make_tokenizer()
@@ -66,6 +67,28 @@ def test_parity_before_and_after_syncs(pair):
         now = model_logprobs(policy.model, PROMPTS[0], stale.token_ids, 1.0)
         assert (torch.tensor(stale.logprobs) - now).abs().max() > 0.1  # so the steps do show
         engine.sync(policy)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "torch"])
+def test_another_checkpoint_is_loaded_into_the_engine_and_back(pair, kind, tmp_path):
+    """Weights and end-of-sequence tokens are those of the checkpoint, and no whole copy of the model is made for vLLM."""
+    policy, engine = pair
+    engine = engine if kind == "vllm" else TorchEngine(copy.deepcopy(policy.model), TOKENIZER)
+    tied = policy.model.config.tie_word_embeddings
+    models = {seed: tiny_model(seed=seed, tied=tied, max_position_embeddings=512, head_dim=32) for seed in (6, 7)}
+    models[7].generation_config.eos_token_id = [1, 9]
+    for seed, model in models.items():
+        model.save_pretrained(tmp_path / str(seed))
+    for seed in (6, 7, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            if kind == "vllm":
+                patch.setattr(lib.engines, "load_causal_lm", lambda *a: pytest.fail("a whole model was loaded"))
+            engine.load(str(tmp_path / str(seed)), TOKENIZER)
+        groups = engine.generate(PROMPTS, [list(range(40)) for _ in PROMPTS], Sampling(12))
+        assert_parity(Policy(models[seed]), groups, 1.0)
+        last = {c.token_ids[-1] for group in groups for c in group if c.finish_reason == "stop"}
+        assert last == ({1, 9} if seed == 7 else {1})
+        assert seed == 7 or any(9 in c.token_ids for group in groups for c in group)
 
 
 def test_ends_and_lengths(pair):
@@ -130,18 +153,19 @@ def test_a_stale_sampler_is_measured_and_its_weights_are_cut(pair):
     policy = copy.deepcopy(policy)
     engine.sync(policy)
     sampled = engine.generate(PROMPTS, SEEDS, Sampling(12))
-    cfg = teacher_grpo.Config("", "", "", group_size=4, mini_batch_prompts=4, kl_coef=0.0)
-    advantages = torch.linspace(-1, 1, 16)
+    cfg = teacher_grpo.Config("", data="", out="", rollouts_per_prompt=4, mini_batch_prompts=4, kl_coef=0.0)
+    advantages = torch.linspace(-1, 1, 16).tolist()
 
     def metrics(trainer: Policy, cap: float = 2.0) -> tuple[dict, torch.Tensor]:
         trainer = copy.deepcopy(trainer)
         rollouts = [
-            Rollout(Problem(str(i), "", "1"), s, prompt, c.token_ids, c.logprobs, c.finish_reason, "")
+            Rollout(Problem(str(i), "", "1"), s, prompt, c.token_ids, c.logprobs, c.finish_reason, "",
+                    advantage=advantages[4 * i + s])
             for i, (prompt, group) in enumerate(zip(PROMPTS, sampled)) for s, c in enumerate(group)
         ]  # fmt: skip
         optimizer = torch.optim.SGD(trainer.parameters())
         settings = dataclasses.replace(cfg, importance_cap=cap)
-        logged = teacher_grpo.update(trainer, None, optimizer, rollouts, advantages, 0.1, settings)
+        logged = teacher_grpo.update(trainer, None, optimizer, rollouts, 0.1, settings)
         return logged, torch.cat([parameter.detach().flatten() for parameter in trainer.parameters()])
 
     fresh, _ = metrics(policy)
@@ -155,7 +179,9 @@ def test_a_stale_sampler_is_measured_and_its_weights_are_cut(pair):
 
 def test_settings_are_refused_before_anything_is_loaded(tmp_path):
     tiny_model(head_dim=32).save_pretrained(tmp_path)
-    cfg = teacher_grpo.Config(str(tmp_path), "", "", engine="vllm", max_prompt_tokens=64, max_response_tokens=64)
+    cfg = teacher_grpo.Config(
+        str(tmp_path), data="", out="", engine="vllm", max_prompt_tokens=64, max_response_tokens=64
+    )
     check_engine(cfg, cfg.model)
     with pytest.raises(InputError, match="make 129, and .* has 128 positions"):
         check_engine(dataclasses.replace(cfg, max_response_tokens=65), cfg.model)

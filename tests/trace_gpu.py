@@ -18,10 +18,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import common  # noqa: E402
 import kernels  # noqa: E402
-import records  # noqa: E402
-from memory import MODELS  # noqa: E402
+import lib.policy  # noqa: E402
+from experiments.hours import MODELS  # noqa: E402
 
 N, V = 16384, MODELS["Qwen3-8B"].vocab_size
 DS, DT = MODELS["Qwen3-1.7B"].hidden_size, MODELS["Qwen3-8B"].hidden_size
@@ -53,13 +54,11 @@ def packed_forward(name: str) -> str:
     """Two layers of a model over a full pack: PyTorch's attention for variable lengths is called, and gives what is due."""
     config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": 2, "layer_types": None})
     with torch.device("cuda"):
-        policy = common.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
-    rollouts = [
-        records.Rollout(None, 0, [1] * 100, [2] * length, [0.0] * length, "stop", "") for length in (9000, 7000)
-    ]
-    [batch] = records.make_batches(rollouts, N, torch.device("cuda"))
+        policy = lib.policy.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    rollouts = [common.Rollout(None, 0, [1] * 100, [2] * length, [0.0] * length, "stop", "") for length in (9000, 7000)]
+    [batch] = common.make_batches(rollouts, N, torch.device("cuda"))
     calls = []
-    with mock.patch.object(common, "varlen_attn", lambda *a, **k: calls.append(k) or attention(*a, **k)):
+    with mock.patch.object(lib.policy, "varlen_attn", lambda *a, **k: calls.append(k) or attention(*a, **k)):
         attention = torch.nn.attention.varlen.varlen_attn
         hidden, weight = policy(batch, lambda hidden, weight: (hidden, weight))
     assert len(calls) == 2 and hidden.dtype == weight.dtype == torch.bfloat16 and weight.shape[0] == config.vocab_size
@@ -69,14 +68,14 @@ def packed_forward(name: str) -> str:
 def kl(direction: str, dtype: torch.dtype, vocab_size: int) -> str:
     """Loss, KL and both gradients; the teacher's head has more rows than the student's, and both more than the tokenizer."""
     weights = empty(V, DS, dtype=dtype), empty(V + 128, DT, dtype=dtype)
-    loss, per_token, d_hidden, d_weight = kernels._kl_forward(
-        empty(N, DS, dtype=dtype), weights[0], empty(N, DT, dtype=dtype), weights[1], empty(N, dtype=torch.float32),
+    found, d_hidden, d_weight = kernels._kl_forward(
+        empty(N, DS, dtype=dtype), weights[0], empty(N, DT, dtype=dtype), weights[1], empty(N, dtype=torch.int64),
         direction == "reverse", 1.0, vocab_size, True, True, True,
     )  # fmt: skip
-    assert loss.shape == () and per_token.shape == (N,)
+    assert found.loss.shape == () and all(x.shape == (N,) for x in found[1:])
     assert d_hidden.shape == (N, DS) and d_weight.shape == (V, DS)
-    assert {x.dtype for x in (loss, per_token, d_hidden, d_weight)} == {torch.float32}
-    return "loss, KL, dH and dW in float32"
+    assert {x.dtype for x in (*found, d_hidden, d_weight)} == {torch.float32}
+    return "loss, KL, entropy, log-probabilities, dH and dW in float32"
 
 
 def logprob(dtype: torch.dtype, vocab_size: int) -> str:

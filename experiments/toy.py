@@ -1,22 +1,23 @@
-"""Writes the embedded default: a checkable task, a tokenizer, and a raw teacher/student pair that can be trained on it.
+"""Writes what `make demo` starts from: a checkable task, a tokenizer, and a raw teacher and student to be trained on
+it.
 
-    python toy.py --out runs/toy/seed0 --seed 0        (about two minutes on two CPU cores)
+    python -m experiments.toy --out runs/toy/seed0 --seed 0        (about half a minute on two CPU cores)
 
 The task is arithmetic from left to right modulo 10, for instance 7*8+3-4*2 -> 6, +3=9, -4=5, *2=0 -> \\boxed{0}. The
 answer is found by working it out step by step, so a model that is careful on each of four steps is right at the end.
 
-The raw models are pretrained on demonstrations that mix habits, each named by the response's first token:
+The raw models are pretrained on demonstrations of several habits, each announced by the response's first token:
 
     Carefully:  every step correct            Carefully:7*8=6+3=9-4=5*2=0 \\boxed{0}
     Roughly:    each step wrong with p = 0.4  Roughly:7*8=6+3=1-4=7*2=4 \\boxed{4}
     Guess:      straight to some digit        Guess: \\boxed{4}
-    Hmm,        copies the problem, never ends; the student's alone, so its rollouts begin off the teacher's support
+    Hmm,        copies the problem and never ends; only the student has this habit, so it begins far from its teacher
 
-Most demonstrations of the mix are rough, guessed or aimless, so a raw model is mostly wrong while it *can* be careful:
-sparse reward has a better mode to discover, as in the paper. Each batch also has careful work to practise on whose first
-token is given, not learned, so that skill and habits are acquired side by side. The student is smaller, and stopped
-earlier: pretraining stops at a measured skill (accuracy when made to start with "Carefully:", on validation problems),
-because a fixed number of steps leaves the student anywhere between hopeless and done.
+Most demonstrations are rough, guessed or aimless, so a raw model is mostly wrong although it *can* be careful: as in
+the paper, there is a better behaviour for the sparse reward to find. A part of each batch is careful work whose first
+token is given and not learned, so that the skill grows without the habit. The student is smaller and its pretraining
+stops earlier. Pretraining stops at a measured skill (accuracy on validation problems when a response is made to begin
+with "Carefully:"), because after a fixed number of steps students of different seeds differ too much in skill.
 
 Written: tokenizer and weights in raw_teacher/ and raw_student/ (Qwen3 architecture), and train.jsonl (labelled,
 160 problems), validation.jsonl and test.jsonl, which share no problem with one another or with the demonstrations.
@@ -37,18 +38,19 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import common
-import records
-from common import Policy
-from engines import Sampling, TorchEngine, sample_rollouts
+from common import INSTRUCTION, Problem, Rollout
 from kernels import fused_linear_logprob
-from records import Problem, Rollout
-from verifier import extract_answer
+from lib.data import new_problem, tokenize_prompts
+from lib.engines import Sampling, TorchEngine
+from lib.policy import Policy
+from lib.rollouts import sample_rollouts
+from lib.verifier import extract_answer
 
 TASK = "Left to right, modulo 10: "
 HABITS = ("Carefully:", "Roughly:", "Guess:", "Hmm,")
 MAX_RESPONSE_TOKENS = 24  # a careful response has 22
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
-VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, records.INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
+VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
     "0123456789+-*="
 )
 CHAT_TEMPLATE = (
@@ -61,19 +63,19 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Config:
-    out: str  # directory to write
-    seed: int = 0  # of the problems, the demonstrations and the weights
-    train_problems: int = 160  # labelled problems
-    test_problems: int = 250  # held-out problems, as many for validation
+    out: str  # directory to write the models and problems to
+    seed: int = 0  # decides the problems, the demonstrations and the weights
+    train_problems: int = 160  # number of labelled problems
+    test_problems: int = 250  # number of test problems, and of validation problems
     teacher_skill: float = 0.9  # pretraining stops at this accuracy inside the careful habit
-    student_skill: float = 0.5  # at 0.25 sparse reward only sharpens mistakes; fully skilled leaves nothing to teach
-    max_steps: int = 3000  # pretraining steps at most
-    head_dim: int = 16  # of the models' attention; vLLM on a CPU has none smaller than 32
+    student_skill: float = 0.5  # the same for the student; less is too little for sparse reward, more leaves no gap
+    max_steps: int = 3000  # largest number of pretraining steps
+    head_dim: int = 16  # size of the attention heads; vLLM needs at least 32 on a CPU
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of 26 tokens whose words include the paper's whole instruction, so that the toy's prompts
-    have the same format as real ones at the cost of one token."""
+    """A tokenizer of 26 tokens. The whole instruction is one of them, so a prompt has the usual form but stays
+    short."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     words = sorted(vocabulary, key=len, reverse=True)
     pattern = "|".join("".join(f"\\x{{{ord(character):x}}}" for character in word) for word in words)
@@ -89,7 +91,7 @@ def make_problem(rng: random.Random) -> Problem:
     digits = [rng.randrange(10) for _ in range(5)]
     operators = [rng.choice("+-*") for _ in range(4)]
     expression = str(digits[0]) + "".join(f"{op}{digit}" for op, digit in zip(operators, digits[1:]))
-    return Problem.create(TASK + expression, work_out(expression, 0.0, rng)[-1])
+    return new_problem(TASK + expression, work_out(expression, 0.0, rng)[-1])
 
 
 def work_out(expression: str, error_rate: float, rng: random.Random) -> list[str]:
@@ -107,9 +109,9 @@ def demonstrate(problem: Problem, habit: str, rng: random.Random) -> str:
     """A demonstration of one habit; see the module's docstring."""
     expression = problem.prompt.removeprefix(TASK)
     if habit == "Hmm,":
-        return habit + (expression + "=") * 2 + expression[:4]  # past the length limit, with no answer and no end
+        return habit + (expression + "=") * 2 + expression[:4]  # longer than the limit, without an answer
     if habit == "Guess:":
-        # A guess is right a little more often than one in ten, so that it is the better part of a hopeless student.
+        # A guess is right a little more often than by chance, so that guessing is better than rambling.
         guess = problem.answer if rng.random() < 0.1 else str(rng.randrange(10))
         return f"Guess: \\boxed{{{guess}}}"
     results = work_out(expression, 0.0 if habit == "Carefully:" else 0.4, rng)
@@ -132,14 +134,15 @@ class Recipe:
     peak_lr: float = 4e-3
 
 
-PRACTICE = 0.6  # share of the demonstrations that are careful work with its first token given
+PRACTICE = 0.6  # share of the demonstrations that are careful work whose first token is given
 
 
 def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], reserved: set[str]) -> None:
-    """Pretrains one raw model on fresh demonstrations until its careful habit reaches the wanted skill, and saves it."""
+    """Pretrains one raw model on fresh demonstrations until its careful habit reaches the wanted skill, and saves
+    it."""
     torch.set_num_threads(1)
     rng = random.Random(f"{cfg.seed}/{name}")
-    torch.manual_seed(records.request_seed(cfg.seed, name))
+    torch.manual_seed(common.request_seed(cfg.seed, name))
     tokenizer = make_tokenizer()
     policy = Policy(
         transformers.Qwen3ForCausalLM(
@@ -184,7 +187,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
                 rollout.response_ids[1:],
             )
             rollout.logprobs = rollout.logprobs[1:]
-        [batch] = records.make_batches(rollouts, 1 << 20, torch.device("cpu"))
+        [batch] = common.make_batches(rollouts, 1 << 20, torch.device("cpu"))
         logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
         loss = -logprobs.mean()
         loss.backward()
@@ -204,7 +207,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
 
 
 def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], responses: list[str]) -> list[Rollout]:
-    prompts = records.tokenize_prompts(tokenizer, problems, records.INSTRUCTION, False, max_prompt_tokens=64)
+    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, False, max_prompt_tokens=64)
     return [
         Rollout(problem, 0, prompts[problem.id], ids, [0.0] * len(ids), "stop", text)
         for problem, ids, text in zip(
@@ -214,13 +217,12 @@ def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], res
 
 
 def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
-    """Share of the problems answered rightly, at temperature 1, when the response is made to begin with "Carefully:"."""
-    prompts = records.tokenize_prompts(tokenizer, problems, records.INSTRUCTION, False, max_prompt_tokens=64)
+    """Share of the problems answered rightly, at temperature 1, when the response is made to begin with
+    "Carefully:"."""
+    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, False, max_prompt_tokens=64)
     prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
     engine = TorchEngine(policy.model, tokenizer)
-    rollouts = sample_rollouts(
-        engine, tokenizer, problems, prompts, 1, Sampling(MAX_RESPONSE_TOKENS), seed_key=("skill",)
-    )
+    rollouts = sample_rollouts(engine, problems, prompts, 1, Sampling(MAX_RESPONSE_TOKENS), seed_key=("skill",))
     return sum(extract_answer(rollout.text) == rollout.problem.answer for rollout in rollouts) / len(rollouts)
 
 
@@ -254,7 +256,7 @@ def main(cfg: Config) -> None:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("error: pretraining failed; see the message above")
-    for name, problems in splits.items():  # last, so that their presence means that all is there
+    for name, problems in splits.items():  # written last, because make takes their presence for completeness
         lines = (json.dumps({"problem": problem.prompt, "answer": problem.answer}) for problem in problems)
         (Path(cfg.out) / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,152 +1,15 @@
-"""What a stage will hold on each GPU, and what the paper's routes will cost, before a node is paid for.
+"""GPU memory and GPU-hours of the paper's pairs, estimated: results/memory/pairs.md and results/memory/hours.md.
 
-Every stage prints its memory with --dry-run.
-
-Weights are counted on the meta device, so a 70B model takes seconds and no memory. Counted are the sharded parameters with
-their AdamW states and gradients, the layers that FSDP gathers, the frozen model (reference or teacher), activations of one
-micro-batch, the loss head's piece of logits and gradient of the output matrix, and vLLM's weights and cache.
-What is not: the CUDA context and NCCL (about 2 GiB), and fragmentation; `RESERVE` stands for them.
-
-    python memory.py        the paper's pairs: results/memory/pairs.md (memory) and results/memory/hours.md (GPU-hours)
+python -m experiments.hours
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
-import common
-
-GIB = 2**30
-RESERVE = 6 * GIB  # CUDA context, NCCL buffers, fragmentation
-LOGITS = 5 << 28  # of the loss head at a time (kernels.GPU_LOGIT_BYTES), student and teacher each
-
-
-@dataclass(frozen=True)
-class Size:
-    """What memory depends on, of one model."""
-
-    parameters: int
-    largest_layer: int  # parameters of one decoder layer
-    outside: int  # parameters outside the layers: embedding, head, last norm
-    head: int  # parameters of the output matrix
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int  # width of all query heads
-    key_value: int  # width of all key heads, and of all value heads
-
-
-def size_of(config) -> Size:
-    """Counts a model's parameters on the meta device; tied matrices once."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    layers = common.decoder_layers(model)
-    counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    total = sum(p.numel() for p in model.parameters())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Size(
-        total, max(counts), total - sum(counts), model.get_output_embeddings().weight.numel(), len(layers),
-        config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim,
-        config.num_key_value_heads * head_dim,
-    )  # fmt: skip
-
-
-def plan(
-    trained: Size,
-    frozen: Size | None,
-    in_loss: bool,
-    shards: int,
-    positions: int,
-    kv_cache_bytes: float,
-    tensor_parallel: int,
-    checkpointing: bool,
-    engine: bool = True,
-) -> dict[str, dict[str, float]]:
-    """Bytes on each GPU by item, in the two states that alternate: {"sampling": {...}, "training": {...}}.
-
-    `in_loss`: whether the frozen model is asked in every loss (a teacher) or before the first (a reference). `shards`: GPUs
-    that the weights are spread over. `positions`: of one micro-batch. Mixed precision: float32 weights, gradients and two
-    AdamW states, bfloat16 compute.
-    """
-    always = {
-        "weights (float32, sharded)": 4 * trained.parameters / shards,
-        "AdamW states": 8 * trained.parameters / shards,
-    }
-    if frozen:
-        always["frozen model (bfloat16, sharded)"] = 2 * frozen.parameters / shards
-    # Saved for the backward pass of one layer, in bfloat16: inputs of the norms and projections, queries, keys, values
-    # and attention's output, the MLP's gate, up and product; a quarter more for float32 statistics and rotary copies.
-    per_layer = 2 * 1.25 * (4 * trained.hidden + 2 * trained.query + 2 * trained.key_value + 3 * trained.intermediate)
-    if checkpointing:
-        activations = positions * (trained.layers * 2 * trained.hidden + per_layer)
-    else:
-        activations = positions * trained.layers * per_layer
-    widest = max(size.largest_layer for size in (trained, frozen) if size)
-    # A KL has the logits of both models and sums dW in float32; either loss's dW becomes float32 to be reduced.
-    loss_head = 2 * LOGITS + (4 + 4) * trained.head if in_loss else LOGITS + (2 + 4) * trained.head
-    training = {
-        "gradients (float32, sharded)": 4 * trained.parameters / shards,
-        # Two layers of weights (one ahead), one of gradients in bfloat16 and as float32 to be reduced; and the wrapper's.
-        "gathered layers and their gradients": 2 * 2 * widest + 6 * trained.largest_layer + 2 * trained.outside,
-        "activations of a micro-batch": activations,
-        "loss head: logits, gradient of the output matrix": loss_head,
-    }
-    if frozen and in_loss:
-        training["the teacher's embedding and head, gathered"] = 2 * frozen.outside
-    sampling = {}
-    if engine:
-        sampling["vLLM weights (bfloat16)"] = 2 * trained.parameters / tensor_parallel
-        sampling["vLLM key/value cache"] = kv_cache_bytes
-    else:
-        sampling["replica to sample from (bfloat16)"] = 2 * trained.parameters
-        training["replica to sample from (bfloat16)"] = 2 * trained.parameters
-    return {"sampling": {**always, **sampling}, "training": {**always, **training}}
-
-
-def peak(planned: dict[str, dict[str, float]]) -> float:
-    return max(sum(items.values()) for items in planned.values())
-
-
-def verdict(planned: dict, gib: float) -> str:
-    free = gib * GIB - RESERVE - peak(planned)
-    return f"fits, {free / GIB:.0f} GiB to spare" if free > 0 else f"does NOT fit, {-free / GIB:.0f} GiB too much"
-
-
-def table(planned: dict) -> str:
-    items = list(dict.fromkeys(name for part in planned.values() for name in part))
-    rows = [
-        f"| {name} | "
-        + " | ".join(f"{part[name] / GIB:.1f}" if name in part else "" for part in planned.values())
-        + " |"
-        for name in items
-    ]
-    rows.append("| **sum** | " + " | ".join(f"**{sum(part.values()) / GIB:.1f}**" for part in planned.values()) + " |")
-    return "\n".join(["| GiB on each GPU | sampling | training |", "|---|---|---|", *rows])
-
-
-def report(cfg, frozen: str | None, in_loss: bool) -> None:
-    """Prints the plan of a stage's Config for 8 GPUs of 80 GB and for two nodes of 8 with 141 GB. `frozen`: its reference,
-    or the teacher that it has in its loss."""
-    if common.rank():
-        return
-    sizes = [size_of(common.load_config(model)) if model else None for model in (cfg.model, frozen)]
-    positions = max(cfg.micro_batch_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
-    nodes = cfg.shard_nodes
-    for name, gib in ((f"{nodes} x 8 x 80 GB", 80e9 / GIB), (f"{max(nodes, 2)} x 8 x 141 GB", 141e9 / GIB)):
-        planned = plan(
-            *sizes, in_loss, 8 * nodes, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
-            engine=cfg.engine != "torch",
-        )  # fmt: skip
-        print(f"\n{name}: {verdict(planned, gib)} (after {RESERVE / GIB:.0f} GiB for CUDA and NCCL)")
-    print(
-        f"\nmicro-batch of {positions} positions, weights sharded over {8 * nodes} GPUs, with a replica on every further "
-        f"{'node' if nodes == 1 else f'{nodes} nodes'}\n\n{table(planned)}"
-    )
-
+from lib.memory import GIB, Size, peak, plan, size_of, verdict
 
 # The shapes of the paper's models, written out so that no hub is needed.
 QWEN3 = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, max_position_embeddings=40960)
@@ -172,7 +35,7 @@ def pairs() -> str:
         "GiB on each GPU at the larger of its two states, with activation checkpointing, one sequence of the paper's full "
         "length in a micro-batch and 16 GiB of vLLM cache; weights sharded over the GPUs of one node, or of two where the "
         "trained model is too large for one (`--shard-nodes 2`, `--tensor-parallel 8`, and 4 GiB of cache). Estimated on the "
-        "meta device, not measured. Command: `python memory.py`.",
+        "meta device, not measured. Command: `python -m experiments.hours`.",
         "",
         "| pair | stage | trained | frozen | nodes that share the weights | GiB | 8 GPUs of 80 GB a node | 8 of 141 GB |",
         "|---|---|---|---|---|---|---|---|",
@@ -210,7 +73,8 @@ def tokens_per_second(size: Size, cache: float = 16 * GIB) -> float:
 
 
 def gpu_hours(rollouts: float, sampled: float, sampler: Size | None, trained: Size, passes: list[Size]) -> float:
-    """Of training on `rollouts`, after sampling `sampled` of them; `passes` are forward passes besides the training's."""
+    """Of training on `rollouts`, after sampling `sampled` of them; `passes` are forward passes besides the
+    training's."""
     flops = 8 * trained.parameters + sum(2 * size.parameters for size in passes)  # with activations recomputed
     seconds = rollouts * (PROMPT + RESPONSE) * flops / (FLOPS * UTILISATION)
     if sampler:
@@ -229,7 +93,7 @@ def stage_hours(student: Size, teacher: Size, labels: int = LABELS) -> dict[str,
         "2b OPD (1 pass)": gpu_hours(once, once, student, student, [teacher]),
         "OPD only (2 passes)": gpu_hours(2 * once, 2 * once, student, student, [teacher]),
         "teacher-sample SFT, after the warmup's sampling (2 passes)": gpu_hours(2 * once, 0, None, student, []),
-        "forward KL only, likewise (2 passes)": gpu_hours(2 * once, 0, None, student, [teacher]),
+        "forward KL only, after the warmup's sampling (2 passes)": gpu_hours(2 * once, 0, None, student, [teacher]),
     }
 
 
@@ -250,10 +114,10 @@ def hours() -> str:
             "R5-half, or R7": (stage1 + warmup + opd + grpo) / 2,
             "R6": (sft_teacher + warmup + opd + grpo) / 2,
             "R8": (stage1 + opd_only + grpo) / 2,
-            "Table 8": stage1 + grpo + 2 * (warmup + opd),
-            "Table 3 and the ablation": stage1 + grpo + sft_teacher + 3 * (warmup + opd) + opd_only + sft_only
+            "Table 3": stage1 + grpo + 2 * (warmup + opd),
+            "Tables 1, 2 (top) and 6": stage1 + grpo + sft_teacher + 3 * (warmup + opd) + opd_only + sft_only
             + fkl_only + same_warmup + same_opd + same_opd_only + same_sft_only,
-            "Tables 4, 5 and 6": (stage1 + sft_teacher + 2 * (warmup + opd) + opd_only + sft_only + 6 * grpo) / 2,
+            "Tables 2 (bottom), 4 and 5": (stage1 + sft_teacher + 2 * (warmup + opd) + opd_only + sft_only + 6 * grpo) / 2,
         }.items():  # fmt: skip
             sums.setdefault(name, []).append(cost)
     lines = [
@@ -261,7 +125,7 @@ def hours() -> str:
         f"prompt and {RESPONSE} response tokens on average, training at {100 * UTILISATION:.0f} % of {FLOPS / 1e12:.0f} "
         f"TFLOP/s, sampling at {100 * OF_BANDWIDTH:.0f} % of {BANDWIDTH / 1e12:.2f} TB/s with 16 GiB of cache; halves of the "
         "labels cost half. Evaluation is not in it. Time is in proportion to the length of the responses, which is a guess. "
-        "Command: `python memory.py`.",
+        "Command: `python -m experiments.hours`.",
         "",
         "| on all labels | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",

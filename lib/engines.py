@@ -1,22 +1,21 @@
-"""Where rollouts come from: one interface, with vLLM or an embedded PyTorch sampler behind it.
+"""What samples responses: vLLM or an embedded PyTorch sampler, behind one interface.
 
-An engine has three verbs. `sync(policy)` makes it sample from the policy's present weights; `generate(prompts, seeds,
-sampling)` returns completions with the logprob of every sampled token under the *processed* distribution (after
-temperature, top-k and top-p), which is what an importance ratio must be taken against; `sleep()` leaves the GPU's memory
-to the trainer until the next `sync`. Every rank has an engine of its own and samples its share of the rollouts, or
-`tensor_parallel` successive ranks have one together.
+An engine has three methods. `sync(policy)` gives it the policy's present weights. `generate(prompts, seeds, sampling)`
+returns completions with the log-probability of every sampled token under the distribution that it was sampled from
+(after temperature, top-k and top-p), because importance ratios must be taken against that one. `sleep()` leaves the
+GPU's memory to the trainer until the next `sync`. Every rank has an engine of its own and samples its share of the
+rollouts, or `tensor_parallel` successive ranks share one.
 
-Each request has its own seed, so what a prompt is answered does not depend on which other prompts stand in its batch,
-nor on their order, nor on the number of processes.
-"""
+Each request has its own seed, so a response does not depend on the other prompts in its batch, on their order, or on
+the number of processes."""
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -25,10 +24,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-import common
-import records
-from common import InputError, Policy
-from records import Problem, Rollout
+from common import InputError, barrier, progress_bar, rank, start_process, this_device, world_size
+from lib.data import end_tokens
+from lib.policy import (
+    Policy,
+    checkpoint_weights,
+    full_weights,
+    is_sharded,
+    load_causal_lm,
+    load_config,
+    load_generation_config,
+)
 
 
 @dataclass(frozen=True)
@@ -46,61 +52,32 @@ class Completion:
     finish_reason: str  # "stop" at an end-of-sequence token, "length" at the cap
 
 
-def sample_rollouts(
-    engine: TorchEngine | VLLMEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    prompts: dict[str, list[int]],
-    n: int,
-    sampling: Sampling,
-    seed_key: Sequence[int | str],
-    progress: str | None = None,
-) -> list[Rollout]:
-    """`n` rollouts of each problem, grouped by problem; request seeds come from `seed_key`, problem id and sample.
-
-    Spread over ranks by requests, so that few problems with many samples occupy all of them; every rank gets all
-    rollouts, which is what lets training deal them out anew, by their real lengths. Collective.
-    """
-
-    def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
-        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: request[0].id)]
-        ids = [prompts[group[0][0].id] for group in groups]
-        seeds = [[records.request_seed(*seed_key, problem.id, s) for problem, s in group] for group in groups]
-        completions = [c for group in engine.generate(ids, seeds, sampling, progress) for c in group]
-        texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-        return [
-            Rollout(problem, number, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
-            for (problem, number), c, text in zip(requests, completions, texts)
-        ]
-
-    requests = [(problem, number) for problem in problems for number in range(n)]
-    return common.spread(sample, requests, engine.tensor_parallel)
-
-
 def chosen_engine(engine: str) -> str:
-    """ "auto" resolved: vLLM where it is installed and there is a GPU."""
+    """`engine`, with "auto" replaced by vLLM if it is installed and there is a GPU, and by the embedded sampler if
+    not."""
     if engine != "auto":
         return engine
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
 
 
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # that its attention on a CPU is compiled for
+# The sizes of attention heads that vLLM's attention is compiled for on a CPU.
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 def check_engine(cfg, model: str) -> None:
-    """InputError for settings that the engine of a stage's Config would fail on, before anything is loaded."""
+    """Raises InputError, before anything is loaded, for settings with which the engine of a Config would fail."""
     if chosen_engine(cfg.engine) == "torch":
         if cfg.tensor_parallel != 1:
             raise InputError(f"--tensor-parallel {cfg.tensor_parallel} needs vLLM; give --engine vllm, or drop it")
         return
     if importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm: vLLM is not installed; install requirements.txt, or give --engine torch")
-    if common.world_size() % cfg.tensor_parallel:
+    if world_size() % cfg.tensor_parallel:
         raise InputError(
-            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({common.world_size()}); give "
+            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({world_size()}); give "
             "one that does"
         )
-    config = common.load_config(model).get_text_config()
+    config = load_config(model).get_text_config()
     longest, limit = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
     if longest > limit:
         raise InputError(
@@ -120,9 +97,9 @@ def make_engine(
 ) -> TorchEngine | VLLMEngine:
     """The engine that a Config asks for, with the weights of checkpoint `model`.
 
-    `policy`: the same checkpoint, if it is loaded already; unsharded it is sampled from in place. `sleeps`: whether its
-    `sleep` is to free a GPU's memory; vLLM allows that to one engine a process.
-    """
+    `policy` is the same checkpoint if it is loaded already; if it is not sharded, the embedded sampler uses it in
+    place. `sleeps` says whether the engine's `sleep` frees GPU memory, which vLLM allows to only one engine in a
+    process."""
     if chosen_engine(cfg.engine) == "vllm":
         return VLLMEngine(
             model,
@@ -134,38 +111,43 @@ def make_engine(
             seed=cfg.seed,
             sleeps=sleeps,
         )
-    if policy is not None and not common.is_sharded(policy):
+    if policy is not None and not is_sharded(policy):
         return TorchEngine(policy.model, tokenizer, cfg.max_sequences)
-    device = common.this_device()
-    replica = common.load_causal_lm(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    device = this_device()
+    replica = load_causal_lm(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     return TorchEngine(replica, tokenizer, cfg.max_sequences)
 
 
 class TorchEngine:
     """Batched sampling with a key/value cache from any causal LM that transformers loads. Needs nothing but PyTorch.
 
-    A prompt is prefilled once and its cache repeated over its samples; rows that have finished leave the batch as soon
-    as a quarter of it is done. `max_sequences` bounds the rows, and so the cache, of one batch.
-    """
+    A prompt is computed once and its cache is repeated for its samples. Finished rows are removed from the batch as
+    soon as they are a quarter of it. `max_sequences` limits the rows of one batch, and so the size of the cache."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_sequences: int = 512):
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.dtype = model.dtype
         self.max_sequences = max_sequences
         self.tensor_parallel = 1
-        self.stop_ids = torch.tensor(records.end_tokens(model.generation_config, tokenizer), device=model.device)
+        self.stop_ids = torch.tensor(end_tokens(model.generation_config, tokenizer), device=model.device)
 
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
-        if not common.is_sharded(policy):
-            self.model = policy.model  # in one process the sampler *is* the policy: no copy to go stale
+        if not is_sharded(policy):
+            self.model = policy.model  # the sampler uses the policy itself, so there is no copy to keep up to date
             return
         replica = self.model.state_dict()
-        for name, value in common.full_weights(policy, self.dtype):
+        for name, value in full_weights(policy, self.dtype):
             replica[name].copy_(value)
 
+    def load(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes over another checkpoint."""
+        device, self.model, self.tokenizer = self.model.device, None, tokenizer  # frees the old one first
+        self.model = load_causal_lm(model, self.dtype, device)
+        self.stop_ids = torch.tensor(end_tokens(self.model.generation_config, tokenizer), device=device)
+
     def sleep(self) -> None:
-        """Nothing to do: the cache is gone already, and the weights are the policy's or one replica."""
+        """Frees nothing: the cache is freed after each call, and the weights are the policy's or one replica."""
 
     @torch.inference_mode()
     def generate(
@@ -180,9 +162,9 @@ class TorchEngine:
         `progress`, if given, is the caption of a progress bar over prompts.
         """
         completions: list[list[Completion]] = [[] for _ in prompts]
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding within a batch
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that a batch needs little padding
         per_batch = max(1, self.max_sequences // max(1, max(map(len, seeds), default=1)))
-        with common.progress_bar(len(prompts), progress, "prompt", leave=False) as bar:
+        with progress_bar(len(prompts), progress, "prompt", leave=False) as bar:
             for start in range(0, len(by_length), per_batch):
                 batch = by_length[start : start + per_batch]
                 rows = self._generate_batch([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
@@ -216,7 +198,7 @@ class TorchEngine:
             remaining = int(running.sum())
             if remaining == 0 or step + 1 == budget:
                 break
-            if remaining <= 0.75 * len(rows):  # dropping rows copies the cache, so not for every single one
+            if remaining <= 0.75 * len(rows):  # removing rows copies the cache, so it is not done for every single row
                 keep = running.nonzero().squeeze(1)
                 decoder.keep(keep)
                 rows, tokens, running = rows[keep], tokens[keep], running[keep]
@@ -224,16 +206,19 @@ class TorchEngine:
 
         stop_ids = set(self.stop_ids.tolist())
         for ids, values in zip(token_ids.tolist(), logprobs.tolist()):
-            length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # what follows is idle
+            length = next(
+                (n for n, token in enumerate(ids, 1) if token in stop_ids), None
+            )  # the rest was sampled in vain
             yield Completion(ids[:length], values[:length], "length" if length is None else "stop")
 
 
 def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
     """`count` uniforms in [0, 1) for each request, (B, count) float64, each row from its seed alone.
 
-    Inverse-CDF sampling takes one a token, so that a request's stream needs its seed and nothing else.
+    Sampling by inverting the cumulative distribution takes one uniform for each token, so a request's whole stream
+    follows from its seed.
     """
-    bits = np.random.Philox(key=0)  # one for all: making one asks the system for entropy, which a key has no use for
+    bits = np.random.Philox(key=0)  # made once and given each key in turn, because making one is slow
     start, generator = bits.state, np.random.Generator(bits)
     uniforms = np.empty((len(seeds), count))
     for seed, row in zip(seeds, uniforms):
@@ -243,15 +228,15 @@ def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(uniforms)
 
 
-# Decoding: the model's logits after one more token of every row
+# Decoding: the model's logits after one more token in every row
 
 
 def prefill(
     model: nn.Module, input_ids: Tensor, mask: Tensor, origin: Tensor
 ) -> tuple[Tensor, ModelDecoder | LeanDecoder]:
-    """The first logits (B, V) of rows that continue the prompts `origin` (B,), and the decoder for all that follow.
+    """The first logits (B, V) of rows that continue the prompts `origin` (B,), and the decoder of all later tokens.
 
-    input_ids (P, T) are the prompts, padded on the left where mask (P, T) is 0; each is computed once for all its rows.
+    input_ids (P, T) are the prompts, padded on the left where mask (P, T) is 0. Each is computed once for all its rows.
     """
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
@@ -263,7 +248,8 @@ def prefill(
 
 
 def model_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    """Of the last position, float32; the cache grows by input_ids (B, T), and mask (B, length) covers all of it."""
+    """Logits (B, V) of the last position, in float32. The cache grows by input_ids (B, T); mask covers the whole
+    cache."""
     output = model(
         input_ids=input_ids,
         attention_mask=mask,
@@ -294,16 +280,16 @@ class ModelDecoder:
 
 
 class LeanDecoder:
-    """The same for the architectures of Llama, Qwen2 and Qwen3, out of the model's own modules.
+    """A faster decoder for Llama, Qwen2 and Qwen3, built from the model's own modules.
 
-    At every token the model's forward makes a mask, copies each layer's cache to append to it, and copies it again to
-    give every head its own keys and values; on small models that is most of the time. Here the cache has room to be
-    written into, and the heads that share keys and values are the rows of one product with them.
+    For every token the model's own forward makes a mask, copies each layer's cache to append to it, and copies it again
+    to repeat keys and values for the heads that share them. On small models this takes most of the time. Here the cache
+    is written in place, and the heads that share keys and values are the rows of one product.
     """
 
     def __init__(self, model: nn.Module, cache: DynamicCache, mask: Tensor, positions: Tensor, origin: Tensor):
         self.model, self.positions, self.length = model, positions, mask.shape[1]
-        # What is added to attention scores, (B, 1, 1, room); None if nothing is padding.
+        # Added to the attention scores, (B, 1, 1, room): -inf at padding. None if there is no padding.
         self.bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
         self.bias = None if mask.all() else self.bias.masked_fill(mask == 0, -torch.inf)[:, None, None]
         self.keys = [layer.keys[origin] for layer in cache.layers]  # each (B, K, room, d), `length` of it filled
@@ -316,7 +302,7 @@ class LeanDecoder:
 
     def _replace_cache(self, change: Callable[[Tensor], Tensor]) -> None:
         for stored in (self.keys, self.values):
-            for number, tensor in enumerate(stored):  # one by one: old and new of all layers together may not fit
+            for number, tensor in enumerate(stored):  # one layer at a time, so that only one is held twice
                 stored[number] = change(tensor)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -360,19 +346,18 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, sca
     """Attention of each row's last token: query (B, K, G, d), keys and values (B, K, T, d) -> (B, K, G, d)."""
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
-    scores = (query * scale) @ keys.transpose(2, 3)  # on a CPU the fused kernel is made for long queries
+    scores = (query * scale) @ keys.transpose(2, 3)  # on a CPU plain products are faster for single queries
     return (scores if bias is None else scores + bias).softmax(-1) @ values
 
 
 class VLLMEngine:
     """vLLM inside this process, on the GPU that the trainer uses too.
 
-    With several ranks each has a whole engine, or `tensor_parallel` successive ranks one together (vLLM's external
-    launcher). On a GPU it is put to sleep while the policy is trained. Facts about vLLM 0.32 that this rests on are beside
-    the lines that use them.
-    """
+    With several ranks each has an engine of its own, or `tensor_parallel` successive ranks share one (vLLM's external
+    launcher). On a GPU it sleeps while the policy is trained. Facts about vLLM 0.32 that this relies on stand beside
+    the lines that use them."""
 
-    _alive: ClassVar[list] = []  # a vLLM engine that is deleted takes the process group with it, so none is
+    _alive: ClassVar[list] = []  # deleting a vLLM engine destroys the process group, so engines are kept here
 
     def __init__(
         self,
@@ -385,21 +370,21 @@ class VLLMEngine:
         seed: int = 0,
         sleeps: bool = True,
     ):
-        common.start_process()
+        start_process()
         on_gpu = torch.cuda.is_available()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if not on_gpu:
-            # Compiling its samplers takes half a minute; torch may have read TORCH_COMPILE_DISABLE already.
+            # Compiling vLLM's samplers takes half a minute. torch may have read the variable already, so both are set.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
             torch._dynamo.config.disable = True
         from vllm import LLM, SamplingParams
 
-        self._sampling_params = SamplingParams
+        self._sampling_params, self.tokenizer = SamplingParams, tokenizer
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         self.max_tokens, self.tensor_parallel = max_tokens, tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
-        self.stop_ids = records.stop_token_ids(model, tokenizer)
+        self.stop_ids = end_tokens(load_generation_config(model), tokenizer)
         self.llm = LLM(
             model,
             dtype=self.dtype,
@@ -407,32 +392,50 @@ class VLLMEngine:
             max_model_len=max_tokens,
             max_num_seqs=max_sequences,
             kv_cache_memory_bytes=int((kv_cache_gib if on_gpu else min(kv_cache_gib, 0.25)) * 2**30),
+            # vLLM refuses to start unless this share of the GPU is free, even though the line above has fixed the size
+            # of its cache. The trainer may hold most of the GPU by now, so the share is small. Nothing else reads it.
+            gpu_memory_utilization=0.05,
+            hf_overrides={"head_dtype": "float32"},  # logits in float32, as in the trainer
             enforce_eager=not on_gpu,
             enable_sleep_mode=self._sleeps,
-            logprobs_mode="processed_logprobs",  # the default ones know nothing of temperature and top-p
+            logprobs_mode="processed_logprobs",  # the default ignores temperature and top-p
             tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="external_launcher" if common.world_size() > 1 else None,
+            distributed_executor_backend="external_launcher" if world_size() > 1 else None,
             seed=seed,
             disable_log_stats=True,
-            # On a CPU vLLM fails on a seeded request whose prompt is prefilled in pieces, so it must be done in one.
+            # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces, so it is computed at
+            # once.
             **({} if on_gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
         )
         self._alive.append(self.llm)
+        if not on_gpu and tensor_parallel > 1:
+            # On a CPU, ranks that share an engine meet in shared memory whose name is always the same. Once all have it open
+            # the name can go; vLLM removes it only when the interpreter shuts down, and the next run would fail on it.
+            barrier()
+            for path in Path("/dev/shm").glob("*-cpushm_*"):
+                path.unlink(missing_ok=True)
 
     def sync(self, policy: Policy) -> None:
-        """Hands over the policy's weights, a full tensor at a time. Collective."""
+        """Takes over the policy's weights, one full tensor at a time. Collective."""
+        self._reload(full_weights(policy, self.dtype))
+
+    def load(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes over another checkpoint of the same architecture, one tensor at a time from its files. Collective."""
+        self.tokenizer, self.stop_ids = tokenizer, end_tokens(load_generation_config(model), tokenizer)
+        self._reload(checkpoint_weights(model, self.dtype))
+
+    def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """`weights` has to give a tied output matrix under both its names."""
         if self._asleep:
             self.llm.wake_up(tags=["weights"])
-        # reload_weights wants the tied head by its own name, too; `full_weights` gives it.
-        weights = common.full_weights(policy, self.dtype)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self._asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        self.llm.reset_prefix_cache()  # else prompts longer than a block are answered from the old weights' cache
+        self.llm.reset_prefix_cache()  # otherwise long prompts would be continued from the old weights' cache
 
     def sleep(self) -> None:
-        """Frees weights and cache; only `sync` brings them back. Without a GPU there is nothing to free."""
+        """Frees weights and cache until the next `sync`. Without a GPU there is nothing to free."""
         if self._sleeps and not self._asleep:
             self.llm.sleep(level=2)
             self._asleep = True
@@ -444,7 +447,7 @@ class VLLMEngine:
         sampling: Sampling,
         progress: str | None = None,
     ) -> list[list[Completion]]:
-        """As `TorchEngine.generate`. InputError if a prompt leaves no room for a response of full length."""
+        """Like `TorchEngine.generate`. InputError if a prompt leaves no room for a response of full length."""
         longest = max(map(len, prompts), default=0)
         if longest + sampling.max_response_tokens > self.max_tokens:
             raise InputError(
@@ -461,8 +464,9 @@ class VLLMEngine:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 seed=seed,
-                logprobs=0,  # of the sampled token alone
+                logprobs=0,  # of the sampled token only
                 stop_token_ids=self.stop_ids,
+                ignore_eos=True,  # otherwise vLLM adds the end tokens of the checkpoint that it was started with
                 detokenize=False,
             )
             for _, seed in requests
@@ -470,7 +474,7 @@ class VLLMEngine:
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt, _ in requests],
             params,
-            use_tqdm=progress is not None and common.rank() == 0,
+            use_tqdm=progress is not None and rank() == 0,
         )
         answers = iter(output.outputs[0] for output in outputs)
         return [[_completion(next(answers)) for _ in group] for group in seeds]
@@ -502,7 +506,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        # float64: over 150k entries a float32 running sum is off by more than a rare token's probability.
+        # In float32 a running sum over 150,000 entries would be off by more than a rare token's probability.
         cumulative = logprobs.double().exp().cumsum(-1)
         points = (uniforms * cumulative[:, -1]).unsqueeze(1)
         tokens = torch.searchsorted(cumulative, points, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)

@@ -1,47 +1,34 @@
-"""What flows through a stage, one record each: a `Problem` (prompt, answer, id) is sampled into `Rollout`s (token ids, the
-sampler's logprobs, the verifier's word), which are laid out as `Batch`es that a `Policy` turns into a loss."""
+"""Problem sets: read from files or the hub, split into halves, and worded as prompts for a model's tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
 import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-import common
-from common import InputError, first_line, say
-from verifier import Verifier
+from common import INSTRUCTION, InputError, Problem, first_line, print0
 
 
-@dataclass(frozen=True)
-class Problem:
-    id: str  # the same problem has one id in every data set, however it is typeset; see `problem_id`
-    prompt: str
-    answer: str
-
-    @staticmethod
-    def create(prompt: str, answer: str) -> Problem:
-        return Problem(problem_id(prompt), prompt, answer)
+def new_problem(prompt: str, answer: str) -> Problem:
+    return Problem(problem_id(prompt), prompt, answer)
 
 
 def problem_id(prompt: str) -> str:
-    """First 16 hex digits of the sha256 of the prompt's letters, digits and signs, without case, spaces or layout.
+    """First 16 hex digits of the sha256 of the prompt's letters, digits and signs; case, spaces and layout do not
+    count.
 
-    A thousand problems of DAPO-Math-17k stand in it twice with other spacing, delimiters or fractions. Were their copies
-    taken for two problems, one could train the teacher while the other counts as held out.
+    DAPO-Math-17k holds about a thousand problems twice, typeset differently. If the two copies had different ids, one
+    could be trained on while the other counts as held out.
     """
     text = unicodedata.normalize("NFKC", prompt).lower()
-    text = re.sub(r"\\(left|right|displaystyle|quad|qquad|[,;:! ])", "", text)  # LaTeX that only spaces or sizes
+    text = re.sub(r"\\(left|right|displaystyle|quad|qquad|[,;:! ])", "", text)  # LaTeX for spacing and sizes
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)  # a decimal point stays, a full stop goes
     kept = "".join(character for character in text if character.isalnum() or character in "+-*/=<>^!|.")
@@ -69,9 +56,10 @@ DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 def load_problems(source: str, quiet: bool = False) -> list[Problem]:
     """Reads a problem set and drops repeated problems and those whose copies disagree on the answer.
 
-    `source` is a short name (see `HUB_SETS`), a local .jsonl or .parquet file, or `owner/name[@configuration]:split`
-    on the hub. A row's prompt is its `prompt` (text, or chat messages), `problem` or `question`; its answer is
-    `reward_model.ground_truth`, `answer`, `solution` or `ground_truth`, and what follows "####" if that occurs.
+    `source` is a short name (see `HUB_SETS`), a local .jsonl or .parquet file, or `owner/name[@configuration]:split` on
+    the hub. A row's prompt is its `prompt` (text or chat messages), `problem` or `question`. Its answer is
+    `reward_model.ground_truth`, `answer`, `solution` or `ground_truth`; if that contains "####", only what follows
+    counts.
 
     Raises InputError for an unknown source, an unreadable row (with its number), or when no problem is left.
     """
@@ -92,7 +80,7 @@ def load_problems(source: str, quiet: bool = False) -> list[Problem]:
     if not problems:
         raise InputError(f"data set {source!r} holds no usable problem ({rows} rows read); name another with --data")
     if rows > len(problems) and not quiet:
-        say(
+        print0(
             f"{source}: {rows} rows, {rows - len(answers)} repeats dropped, "
             f"{len(conflicting)} problems with conflicting answers dropped, {len(problems)} left"
         )
@@ -115,8 +103,8 @@ def _problem_from_row(row: dict) -> Problem:
         answer = str(answer)
     if not isinstance(answer, str) or not answer.rsplit("####", 1)[-1].strip():
         raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r:.40}")
-    answer.encode()  # fails on half of a surrogate pair, which JSON can say and nothing can write
-    return Problem.create(prompt, answer.rsplit("####", 1)[-1].strip())
+    answer.encode()  # raises for half of a surrogate pair, which JSON can express but no file can hold
+    return new_problem(prompt, answer.rsplit("####", 1)[-1].strip())
 
 
 def _read_rows(source: str) -> Iterable[dict]:
@@ -163,7 +151,7 @@ def _read_rows(source: str) -> Iterable[dict]:
 
 
 def half_of(problems: Sequence[Problem], half: str, split_seed: int = 0) -> list[Problem]:
-    """The paper's fixed random split into two equal halves (§6); `half` is "full", "1H" or "2H".
+    """The paper's fixed random split into two equal halves (App. F); `half` is "full", "1H" or "2H".
 
     The split depends on the problems' ids and `split_seed` alone, not on the order of rows; of an odd number of
     problems one is left out of both halves, so that the halves are equal.
@@ -181,7 +169,7 @@ def half_of(problems: Sequence[Problem], half: str, split_seed: int = 0) -> list
 
 
 def load_training_problems(data: str, half: str, split_seed: int, exclude: Sequence[str]) -> list[Problem]:
-    """The problems of one half of `data`, less every problem that stands in one of the `exclude`d evaluation sets.
+    """The problems of one half of `data`, without those that also stand in one of the `exclude`d evaluation sets.
 
     The halves are cut before the exclusion, so that a checkpoint's half does not depend on what is evaluated.
     """
@@ -189,7 +177,7 @@ def load_training_problems(data: str, half: str, split_seed: int, exclude: Seque
     held_out = {problem.id for source in exclude for problem in load_problems(source, quiet=True)}
     kept = [problem for problem in problems if problem.id not in held_out]
     if len(kept) < len(problems):
-        say(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {', '.join(exclude)}")
+        print0(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {', '.join(exclude)}")
     if not kept:
         raise InputError(
             f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}; name others"
@@ -212,8 +200,6 @@ def problem_batches(problems: Sequence[Problem], size: int, passes: int, seed: i
 
 # Prompts and tokenizers
 
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-
 
 def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory or hub name; InputError (naming `argument`) if there is none."""
@@ -221,12 +207,10 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
         raise InputError(f"{argument} {model!r} is not a checkpoint directory, nor a hub name (owner/name)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        if not tokenizer("1+1")[
-            "input_ids"
-        ]:  # where the files are missing, transformers makes one without a vocabulary
+        if not tokenizer("1+1")["input_ids"]:  # without files, transformers makes a tokenizer that knows no token
             raise ValueError("it has no vocabulary")
         return tokenizer
-    except Exception as error:  # Rust's tokenizers raise a bare one
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(
             f"{argument} {model!r} has no tokenizer that transformers can load ({first_line(error)}); put its files beside the "
             "weights"
@@ -234,7 +218,7 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: str, instruction: str, thinking: bool) -> str:
-    """The problem with the instruction, in the model's own chat template (plain text for a model without one)."""
+    """The problem and the instruction in the model's chat template, or as plain text if the model has none."""
     if tokenizer.chat_template is None:
         return problem + instruction
     messages = [{"role": "user", "content": problem + instruction}]
@@ -251,7 +235,7 @@ def tokenize_prompts(
     """Prompt token ids by problem id. InputError when a prompt is longer than `max_prompt_tokens`."""
     texts = [render_prompt(tokenizer, problem.prompt, instruction, thinking) for problem in problems]
     prompts = {}
-    # The template writes its own special tokens; a model without one wants the tokenizer's (a leading BOS, say).
+    # A chat template writes special tokens itself. Without one the tokenizer adds its own, such as a leading BOS.
     encoded = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
     for problem, ids in zip(problems, encoded):
         if len(ids) > max_prompt_tokens:
@@ -264,27 +248,17 @@ def tokenize_prompts(
 
 
 def end_tokens(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a response: the tokenizer's end of sequence, and those of the checkpoint's generation settings."""
+    """Tokens that end a response: the tokenizer's end of sequence, and those in the checkpoint's generation
+    settings."""
     configured = generation_config.eos_token_id if generation_config else None
     return sorted({tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None})
 
 
-def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`end_tokens` of a checkpoint that is not loaded."""
-    try:
-        return end_tokens(GenerationConfig.from_pretrained(model), tokenizer)
-    except OSError as error:  # a checkpoint need not have generation settings
-        if (Path(model) / "generation_config.json").exists():
-            raise InputError(
-                f"model {model!r} has a generation_config.json that cannot be read ({first_line(error)}); mend or delete it"
-            ) from None
-        return end_tokens(None, tokenizer)
-
-
 def check_same_tokenizer(student: str, teacher: str) -> None:
-    """Teacher and student must read and write the same tokens: a KL between their distributions means nothing else.
+    """Raises InputError, saying what differs, unless teacher and student read and write the same tokens.
 
-    Compares the vocabularies, the special tokens and the rendered prompt; InputError with what differs.
+    A KL between two distributions over tokens has a meaning only if both are over the same tokens. Compared are the
+    vocabularies, the special tokens and the rendered prompts.
     """
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
     pair = f"--model {student!r} and --teacher {teacher!r}"
@@ -314,131 +288,3 @@ def check_same_tokenizer(student: str, teacher: str) -> None:
                 f"{pair} render prompts differently (after {first[:same][-20:]!r} one has {first[same:][:40]!r}, the other "
                 f"{second[same:][:40]!r}); give both the same chat template"
             )
-
-
-# Rollouts and batches
-
-
-@dataclass
-class Rollout:
-    problem: Problem
-    sample: int  # 0..G-1 within the problem's group
-    prompt_ids: list[int]
-    response_ids: list[int]  # ends with the end-of-sequence token unless the length cap cut it
-    logprobs: list[float]  # of each response token, as the sampler computed it
-    finish_reason: str  # "stop" or "length"
-    text: str  # the decoded response, without special tokens
-    correct: bool | None = None  # the verifier's word
-
-
-def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:
-    """Sets `correct` on every rollout from its response and its problem's answer. Spread over ranks; collective."""
-
-    def verdicts(some: Sequence[Rollout]) -> list[bool]:
-        found = verifier.check([rollout.text for rollout in some], [rollout.problem.answer for rollout in some])
-        return [verdict.correct for verdict in found]
-
-    # One verdict for all ranks: a deadline met on one and missed on another would make them differ.
-    for rollout, correct in zip(rollouts, common.spread(verdicts, rollouts)):
-        rollout.correct = correct
-
-
-def response_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean response length in tokens, and the share of responses cut at the length limit."""
-    return {
-        "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
-        "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-    }
-
-
-def request_seed(*key: int | str) -> int:
-    """A 63-bit seed for one request from what names it: (run seed, step, problem id, sample)."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
-
-
-@dataclass
-class Batch:
-    """Sequences packed one after another, with no padding.
-
-    position_ids begin again at 0 with each sequence, and attention goes no further back. Which positions count is known
-    from the lengths.
-    """
-
-    input_ids: Tensor  # (1, T) prompt and response; the last response token predicts nothing and is left off
-    position_ids: Tensor  # (1, T)
-    lengths: list[int]  # of the sequences, from long to short; their sum is T
-    response_mask: Tensor  # (1, T) bool, True where the next token is a response token; N entries are True
-    targets: Tensor  # (N,) those next tokens
-    rollout_index: Tensor  # (N,) which of the rollouts given to `make_batches` a token belongs to
-    sampler_logprobs: Tensor  # (N,) float32, the sampler's logprob of each target
-
-
-def make_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[Batch]:
-    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions, or of one longer sequence.
-
-    `rollouts` are those of all ranks. They are dealt out so that every rank has about as many tokens, and each is in
-    exactly one micro-batch of one rank. All ranks get equally many micro-batches, the last ones perhaps with nothing in
-    them, because each forward and backward pass of a sharded model is one of all ranks. None of this changes a loss:
-    losses are sums over tokens divided by one global count.
-    """
-    lengths = [len(rollout.prompt_ids) + max(len(rollout.response_ids) - 1, 0) for rollout in rollouts]
-    shares = [_group(share, lengths, max_tokens) for share in deal(lengths, common.world_size())]
-    groups = shares[common.rank()]
-    groups += [[]] * (max(map(len, shares)) - len(groups))
-    return [_pack(rollouts, group, device) for group in groups]
-
-
-def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
-    """Indices dealt into hands of about equal total length, each from long to short: the next longest goes to the hand
-    that has least so far."""
-    result: list[list[int]] = [[] for _ in range(hands)]
-    totals = [(0, hand) for hand in range(hands)]
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total, hand = heapq.heappop(totals)
-        result[hand].append(index)
-        heapq.heappush(totals, (total + lengths[index], hand))
-    return result
-
-
-def _group(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cuts indices, in their order, into micro-batches."""
-    groups: list[list[int]] = []
-    total = 0
-    for index in indices:
-        total += lengths[index]
-        if not groups or total > max_tokens:
-            groups.append([])
-            total = lengths[index]
-        groups[-1].append(index)
-    return groups
-
-
-def _pack(rollouts: Sequence[Rollout], group: Sequence[int], device: torch.device) -> Batch:
-    input_ids, position_ids, lengths, response_mask, targets, sampler_logprobs = [], [], [], [], [], []
-    for rollout in (rollouts[index] for index in group):
-        ids = rollout.prompt_ids + rollout.response_ids[:-1]
-        input_ids += ids
-        position_ids += range(len(ids))
-        lengths.append(len(ids))
-        # The last prompt token predicts the first response token, if there is one.
-        first = len(rollout.prompt_ids) - 1 if rollout.response_ids else len(ids)
-        response_mask += [False] * first + [True] * (len(ids) - first)
-        targets += rollout.response_ids
-        sampler_logprobs += rollout.logprobs
-    if not group:  # a micro-batch of nothing is one position, which predicts nothing
-        input_ids, position_ids, lengths, response_mask = [0], [0], [1], [False]
-    counts = torch.tensor([len(rollouts[index].response_ids) for index in group], dtype=torch.long)
-    return Batch(
-        torch.tensor([input_ids], device=device),
-        torch.tensor([position_ids], device=device),
-        lengths,
-        torch.tensor([response_mask], device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        torch.tensor(group, dtype=torch.long).repeat_interleave(counts).to(device),
-        torch.tensor(sampler_logprobs, dtype=torch.float32, device=device),
-    )
-
-
-def count_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Response tokens of the rollouts of all ranks: what every summed loss of an optimizer step is divided by."""
-    return sum(len(rollout.response_ids) for rollout in rollouts)

@@ -1,0 +1,56 @@
+"""Carries out what `make -n` prints, each command in a child of one process that has imported everything already.
+
+    make -n tables SEED=3 | python -m experiments.run_plan
+
+A toy's stage computes for ten seconds, and starting an interpreter and importing PyTorch takes eight more. Otherwise
+nothing is different: a command is a process of its own, sees its own arguments, and the first that fails ends the plan.
+"""
+
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+import traceback
+
+from transformers import Qwen3ForCausalLM  # noqa: F401
+
+import evaluate  # noqa: F401  (imported for the children, like the others)
+import fkl_warmup  # noqa: F401
+import opd  # noqa: F401
+import teacher_grpo  # noqa: F401
+from experiments import audit, tables  # noqa: F401
+
+
+def run(words: list[str]) -> int:
+    """Runs `python SCRIPT.py ...` or `python -m MODULE ...` in a child, anything else as a command; the exit status."""
+    module = words[1:2] == ["-m"]
+    if not module and not (len(words) > 1 and words[1].endswith(".py")):
+        return subprocess.run(words).returncode
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 0
+    try:
+        if module:
+            sys.argv = words[2:]
+            sys.modules.pop(words[2], None)  # runpy warns of a module that is imported already
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words[1:]
+            runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    for command in sys.stdin.read().replace("\\\n", " ").splitlines():
+        words = shlex.split(command)
+        if words and not words[0].startswith("make") and (status := run(words)):
+            sys.exit(f"error: exit status {status} of: {command}")

@@ -1,0 +1,150 @@
+"""What a stage holds in the memory of each GPU, estimated before anything is loaded: every stage prints it for
+--dry-run.
+
+Parameters are counted on PyTorch's meta device, so a 70B model takes seconds and no memory. The estimate has the
+sharded weights with their gradients and AdamW states, the layers that FSDP2 gathers, the frozen model (reference or
+teacher), the activations of one micro-batch, the loss head's piece of logits and gradient of the output matrix, and
+vLLM's weights and cache. It leaves out the CUDA context, NCCL's buffers and fragmentation, for which `RESERVE` is kept
+free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from common import rank
+from lib.policy import decoder_layers, load_config
+
+GIB = 2**30
+RESERVE = 6 * GIB  # CUDA context, NCCL buffers, fragmentation
+LOGITS = 5 << 28  # bytes of logits that a loss holds at a time, for each model (kernels.GPU_LOGIT_BYTES)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of one model that its memory depends on."""
+
+    parameters: int
+    largest_layer: int  # parameters of one decoder layer
+    outside: int  # parameters outside the layers: embedding, head, last norm
+    head: int  # parameters of the output matrix
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int  # width of all query heads
+    key_value: int  # width of all key heads, and of all value heads
+
+
+def size_of(config) -> Size:
+    """Counts a model's parameters on the meta device; tied matrices once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layers = decoder_layers(model)
+    counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    total = sum(p.numel() for p in model.parameters())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Size(
+        total, max(counts), total - sum(counts), model.get_output_embeddings().weight.numel(), len(layers),
+        config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim,
+        config.num_key_value_heads * head_dim,
+    )  # fmt: skip
+
+
+def plan(
+    trained: Size,
+    frozen: Size | None,
+    in_loss: bool,
+    shards: int,
+    positions: int,
+    kv_cache_bytes: float,
+    tensor_parallel: int,
+    checkpointing: bool,
+    engine: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Bytes on each GPU by item while a stage samples and while it trains: {"sampling": {...}, "training": {...}}.
+
+    `in_loss` says whether the frozen model is a teacher, which takes part in every loss, or a reference, which is asked
+    before the first one. The weights are sharded over `shards` GPUs, a micro-batch has `positions` positions, and
+    `checkpointing` means that activations are computed again in the backward pass. Weights, gradients and the two
+    states of AdamW are in float32, all computation is in bfloat16."""
+    always = {
+        "weights (float32, sharded)": 4 * trained.parameters / shards,
+        "AdamW states": 8 * trained.parameters / shards,
+    }
+    if frozen:
+        always["frozen model (bfloat16, sharded)"] = 2 * frozen.parameters / shards
+    # What one layer keeps for its backward pass, in bfloat16: the inputs of norms and projections, queries, keys,
+    # values, the attention's output, and the MLP's gate, up and product. A quarter is added for statistics in float32
+    # and copies.
+    per_layer = 2 * 1.25 * (4 * trained.hidden + 2 * trained.query + 2 * trained.key_value + 3 * trained.intermediate)
+    if checkpointing:
+        activations = positions * (trained.layers * 2 * trained.hidden + per_layer)
+    else:
+        activations = positions * trained.layers * per_layer
+    widest = max(size.largest_layer for size in (trained, frozen) if size)
+    # A KL holds the logits of both models and sums the gradient of the output matrix in float32. The gradient of either
+    # loss is then copied to float32 to be summed over ranks.
+    loss_head = 2 * LOGITS + (4 + 4) * trained.head if in_loss else LOGITS + (2 + 4) * trained.head
+    training = {
+        "gradients (float32, sharded)": 4 * trained.parameters / shards,
+        # The weights of two layers, because the next one is gathered ahead; the gradient of one layer in bfloat16 and
+        # in float32; and the embedding and output matrix, which the wrapper gathers.
+        "gathered layers and their gradients": 2 * 2 * widest + 6 * trained.largest_layer + 2 * trained.outside,
+        "activations of a micro-batch": activations,
+        "loss head: logits, gradient of the output matrix": loss_head,
+    }
+    if frozen and in_loss:
+        training["the teacher's embedding and head, gathered"] = 2 * frozen.outside
+    sampling = {}
+    if engine:
+        sampling["vLLM weights (bfloat16)"] = 2 * trained.parameters / tensor_parallel
+        sampling["vLLM key/value cache"] = kv_cache_bytes
+    else:
+        sampling["replica to sample from (bfloat16)"] = 2 * trained.parameters
+        training["replica to sample from (bfloat16)"] = 2 * trained.parameters
+    return {"sampling": {**always, **sampling}, "training": {**always, **training}}
+
+
+def peak(planned: dict[str, dict[str, float]]) -> float:
+    return max(sum(items.values()) for items in planned.values())
+
+
+def verdict(planned: dict, gib: float) -> str:
+    free = gib * GIB - RESERVE - peak(planned)
+    return f"fits, {free / GIB:.0f} GiB to spare" if free > 0 else f"does NOT fit, {-free / GIB:.0f} GiB too much"
+
+
+def table(planned: dict) -> str:
+    items = list(dict.fromkeys(name for part in planned.values() for name in part))
+    rows = [
+        f"| {name} | "
+        + " | ".join(f"{part[name] / GIB:.1f}" if name in part else "" for part in planned.values())
+        + " |"
+        for name in items
+    ]
+    rows.append("| **sum** | " + " | ".join(f"**{sum(part.values()) / GIB:.1f}**" for part in planned.values()) + " |")
+    return "\n".join(["| GiB on each GPU | sampling | training |", "|---|---|---|", *rows])
+
+
+def report(cfg, frozen: str | None, in_loss: bool) -> None:
+    """Prints what a stage's Config needs on 8 GPUs of 80 GB and on two nodes of 8 GPUs of 141 GB.
+
+    `frozen` is the stage's reference model, or the teacher, which is `in_loss`.
+    """
+    if rank():
+        return
+    sizes = [size_of(load_config(model)) if model else None for model in (cfg.model, frozen)]
+    positions = max(cfg.micro_batch_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
+    nodes = cfg.shard_nodes
+    for name, gib in ((f"{nodes} x 8 x 80 GB", 80e9 / GIB), (f"{max(nodes, 2)} x 8 x 141 GB", 141e9 / GIB)):
+        planned = plan(
+            *sizes, in_loss, 8 * nodes, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
+            engine=cfg.engine != "torch",
+        )  # fmt: skip
+        print(f"\n{name}: {verdict(planned, gib)} (after {RESERVE / GIB:.0f} GiB for CUDA and NCCL)")
+    print(
+        f"\nmicro-batch of {positions} positions, weights sharded over {8 * nodes} GPUs, with a replica on every further "
+        f"{'node' if nodes == 1 else f'{nodes} nodes'}\n\n{table(planned)}"
+    )

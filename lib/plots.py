@@ -1,0 +1,93 @@
+"""Pictures: the curves of one run, bars of an evaluation, and learning curves of several checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+
+def plot_metrics(lines: list[dict], picture: Path) -> None:
+    """Draws every number of a metrics.jsonl against its step, one small panel each."""
+    from matplotlib.figure import Figure  # importing it takes a second, which a stage need not wait for at its start
+
+    names = [name for name in dict.fromkeys(key for line in lines for key in line) if name != "step"]
+    if not names:
+        return
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.2 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    # Margins are given by hand, because measuring every label takes longer than drawing.
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.25 / rows, top=1 - 0.15 / rows, hspace=0.45, wspace=0.3)
+    for axis, name in zip(axes.flat, names):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        axis.plot(*zip(*points), linewidth=1.2, marker="." if len(points) < 30 else None)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.locator_params(nbins=5)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    figure.text(0.5, 0.03 / rows, "step", fontsize=9, ha="center")
+    figure.savefig(picture, dpi=110)
+
+
+def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, picture: Path) -> None:
+    """Horizontal bars of averages[label][data set] = (mean, error), in %."""
+    from matplotlib.figure import Figure
+
+    labels, names = list(averages), list(next(iter(averages.values())))
+    figure = Figure(figsize=(2 + 4 * len(names), 0.8 + 0.42 * len(labels)), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        means, errors = zip(*(averages[label][name] for label in labels))
+        values = [100 * mean for mean in means]
+        axis.barh(
+            range(len(labels)), values, xerr=[100 * e for e in errors], color="#4878a8", ecolor="#303030", capsize=2
+        )
+        for index, (value, error) in enumerate(zip(values, errors)):
+            axis.text(value + 100 * np.nan_to_num(error) + 1, index, f"{value:.1f}", va="center", fontsize=8)
+        axis.set_yticks(range(len(labels)), labels if axis is axes[0][0] else [""] * len(labels), fontsize=9)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 108)
+        axis.set_xlabel(f"{name}: {title}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=130)
+
+
+CURVES = {
+    "accuracy of training rollouts": ("reward", "accuracy"),
+    "KL to the teacher (nats a token)": ("forward_kl", "reverse_kl"),
+}
+
+
+def draw_curves(checkpoints: dict[str, str], picture: Path) -> bool:
+    """Learning curves of the checkpoints (label -> directory) that have a metrics.jsonl; False if none has."""
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list] = {title: [] for title in CURVES}
+    for label, directory in checkpoints.items():
+        path = Path(directory) / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        for title, names in CURVES.items():
+            for name in names:
+                if lines and name in lines[0]:
+                    curves[title].append((f"{label}: {name.replace('_', ' ')}", [line[name] for line in lines]))
+    curves = {title: drawn for title, drawn in curves.items() if drawn}
+    if not curves:
+        return False
+    figure = Figure(figsize=(5.2 * len(curves), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)
+    for axis, (title, drawn) in zip(axes[0], curves.items()):
+        for label, values in drawn:
+            axis.plot(values, label=label, linewidth=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130)
+    return True

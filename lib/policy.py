@@ -1,0 +1,401 @@
+"""Models: a checkpoint loaded as a `Policy`, run on packed sequences, sharded over GPUs (FSDP2), and saved."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import torch.distributed as dist
+import transformers.utils
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# If a package called `kernels` is installed, transformers imports from it, and would find our kernels.py in its place.
+transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
+
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+from common import Batch, InputError, first_line, rank, start_process, this_device, world_size  # noqa: E402
+
+# FSDP2 warns that a module returns a view of its input, which matters only where somebody writes into it. Nobody does.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward hands hidden states and the output matrix to a loss head.
+
+    The losses of every stage are functions of (hidden, output matrix) that never hold the (N, V) logits of a batch.
+    Calling them inside `forward` is what lets FSDP2 gather a sharded output matrix for them.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        model.set_attn_implementation("packed")
+        self.recomputed_layers: tuple[
+            nn.Module, ...
+        ] = ()  # layers whose activations are computed again in the backward
+
+    def forward(self, batch: Batch, head: Callable[[Tensor, Tensor], object]):
+        """head(hidden (N, D), weight (V, D)), with one row of `hidden` for each target of the batch."""
+        # transformers recomputes a layer's activations only in training mode. The flag is set on the layers alone, so
+        # that dropout stays off, and only during this pass: a sampler that shares the model would lose its cache by it.
+        for layer in self.recomputed_layers:
+            layer.training = True
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed_lengths(batch)
+        ).last_hidden_state  # (1, T, D)
+        for layer in self.recomputed_layers:
+            layer.training = False
+        return head(hidden[batch.response_mask], self.model.get_output_embeddings().weight)
+
+
+# Attention inside each packed sequence
+
+
+def packed_lengths(batch: Batch) -> dict:
+    """Where each packed sequence begins and ends, under the names that transformers passes on to the attention."""
+    bounds = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32, device=batch.input_ids.device)
+    longest = max(batch.lengths)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """Attention within each packed sequence, at a cost that follows the sequences' lengths and not their sum.
+
+    query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU this is PyTorch's flash attention for
+    sequences of different lengths. Elsewhere `make_batches` has put sequences of equal length side by side, and each
+    such run is a batch for the usual attention. Without `cu_seq_lens_q` (when a sampler calls the model) it is
+    transformers' own attention. Raises InputError for a model whose attention has an additional term, which these
+    kernels would leave out."""
+    additional = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if additional:
+        raise InputError(
+            f"the model's attention has a {additional[0]}, which packed attention leaves out; use another model"
+        )
+    if "cu_seq_lens_q" not in kwargs:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.is_cuda and varlen_attn is not None:
+        return varlen_attention(query, key, value, scaling, sliding_window, **kwargs)
+    lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    parts = [x[0].transpose(0, 1).split([length * count for length, count in runs]) for x in (query, key, value)]
+    attended = []
+    for (length, count), *qkv in zip(runs, *parts):
+        qkv = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]  # (count, H or K, length, d)
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
+        attended.append(sdpa_attention_forward(module, *qkv, mask, scaling=scaling)[0].flatten(0, 1))
+    return torch.cat(attended)[None], None
+
+
+def varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q, **kwargs):
+    """The same with PyTorch's kernel for bfloat16 on a GPU, whose options differ between versions of PyTorch."""
+    grouped = query.shape[1] // key.shape[1]
+    if "enable_gqa" in VARLEN_OPTIONS:
+        options = {"enable_gqa": grouped > 1}
+    else:
+        options, key, value = {}, key.repeat_interleave(grouped, dim=1), value.repeat_interleave(grouped, dim=1)
+    if "window_size" in VARLEN_OPTIONS:
+        # How many tokens a position sees to its left, -1 for all of them, and to its right.
+        options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
+    elif sliding_window is None:
+        options["is_causal"] = True
+    else:
+        raise InputError("a model with sliding windows needs torch 2.13 for packed sequences on a GPU; upgrade it")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+    lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    return varlen_attn(query, key, value, *lengths, scale=scaling, **options)[None], None
+
+
+def packed_mask(*arguments, attention_mask=None, **options):
+    """No mask for packed sequences, which the attention itself keeps apart; transformers' own for a sampler's
+    padding."""
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+
+
+try:  # torch 2.10 and later
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    varlen_attn, VARLEN_OPTIONS = None, set()
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", packed_mask)
+
+
+# Loading
+
+
+def load_policy(model: str, trainable: bool, activation_checkpointing: bool = False, shard_nodes: int = 1) -> Policy:
+    """A checkpoint on this rank's device: in float32 to be trained; frozen, in bfloat16 on a GPU.
+
+    With several ranks or a GPU it is sharded over `device_mesh(shard_nodes)`, and the call is collective. GPUs compute
+    in bfloat16."""
+    device, mesh = this_device(), device_mesh(shard_nodes)
+    dtype = torch.float32 if trainable or device.type == "cpu" else torch.bfloat16
+    policy = Policy(load_causal_lm(model, dtype, device) if mesh is None else meta_causal_lm(model, dtype))
+    policy.requires_grad_(trainable)
+    if activation_checkpointing:
+        recompute_layers(policy)
+    if mesh is not None:
+        shard(policy, mesh)
+        policy.to_empty(device=device)
+        policy.model.tie_weights()  # to_empty has made two tensors of one that was shared
+        fill(policy, load_causal_lm(model, dtype, torch.device("cpu")) if rank() == 0 else None)
+    return policy
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a causal language model: the longest list of modules in it."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def recompute_layers(policy: Policy) -> None:
+    """Has each decoder layer computed again in the backward pass, so that its activations need not be kept."""
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.recomputed_layers = tuple(decoder_layers(policy.model))
+
+
+@cache  # before vLLM overwrites LOCAL_WORLD_SIZE
+def device_mesh(shard_nodes: int = 1) -> DeviceMesh | None:
+    """The ranks that weights are sharded over: those of `shard_nodes` nodes, with a copy on every further such group.
+
+    With one node, weights are gathered inside a node and only gradients cross between nodes (hybrid sharding); a model
+    too large for a node needs more. None for a lone process on a CPU. InputError if the nodes cannot be grouped so.
+    """
+    start_process()
+    if world_size() == 1 and not torch.cuda.is_available():
+        return None
+    together = shard_nodes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size() % together:
+        raise InputError(
+            f"--shard-nodes {shard_nodes}: {world_size()} processes cannot be grouped by {together}; give a divisor of the "
+            "number of nodes"
+        )
+    sizes, names = (world_size() // together, together), ("replicate", "shard")
+    keep = slice(1, None) if world_size() == together else slice(None)
+    return init_device_mesh(this_device().type, sizes[keep], mesh_dim_names=names[keep])
+
+
+def shard(policy: Policy, mesh: DeviceMesh) -> None:
+    """Shards each decoder layer, and the rest (embedding, last norm, output matrix) at the wrapper, over the mesh."""
+    compute = torch.bfloat16 if mesh.device_type == "cuda" else None
+    # Without the last argument FSDP2 would also round the float tensors of a Batch to bfloat16.
+    precision = MixedPrecisionPolicy(compute, compute and torch.float32, cast_forward_inputs=False)
+    for module in (*decoder_layers(policy.model), policy):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        # Every loss is a sum over tokens divided by one global count, so gradients have to be summed over ranks, where
+        # FSDP2 would average them.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def fill(policy: Policy, source: nn.Module | None) -> None:
+    """Copies the weights of rank 0's `source` into the sharded policy, one tensor at a time. Collective."""
+    weights = source.state_dict() if source is not None else {}
+    device = this_device()
+    for name, target in policy.model.state_dict().items():
+        value = weights[name] if source is not None else torch.empty(target.shape, dtype=target.dtype)
+        target.copy_(distribute_tensor(value.to(device), target.device_mesh, target.placements))
+    for name, target in policy.model.named_buffers():  # rotary frequencies, which a state dict leaves out
+        if source is not None:
+            target.copy_(source.get_buffer(name))
+        dist.broadcast(target, 0)
+
+
+def is_sharded(policy: Policy) -> bool:
+    return isinstance(policy, FSDPModule)
+
+
+def release(model: Policy | None) -> None:
+    """Frees the embedding, last norm and output matrix that a forward pass without a backward leaves gathered."""
+    if model is not None and is_sharded(model):
+        model.reshard()
+
+
+def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, whole, by its name in a checkpoint; a tied output matrix comes under both its names.
+
+    Only one is held at a time. Gathering is collective: all ranks must go through it in step.
+    """
+    release(policy)
+    for name, value in policy.model.state_dict().items():
+        value = value.to(dtype or value.dtype)
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def checkpoint_weights(model: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The same from a checkpoint's safetensors, without loading the whole model. InputError for one that is not
+    finite."""
+    names: dict[int, list[str]] = {}  # of each parameter; a tied matrix has two
+    for name, parameter in meta_causal_lm(model, dtype).state_dict(keep_vars=True).items():
+        names.setdefault(id(parameter), []).append(name)
+    synonyms = {name: same for same in names.values() for name in same}
+    directory = Path(model)
+    if not directory.is_dir():
+        directory = Path(huggingface_hub.snapshot_download(model, allow_patterns="*.safetensors"))
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                value = file.get_tensor(name)
+                if not value.isfinite().all():
+                    raise InputError(
+                        f"model {model!r} has weights that are not finite ({name}); take another checkpoint"
+                    )
+                for synonym in synonyms.get(name, [name]):
+                    yield synonym, value.to(dtype)
+
+
+def save_pretrained(policy: Policy, directory: Path) -> None:
+    """Writes config and safetensors, from rank 0; all ranks take part in gathering the weights."""
+    weights, kept = {}, {}  # kept: a tied matrix is kept, and so written, once
+    for (name, value), source in zip(full_weights(policy), policy.model.state_dict(keep_vars=True).values()):
+        if rank() == 0:
+            weights[name] = kept.setdefault(id(source), value.cpu())
+    if rank() == 0:
+        policy.model.save_pretrained(directory, state_dict=weights)
+
+
+# Checkpoints as files
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """The config of a checkpoint directory or hub name; InputError if there is none of a known architecture."""
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise InputError(
+                f"model {model!r} brings code of its own, which is never run; name one of an architecture that transformers "
+                "has"
+            ) from None
+        raise InputError(
+            f"model {model!r} has no config.json that transformers can use ({first_line(error)}); fetch it anew, or name "
+            "another"
+        ) from None
+
+
+def load_generation_config(model: str) -> GenerationConfig | None:
+    """The checkpoint's generation settings, which name its end-of-sequence tokens; None if it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError as error:
+        if (Path(model) / "generation_config.json").exists():
+            raise InputError(
+                f"model {model!r} has a generation_config.json that cannot be read ({first_line(error)}); mend or delete it"
+            ) from None
+        return None
+
+
+def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
+    """Raises InputError, before any weight is read, for a checkpoint that could not be trained or distilled from.
+
+    Its config must make a model whose output layer the losses know, with a row for each of the tokenizer's `vocab_size`
+    tokens, and the headers of its safetensors must fit their files. `packs`: it must also take packed sequences, which
+    a model that is only sampled from need not."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files and Path(model).is_dir():
+        raise InputError(f"model {model!r} holds no .safetensors weights, and no others are loaded; convert it")
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is not a whole safetensors file ({first_line(error)}); fetch it anew") from None
+    load_generation_config(model)
+    structure = meta_causal_lm(model, torch.float32)
+    layer_types = set(getattr(structure.config.get_text_config(), "layer_types", None) or ())
+    mixers = layer_types - {"full_attention", "sliding_attention"}
+    if packs and (mixers or not structure.is_backend_compatible()):
+        layers = ", ".join(sorted(mixers)) or f"those of {type(structure).__name__}"
+        raise InputError(
+            f"model {model!r} has layers ({layers}) that would mix the sequences of a micro-batch; use one whose layers are "
+            "all plain attention"
+        )
+    rows = structure.get_output_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise InputError(
+            f"model {model!r} knows {rows} tokens and its tokenizer has {vocab_size}; put the tokenizer beside it that it "
+            "was trained with"
+        )
+
+
+def meta_causal_lm(model: str, dtype: torch.dtype) -> nn.Module:
+    """The model's structure, without memory for its weights, and with the checkpoint's own generation settings."""
+    config = load_config(model)
+    try:
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise InputError(f"model {model!r} is no causal language model ({first_line(error)}); name another") from None
+    # A model made from a config has default generation settings. The checkpoint's own may name several end-of-sequence
+    # tokens, and have to reach the checkpoints that are saved from this model.
+    causal_lm.generation_config = load_generation_config(model) or causal_lm.generation_config
+    refuse_unusual_heads(model, causal_lm)
+    return causal_lm.eval()  # without dropout, in training too: the sampler and the trainer must be the same policy
+
+
+def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """`AutoModelForCausalLM` from safetensors, in evaluation mode.
+
+    InputError for files that cannot be read, and for weights that are missing, of another shape, or not finite.
+    """
+    if rank():
+        transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what transformers would warn of is refused below
+    try:
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = "they have other shapes" if "mismatched_sizes" in str(error) else first_line(error)
+        raise InputError(f"model {model!r} has no weights that fit its config ({reason}); fetch it anew") from None
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model {model!r} lacks {len(missing)} of the weights that its config asks for ({missing[0]}, ...); fetch it "
+            "anew"
+        )
+    for name, value in causal_lm.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(
+                f"model {model!r} has weights that are not finite ({name}); take the checkpoint before it broke"
+            )
+    refuse_unusual_heads(model, causal_lm)
+    return causal_lm.to(device).eval()
+
+
+def refuse_unusual_heads(model: str, causal_lm: nn.Module) -> None:
+    """Raises InputError for an output layer that the fused losses would get wrong."""
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(causal_lm.config, name, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"model {model!r} rescales its logits ({name}), which the fused losses do not do; use another"
+            )
+    if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
+        raise InputError(f"model {model!r} has a bias in its output layer, which the fused losses ignore; use another")

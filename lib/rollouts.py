@@ -1,0 +1,157 @@
+"""Rollouts: sampled with an engine, graded by the verifier, and kept in a directory (Stage 2a's teacher rollouts)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import InputError, Problem, Rollout, barrier, map_over_ranks, on_rank_0, request_seed
+from lib.engines import Sampling, TorchEngine, VLLMEngine
+from lib.verifier import Verifier
+
+
+def sample_rollouts(
+    engine: TorchEngine | VLLMEngine,
+    problems: Sequence[Problem],
+    prompts: dict[str, list[int]],
+    n: int,
+    sampling: Sampling,
+    seed_key: Sequence[int | str],
+    progress: str | None = None,
+) -> list[Rollout]:
+    """`n` rollouts of each problem, grouped by problem. `prompts` are token ids by problem id. Collective.
+
+    The seed of each response is made from `seed_key`, its problem and its index in the group, so that responses depend
+    neither on the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on
+    the batch). Responses are spread over ranks one by one and not by groups, so that a few problems keep all ranks
+    busy. Every rank gets all rollouts, and training then balances them over ranks by their lengths. `progress` is the
+    caption of a progress bar, if there is to be one."""
+
+    def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
+        # The engine computes a prompt once for all its responses, so this rank's share is put into groups again.
+        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: request[0].id)]
+        ids = [prompts[group[0][0].id] for group in groups]
+        seeds = [[request_seed(*seed_key, problem.id, number) for problem, number in group] for group in groups]
+        completions = [c for group in engine.generate(ids, seeds, sampling, progress) for c in group]
+        texts = engine.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        return [
+            Rollout(problem, number, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
+            for (problem, number), c, text in zip(requests, completions, texts)
+        ]
+
+    requests = [(problem, number) for problem in problems for number in range(n)]
+    return map_over_ranks(sample, requests, engine.tensor_parallel)
+
+
+def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:
+    """Sets `correct` of every rollout from its response and its problem's answer. Spread over ranks; collective."""
+
+    def verdicts(share: Sequence[Rollout]) -> list[bool]:
+        found = verifier.check([rollout.text for rollout in share], [rollout.problem.answer for rollout in share])
+        return [verdict.correct for verdict in found]
+
+    # Each response is graded by one rank, and the verdict sent to all. If every rank graded all of them, a grading
+    # might time out on one rank and not on another, and the ranks would disagree.
+    for rollout, correct in zip(rollouts, map_over_ranks(verdicts, rollouts)):
+        rollout.correct = correct
+
+
+class RolloutCache:
+    """Graded rollouts in a directory, read from disk as they are needed, because at the paper's scale they fill memory.
+
+    `identity.json` says what they are (teacher, problems, sampling), and a run that needs others is refused. Every
+    `shard-NNNNNN` is a data set with all rollouts of some problems, in the order of the problems. It is written whole
+    and then renamed, so an interrupted run goes on with the problems that are missing. Rank 0 writes, all ranks read.
+    """
+
+    def __init__(self, directory: Path, identity: dict, problems: Sequence[Problem], prompts: dict[str, list[int]]):
+        self.directory, self.identity, self.prompts = directory, identity, prompts
+        self.problems = {problem.id: problem for problem in problems}
+        on_rank_0(self._open)
+        self.read()
+
+    def _open(self) -> None:
+        path = self.directory / "identity.json"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and not any(self.directory.iterdir()):
+                path.with_suffix(".tmp").write_text(json.dumps(self.identity), encoding="utf-8")
+                path.with_suffix(".tmp").rename(path)
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except OSError as error:
+            raise InputError(
+                f"--rollouts {str(self.directory)!r} cannot be written ({error.strerror}); name another directory"
+            ) from None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(
+                f"--rollouts {str(self.directory)!r} is not empty and has no identity.json that can be read; name another "
+                "directory"
+            )
+        for name, value in self.identity.items():
+            if found.get(name) != value:
+                raise InputError(
+                    f"--rollouts {str(self.directory)!r} holds other rollouts (with {name} = {found.get(name)!r}, and this "
+                    f"run needs {value!r}); name another directory"
+                )
+
+    def read(self) -> None:
+        """Opens all shards, and lists the problems that are in none of them in `missing`. Collective."""
+        import datasets  # importing it takes a second
+
+        barrier()  # wait until rank 0 has written its shards
+        parts = []
+        for path in sorted(self.directory.glob("shard-??????")):
+            try:
+                parts.append(datasets.load_from_disk(str(path)))
+                ids = parts[-1]["id"]
+                if not set(ids) <= self.problems.keys() or len(ids) % self.identity["rollouts_per_prompt"]:
+                    raise ValueError
+            except Exception:  # what is raised depends on which of the shard's files is damaged, and how
+                raise InputError(f"{path} is damaged; delete it, and its rollouts will be sampled again") from None
+        self._rows = datasets.concatenate_datasets(parts) if parts else []
+        self.correct: list[bool] = list(self._rows["correct"]) if parts else []
+        sampled = set(self._rows["id"]) if parts else set()
+        self.missing = [problem for problem in self.problems.values() if problem.id not in sampled]
+
+    def append(self, rollouts: Sequence[Rollout]) -> None:
+        """Writes a shard with all rollouts of some missing problems. Collective; InputError if it cannot be written.
+
+        `len`, indexing and `missing` do not change until `read` is called again.
+        """
+        on_rank_0(lambda: self._write(rollouts))
+
+    def _write(self, rollouts: Sequence[Rollout]) -> None:
+        import datasets
+
+        rows = [
+            {"id": r.problem.id, "sample": r.sample, "correct": r.correct, "finish_reason": r.finish_reason,
+             "response_ids": r.response_ids, "logprobs": r.logprobs, "text": r.text}
+            for r in rollouts
+        ]  # fmt: skip
+        number = list(self.problems).index(rollouts[0].problem.id)  # so that shards are in the order of the problems
+        shard = self.directory / f"shard-{number:06d}"
+        unfinished = shard.with_suffix(".tmp")
+        datasets.disable_progress_bars()
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            datasets.Dataset.from_list(rows).save_to_disk(str(unfinished))
+            unfinished.rename(shard)
+        except OSError as error:
+            raise InputError(
+                f"the teacher's rollouts could not be written to {self.directory} ({error.strerror or error}); make room, "
+                "then --resume: the shards that are written are kept"
+            ) from None
+
+    def __getitem__(self, index: int) -> Rollout:
+        row = self._rows[index]
+        problem = self.problems[row["id"]]
+        return Rollout(problem, row["sample"], self.prompts[row["id"]], row["response_ids"], row["logprobs"],
+                       row["finish_reason"], row["text"], row["correct"])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self._rows)

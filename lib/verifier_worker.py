@@ -1,0 +1,205 @@
+"""The program of a verifier worker: it decides with math-verify, which uses sympy, whether two answers are equal.
+
+`lib/verifier.py` starts it, says why it is a process of its own, and kills it at the deadline. A worker prints "ready"
+when it is. From then on it answers each line of JSON, [gold, answer], with true, false, or null for an error.
+
+math-verify decides most pairs well, but it accepts some wrong answers, and a model in training would find those. So we
+replace its comparison of numbers (`exact_numeric_eq`) and parts of its grammar (`LatexReader`), and refuse some answers
+before asking it (`algebra_check`).
+"""
+
+import functools
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, _Latex2Sympy, normalize_latex
+from math_verify import grader, verify
+from math_verify.parser import get_last_eq
+from sympy import FiniteSet, Interval, MatrixBase, MatrixExpr, Rational, Tuple, UnevaluatedExpr, log, preorder_traversal
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Eq
+
+from lib.verifier import plain_number, split_unit
+
+tolerant_numeric_eq = grader.sympy_numeric_eq  # math-verify's own comparison of numbers
+
+
+class Unequal(Exception):
+    """Two expressions surely differ in value, so that the slow search for a proof of the contrary can be skipped."""
+
+
+def exact_numeric_eq(left, right, *precision) -> bool:
+    """Whether two expressions are equal as numbers. `lock_down` puts this in the place of `tolerant_numeric_eq`.
+
+    math-verify allows an absolute error, by which 1/2004! equals 1/2006!. Here two constants are equal if they agree in
+    more digits than lie between their largest and smallest parts, which is enough to tell 2006! from 2006! + 1. For
+    expressions with variables that agree at one point it is False, upon which the caller compares them by algebra.
+    """
+    if isinstance(left, (MatrixBase, MatrixExpr)) or isinstance(right, (MatrixBase, MatrixExpr)):
+        return tolerant_numeric_eq(left, right, *precision)  # It comes back to this function for each pair of entries.
+    if isinstance(left, Rational) and isinstance(right, Rational):
+        return left == right
+    if left.has(UnevaluatedExpr) or right.has(UnevaluatedExpr):
+        # The grammar reads 15\% as 15 times UnevaluatedExpr(1/100), and math-verify lets that pass for 15 as well.
+        return tolerant_numeric_eq(left, right, *precision)
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    point = {symbol: Rational(5 * index + 3, 7 * index + 8) for index, symbol in enumerate(symbols)}
+    x, y = left.subs(point).evalf(30), right.subs(point).evalf(30)
+    if x.is_finite and y.is_finite and abs(x - y) > max(abs(x), abs(y), 1) * 1e-20:
+        raise Unequal
+    if not (left.is_number and right.is_number):
+        return False
+    sizes = [abs(part.evalf(5)) for side in (left, right) for part in preorder_traversal(side) if part.is_number]
+    digits = 60 + 3 * max(abs(int(log(size, 10).evalf(5))) for size in sizes if size.is_finite and size != 0)
+    if digits > 20_000:
+        return False
+    x, y = left.evalf(digits, maxn=4 * digits), right.evalf(digits, maxn=4 * digits)
+    return bool(x.is_finite and y.is_finite and abs(x - y) * 10 ** (digits - 15) < abs(x))
+
+
+class LatexReader(_Latex2Sympy):
+    """math-verify's translation of LaTeX to sympy, with two of its methods replaced."""
+
+    def parse_number(self, text):
+        """The original makes a float of a decimal, and evaluates the text as Python to do so."""
+        return Rational(text.replace(",", ""))
+
+    def convert_postfix_list(self, factors, start=0):
+        r"""The product of factors that stand side by side. The original takes 3(5) for the mixed number 3 + 5.
+
+        Here a mixed number is digits before a \frac of digits, and two numbers side by side are otherwise refused.
+        """
+        product = self.convert_postfix(factors[start])
+        texts = [factor.getText() for factor in factors[start : start + 2]]
+        if len(texts) == 2 and all(re.fullmatch(r"(\\[hv]?phantom)?\{*\d+\}*", text) for text in texts):
+            raise ValueError("two numbers side by side")
+        if len(texts) == 2 and texts[0].isdigit() and re.fullmatch(r"\\frac\{\d+\}\{\d+\}", texts[1]):
+            product, start = product + self.convert_postfix(factors[start + 1]), start + 1
+        if start + 1 == len(factors):
+            return product
+        rest = self.convert_postfix_list(factors, start + 1)
+        is_matrix = getattr(product, "is_Matrix", False) or getattr(rest, "is_Matrix", False)
+        return self.mat_mul_flat(product, rest) if is_matrix else self.mul_flat(product, rest)
+
+
+@functools.lru_cache(maxsize=256)  # Parsing is slow, and the samples of one prompt share their gold answer.
+def parse_latex(text: str, is_real: bool):
+    """The sympy object that the LaTeX `text` denotes, in which every decimal is an exact rational."""
+    if (number := plain_number(text)) is not None:
+        return Rational(number)
+    if repeating := re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text, re.ASCII):
+        sign, whole, head, tail = repeating.groups()
+        repeated = Rational(int(tail), (10 ** len(tail) - 1) * 10 ** len(head))
+        return Rational(f"{sign}1") * (Rational(f"{whole}.{head}0") + repeated)
+    latex = normalize_latex(text, NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
+    reader = LatexReader(None, is_real, False, ConversionConfig(lowercase_symbols=False))
+    try:
+        return reader.parse(latex)
+    except Exception:  # The grammar fails on some chains a = b = c; then the last part of the chain is the answer.
+        if get_last_eq(latex) == latex:
+            raise
+        return reader.parse(get_last_eq(latex))
+
+
+def equal(left, right) -> bool:
+    """What math-verify says of two sympy objects."""
+    try:
+        return verify(left, right, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+    except Unequal:
+        return False
+
+
+def is_constant(side) -> bool:
+    return getattr(side, "is_number", False) and not side.has(AppliedUndef)
+
+
+def is_name(side) -> bool:
+    """Whether one side of an equation names what the other side is the value of: x, f(1) or x^2."""
+    return grader.is_expr_of_only_symbols(side) or side.has(AppliedUndef) or side.is_Pow
+
+
+def algebra_check(gold: str, answer: str) -> bool:
+    """Whether two normalised answers are equal. It may run for ever, take any memory and raise anything."""
+    gold, answer = split_unit(gold)[0], split_unit(answer)[0]
+    is_real = not (grader.should_treat_as_complex(gold) or grader.should_treat_as_complex(answer))
+    # Of "10\sqrt{2}\approx 14.14" the exact part counts, provided that the other part is close to it.
+    if r"\approx" in answer:
+        answer, _, approximation = answer.partition(r"\approx")
+        if r"\approx" in gold or abs(float(approximation) / float(parse_latex(answer, is_real)) - 1) > 0.01:
+            return False
+    ours, theirs = parse_latex(gold, is_real), parse_latex(answer, is_real)
+    # math-verify looks only at the last side of an equation. So that "3 = 5" does not pass for 5, all sides that are
+    # constants must be equal.
+    equations = [part for part in getattr(theirs, "_unsorted_args", (theirs,)) if isinstance(part, Eq)]
+    constants = [side for part in equations for side in part.args if is_constant(side)]
+    if not all(equal(constants[0], side) for side in constants[1:]):
+        return False
+    # For the same reason "2x - 6 = 0" would pass for 0. "x = 0", "f(1) = 0" and "x^2 = 0" may.
+    if "=" not in gold and not all(is_constant(part.lhs) or is_name(part.lhs) for part in equations):
+        return False
+    # math-verify compares the elements of a set with those of a tuple or an interval, and those of [1, 0] with those of
+    # (1, 0). Each of these is a different thing.
+    kinds = [(isinstance(tree, FiniteSet), isinstance(tree, (Tuple, Interval))) for tree in (ours, theirs)]
+    if kinds in ([(True, False), (False, True)], [(False, True), (True, False)]):
+        return False
+    if isinstance(ours, Tuple) and isinstance(theirs, Tuple) and {gold[0], answer[0]} == {"(", "["}:
+        return False
+    return equal(ours, theirs)
+
+
+def lock_down() -> None:
+    """Correct math-verify, then let nothing in this process compile text, start a program or open a connection."""
+    grader.sympy_numeric_eq = exact_numeric_eq
+    # Some parts of sympy are imported at their first use and compile text of their own then. These pairs use them now.
+    for pair in [
+        (r"\sin^2 x", r"1-\cos^2 x"),
+        ("2x=6", "4x=12"),
+        (r"\{1,2\}", "3"),
+        ("n!", "n(n-1)!"),
+        ("x>2", r"(2,\infty)"),
+    ]:
+        algebra_check(*pair)
+
+    def refuse(event: str, args: tuple) -> None:
+        if event == "compile" and not str(args[1]).endswith(".py"):
+            source = args[0] if isinstance(args[0], bytes) else str(args[0]).encode()
+            if not source.startswith(b"def monomial_"):  # sympy writes one such function per number of variables
+                raise RuntimeError("a verifier worker compiles no text")
+        if event in ("os.system", "os.fork", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"):
+            raise RuntimeError(f"refused in a verifier worker: {event}")
+
+    sys.addaudithook(refuse)
+
+
+def main(deadline: float, memory_bytes: int) -> None:
+    """Answer questions until the parent closes stdin or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # If Ctrl-C ended a worker, its pair would be asked again.
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.disable(logging.CRITICAL)
+    # Replies get a descriptor of their own, so that nothing a library prints can look like a verdict.
+    replies, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    lock_down()
+    os.dup2(nowhere, 2)  # The parent reads stderr only if the start fails, and a full pipe would block this process.
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        # A parent that dies cannot kill this worker at the deadline. The alarm, which has no handler, ends it later.
+        signal.alarm(int(deadline) + 2)
+        try:
+            verdict = bool(algebra_check(*json.loads(line)))
+        except MemoryError:
+            return  # What is left of the memory may be too little for the next pair, so the parent starts a new worker.
+        except Exception:
+            verdict = None
+        signal.alarm(0)
+        print(json.dumps(verdict), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))
