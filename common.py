@@ -57,7 +57,7 @@ class SamplerConfig:
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
     max_sequences: int = 512  # sequences that each process samples at a time; lower it when memory runs out
-    kv_cache_gib: float = 16.0  # GiB of each GPU for vLLM's key/value cache (0.25 on a CPU)
+    kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
     seed: int = 0  # decides the order of the data and every sampled response
 
@@ -80,7 +80,8 @@ class TrainingConfig(SamplerConfig):
     activation_checkpointing: bool = False  # compute activations again in the backward pass, which saves memory
     shard_nodes: int = 1  # nodes that share one copy of the weights, for a model too large for one node
     save_every: int = 20  # steps between saved training states, from which --resume continues
-    dry_run: bool = False  # print the memory that each GPU would need, and stop
+    dry_run: bool = False  # print the memory that each GPU would need and the disk space, and stop
+    gpus: int | None = None  # number of GPUs that --dry-run plans for; by default those of this command
     resume: bool = False  # continue an interrupted run of the same settings, if there is one
 
 

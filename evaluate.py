@@ -100,16 +100,18 @@ class Engines:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.made = {}  # architecture -> (engine, the checkpoint that is loaded in it)
+        self.alone = len(set(map(self.architecture, cfg.models))) == 1  # no second engine will need the GPU
+
+    def architecture(self, model: str) -> str:
+        config = load_config(model).to_dict()
+        return json.dumps({name: config[name] for name in config if name not in self.OF_A_CHECKPOINT}, sort_keys=True)
 
     def get(self, model: str, tokenizer: PreTrainedTokenizerBase):
         """An engine with the checkpoint's weights and end-of-sequence tokens."""
-        config = {
-            name: value for name, value in load_config(model).to_dict().items() if name not in self.OF_A_CHECKPOINT
-        }
-        architecture = json.dumps(config, sort_keys=True)
+        architecture = self.architecture(model)
         engine, loaded = self.made.get(architecture, (None, None))
         if engine is None:
-            engine = make_engine(self.cfg, model, tokenizer, sleeps=False)
+            engine = make_engine(self.cfg, model, tokenizer, sleeps=False, alone=self.alone)
         elif loaded != model:
             engine.load(model, tokenizer)
         self.made[architecture] = engine, model

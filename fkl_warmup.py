@@ -105,7 +105,7 @@ def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
     missing = cache.missing
     if not missing:
         return
-    engine = make_engine(cfg, cfg.teacher, tokenizer)
+    engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
     at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
     with Verifier() as verifier, common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:

@@ -1,4 +1,4 @@
-"""GPU memory and GPU-hours of the paper's pairs, estimated: results/memory/pairs.md and results/memory/hours.md.
+"""GPU memory and GPU-hours of the paper's pairs, and what fits one GPU, estimated: results/memory/*.md.
 
 python -m experiments.hours
 """
@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from transformers import LlamaConfig, Qwen3Config
 
-from lib.memory import GIB, Size, peak, plan, size_of, verdict
+from lib.memory import CARDS, GIB, RESERVE, Size, peak, plan, size_of, verdict
 
 # The shapes of the paper's models, written out so that no hub is needed.
 QWEN3 = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, max_position_embeddings=40960)
 MODELS = {
+    "Qwen3-0.6B": Qwen3Config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                              tie_word_embeddings=True, **QWEN3),
     "Qwen3-1.7B": Qwen3Config(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
                               tie_word_embeddings=True, **QWEN3),
+    "Qwen3-4B": Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                            tie_word_embeddings=True, **QWEN3),
     "Qwen3-8B": Qwen3Config(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
                             tie_word_embeddings=False, **QWEN3),
     "Qwen3-14B": Qwen3Config(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
@@ -50,7 +55,7 @@ def pairs() -> str:
             planned = plan(
                 sizes[trained], sizes[frozen], "bridge" in stage, 8 * nodes, positions, cache * GIB, parallel, True
             )
-            verdicts = [verdict(planned, gib * 1e9 / GIB) for gib in (80, 141)]
+            verdicts = [verdict(planned, card) for card in (80, 141)]
             lines.append(
                 f"| {student} <- {teacher} | {stage} | {trained} ({sizes[trained].parameters / 1e9:.1f}B) | {frozen} | "
                 f"{nodes} | {peak(planned) / GIB:.0f} | {verdicts[0]} | {verdicts[1]} |"
@@ -58,43 +63,100 @@ def pairs() -> str:
     return "\n".join(lines) + "\n"
 
 
-# What the estimate of time takes for granted: an H100, and lengths that nobody knows before the run.
+SMALL_PAIRS = [("Qwen3-0.6B", "Qwen3-1.7B"), ("Qwen3-0.6B", "Qwen3-4B"), *PAIRS[:2]]
+LENGTHS = {
+    "512 + 1,024": (1536, 4),
+    "1,024 + 4,096": (5120, 8),
+    "the paper's": (3072 + 16384, 16),
+}  # positions, cache GiB
+
+
+def one_gpu() -> str:
+    """Markdown: which pairs fit a single GPU, for every stage and three lengths of prompt and response."""
+    sizes = {name: size_of(config) for name, config in MODELS.items()}
+    lines = [
+        "GiB on a single GPU, with activation checkpointing, one sequence of full length in a micro-batch, and 4, 8 or 16 GiB of "
+        f"vLLM cache (`--kv-cache-gib`); a stage fits if {RESERVE / GIB:.0f} GiB are left for CUDA. Estimated on the meta device, "
+        "not measured. Command: `python -m experiments.hours`.",
+        "",
+        "| pair | stage | prompt + response tokens | GiB | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
+        "|---|---|---|---|" + "---|" * len(CARDS),
+    ]
+    for student, teacher in SMALL_PAIRS:
+        for stage, trained, frozen in (("1", teacher, teacher), ("2a, 2b", student, teacher), ("3", student, student)):
+            for length, (positions, cache) in LENGTHS.items():
+                planned = plan(sizes[trained], sizes[frozen], stage[0] == "2", 1, positions, cache * GIB, 1, True)
+                fits = ["fits" if verdict(planned, card).startswith("fits") else "-" for card in CARDS]
+                lines.append(
+                    f"| {student} <- {teacher} | {stage} | {length} | {peak(planned) / GIB:.0f} | {' | '.join(fits)} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+# What the estimate of time assumes: 8 H100 GPUs, and lengths of responses that nobody knows before the run.
+GPUS = 8
 FLOPS, UTILISATION = 989e12, 0.4  # dense bfloat16, and the share of it that training reaches
 BANDWIDTH, OF_BANDWIDTH = 3.35e12, 0.6  # bytes a second, and the share of it that sampling reaches
-LABELS, PROMPT, RESPONSE = 16_199, 150, 2_000  # problems of DAPO-Math-17k; mean tokens, non-thinking
+LABELS, PROMPT, RESPONSE = 16_199, 150, 2_000  # problems of DAPO-Math-17k; mean tokens, without thinking
+LONGEST = 16_384  # Tables 8 and 9
 GROUP = 8  # rollouts of a prompt, in every stage
+STREAMED = 512  # sequences of a GPU at a time where responses need not wait for one another (--max-sequences)
 
 
-def tokens_per_second(size: Size, cache: float = 16 * GIB) -> float:
-    """Sampled by one GPU, bound by reading the weights and the cache of as many sequences as the cache holds."""
-    cached = size.layers * 2 * size.key_value * 2 * (PROMPT + RESPONSE / 2)  # bytes of a sequence, on average
-    sequences = min(512, cache / cached)
-    return sequences * OF_BANDWIDTH * BANDWIDTH / (2 * size.parameters + sequences * cached)
+def read_seconds(size: Size, sequences: np.ndarray | float, cached_tokens: np.ndarray | float) -> np.ndarray | float:
+    """Time in which a GPU reads the weights once, and the cache of so many sequences: that of sampling a token of each.
+
+    A model too large for a GPU is split over 8 (`--tensor-parallel 8`), each of which reads its part.
+    """
+    weights = 2 * size.parameters / (8 if size.parameters > 30e9 else 1)
+    cache = sequences * size.layers * 2 * size.key_value * 2 * cached_tokens
+    return (weights + cache) / (OF_BANDWIDTH * BANDWIDTH)
 
 
-def gpu_hours(rollouts: float, sampled: float, sampler: Size | None, trained: Size, passes: list[Size]) -> float:
-    """Of training on `rollouts`, after sampling `sampled` of them; `passes` are forward passes besides the
-    training's."""
-    flops = 8 * trained.parameters + sum(2 * size.parameters for size in passes)  # with activations recomputed
-    seconds = rollouts * (PROMPT + RESPONSE) * flops / (FLOPS * UTILISATION)
-    if sampler:
-        seconds += sampled * RESPONSE / tokens_per_second(sampler)
-    return seconds / 3600
+def batch_seconds(size: Size, rollouts: int) -> float:
+    """Time in which all GPUs sample a batch of rollouts, the last of which everyone waits for.
+
+    Lengths are taken to be exponential with mean RESPONSE, cut at LONGEST. While a few long responses are still being
+    sampled, every token of theirs costs a whole pass over the weights.
+    """
+    token = np.arange(LONGEST)
+    running = np.exp(-token / RESPONSE)  # probability that a response is at least so long
+    anyone = 1 - (1 - running) ** rollouts
+    return float((anyone * read_seconds(size, rollouts / GPUS * running, PROMPT + token)).sum())
+
+
+def stream_seconds(size: Size, rollouts: int) -> float:
+    """Time in which all GPUs sample rollouts that need not wait for one another (teacher rollouts, evaluation)."""
+    return rollouts / GPUS * RESPONSE / STREAMED * read_seconds(size, STREAMED, PROMPT + RESPONSE / 2)
+
+
+def train_seconds(rollouts: int, trained: Size, passes: list[Size]) -> float:
+    """Time in which all GPUs train on rollouts, activations computed twice; `passes` are forward passes besides."""
+    flops = 8 * trained.parameters + sum(2 * size.parameters for size in passes)
+    return rollouts * (PROMPT + RESPONSE) * flops / (FLOPS * UTILISATION * GPUS)
 
 
 def stage_hours(student: Size, teacher: Size, labels: int = LABELS) -> dict[str, float]:
     """GPU-hours of every kind of checkpoint in the Makefile's graph at the paper's scale, on all labels."""
     once = labels * GROUP  # rollouts of one pass
-    return {
-        "Stage 1, teacher (10 passes)": gpu_hours(10 * once, 10 * once, teacher, teacher, [teacher, teacher]),
-        "direct GRPO, Stage 3, replay (10 passes)": gpu_hours(10 * once, 10 * once, student, student, [student] * 2),
-        "filtered SFT of the teacher (2 passes)": gpu_hours(2 * once, once, teacher, teacher, []),
-        "2a warmup (1 pass)": gpu_hours(once, once, teacher, student, [teacher]),
-        "2b OPD (1 pass)": gpu_hours(once, once, student, student, [teacher]),
-        "OPD only (2 passes)": gpu_hours(2 * once, 2 * once, student, student, [teacher]),
-        "teacher-sample SFT, after the warmup's sampling (2 passes)": gpu_hours(2 * once, 0, None, student, []),
-        "forward KL only, after the warmup's sampling (2 passes)": gpu_hours(2 * once, 0, None, student, [teacher]),
+
+    def grpo(model: Size) -> float:  # 10 passes, 32 prompts at a time, with passes for the old and the reference policy
+        return 10 * (once / 256 * batch_seconds(model, 256) + train_seconds(once, model, [model, model]))
+
+    def opd(passes: int) -> float:  # 64 prompts at a time
+        return passes * (once / 512 * batch_seconds(student, 512) + train_seconds(once, student, [teacher]))
+
+    seconds = {
+        "Stage 1, teacher (10 passes)": grpo(teacher),
+        "direct GRPO, Stage 3, replay (10 passes)": grpo(student),
+        "filtered SFT of the teacher (2 passes)": stream_seconds(teacher, once) + train_seconds(2 * once, teacher, []),
+        "2a warmup (1 pass)": stream_seconds(teacher, once) + train_seconds(once, student, [teacher]),
+        "2b OPD (1 pass)": opd(1),
+        "OPD only (2 passes)": opd(2),
+        "teacher-sample SFT, after the warmup's sampling (2 passes)": train_seconds(2 * once, student, []),
+        "forward KL only, after the warmup's sampling (2 passes)": train_seconds(2 * once, student, [teacher]),
     }
+    return {name: GPUS * value / 3600 for name, value in seconds.items()}
 
 
 def hours() -> str:
@@ -121,11 +183,12 @@ def hours() -> str:
         }.items():  # fmt: skip
             sums.setdefault(name, []).append(cost)
     lines = [
-        f"H100 GPU-hours, estimated, not measured: {LABELS} labels, {GROUP} rollouts of a prompt in every stage, {PROMPT} "
-        f"prompt and {RESPONSE} response tokens on average, training at {100 * UTILISATION:.0f} % of {FLOPS / 1e12:.0f} "
-        f"TFLOP/s, sampling at {100 * OF_BANDWIDTH:.0f} % of {BANDWIDTH / 1e12:.2f} TB/s with 16 GiB of cache; halves of the "
-        "labels cost half. Evaluation is not in it. Time is in proportion to the length of the responses, which is a guess. "
-        "Command: `python -m experiments.hours`.",
+        f"H100 GPU-hours on {GPUS} GPUs, estimated, not measured: {LABELS} labels, {GROUP} rollouts of a prompt in every "
+        f"stage, {PROMPT} prompt and {RESPONSE} response tokens on average. Training reaches {100 * UTILISATION:.0f} % of "
+        f"{FLOPS / 1e12:.0f} TFLOP/s. Sampling reaches {100 * OF_BANDWIDTH:.0f} % of {BANDWIDTH / 1e12:.2f} TB/s; in Stages 1, "
+        f"2b and 3 a step waits for its longest response (lengths exponential, cut at {LONGEST}), teacher rollouts are "
+        f"sampled {STREAMED} at a time on each GPU. Halves of the labels cost half. Evaluation is not in it. The lengths are a "
+        "guess, and time follows them. Command: `python -m experiments.hours`.",
         "",
         "| on all labels | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -140,6 +203,6 @@ def hours() -> str:
 if __name__ == "__main__":
     directory = Path("results/memory")
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in (("pairs", pairs()), ("hours", hours())):
+    for name, text in (("pairs", pairs()), ("one_gpu", one_gpu()), ("hours", hours())):
         (directory / f"{name}.md").write_text(text)
         print(text)

@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from common import InputError, barrier, progress_bar, rank, start_process, this_device, world_size
 from lib.data import end_tokens
+from lib.memory import BESIDE_A_TRAINER, GIB, RESERVE, size_of
 from lib.policy import (
     Policy,
     checkpoint_weights,
@@ -60,6 +61,10 @@ def chosen_engine(engine: str) -> str:
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
 
 
+# vLLM refuses to start unless this share of the GPU is free, even where the size of its cache is given. The trainer may
+# hold most of the GPU by then, so the share is small. Nothing else reads it.
+GPU_MEMORY_UTILIZATION = 0.05
+
 # The sizes of attention heads that vLLM's attention is compiled for on a CPU.
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -92,14 +97,33 @@ def check_engine(cfg, model: str) -> None:
         )
 
 
+def cache_bytes_for(cfg, model: str, alone: bool) -> int:
+    """The size of vLLM's key/value cache. `alone`: nothing else needs the GPU while the engine samples."""
+    if not torch.cuda.is_available():
+        return int(min(cfg.kv_cache_gib or 0.25, 0.25) * GIB)
+    if cfg.kv_cache_gib is not None:
+        return int(cfg.kv_cache_gib * GIB)
+    if not alone:
+        return BESIDE_A_TRAINER
+    free, _ = torch.cuda.mem_get_info(this_device())
+    weights = 2 * size_of(load_config(model)).parameters // cfg.tensor_parallel
+    return max(free - weights - 2 * RESERVE, GIB)  # vLLM also needs room for activations and CUDA graphs
+
+
 def make_engine(
-    cfg, model: str, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None, sleeps: bool = True
+    cfg,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy | None = None,
+    sleeps: bool = True,
+    alone: bool = False,
 ) -> TorchEngine | VLLMEngine:
     """The engine that a Config asks for, with the weights of checkpoint `model`.
 
     `policy` is the same checkpoint if it is loaded already; if it is not sharded, the embedded sampler uses it in
     place. `sleeps` says whether the engine's `sleep` frees GPU memory, which vLLM allows to only one engine in a
-    process."""
+    process. `alone` says that nothing else needs the GPU while the engine samples, so that its cache may take it all.
+    """
     if chosen_engine(cfg.engine) == "vllm":
         return VLLMEngine(
             model,
@@ -107,7 +131,7 @@ def make_engine(
             max_tokens=cfg.max_prompt_tokens + cfg.max_response_tokens,
             max_sequences=cfg.max_sequences,
             tensor_parallel=cfg.tensor_parallel,
-            kv_cache_gib=cfg.kv_cache_gib,
+            cache_bytes=cache_bytes_for(cfg, model, alone),
             seed=cfg.seed,
             sleeps=sleeps,
         )
@@ -366,7 +390,7 @@ class VLLMEngine:
         max_tokens: int,
         max_sequences: int = 512,
         tensor_parallel: int = 1,
-        kv_cache_gib: float = 16.0,
+        cache_bytes: int = GIB // 4,
         seed: int = 0,
         sleeps: bool = True,
     ):
@@ -391,10 +415,8 @@ class VLLMEngine:
             skip_tokenizer_init=True,  # token ids go in and come out
             max_model_len=max_tokens,
             max_num_seqs=max_sequences,
-            kv_cache_memory_bytes=int((kv_cache_gib if on_gpu else min(kv_cache_gib, 0.25)) * 2**30),
-            # vLLM refuses to start unless this share of the GPU is free, even though the line above has fixed the size
-            # of its cache. The trainer may hold most of the GPU by now, so the share is small. Nothing else reads it.
-            gpu_memory_utilization=0.05,
+            kv_cache_memory_bytes=cache_bytes,
+            gpu_memory_utilization=GPU_MEMORY_UTILIZATION,
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as in the trainer
             enforce_eager=not on_gpu,
             enable_sleep_mode=self._sleeps,

@@ -9,16 +9,19 @@ free."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import rank
+from common import rank, world_size
 from lib.policy import decoder_layers, load_config
 
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL buffers, fragmentation
+BESIDE_A_TRAINER = 16 * GIB  # of vLLM's cache, if --kv-cache-gib is not given
+CARDS = (24, 48, 80, 141)  # GB of memory of common GPUs
 LOGITS = 5 << 28  # bytes of logits that a loss holds at a time, for each model (kernels.GPU_LOGIT_BYTES)
 
 
@@ -107,12 +110,25 @@ def plan(
     return {"sampling": {**always, **sampling}, "training": {**always, **training}}
 
 
+def held_at_start(planned: dict[str, dict[str, float]], resumed: bool) -> float:
+    """Bytes that the trainer holds on each GPU when the engine is made; optimizer states only after a resume."""
+    names = ("weights (float32, sharded)", "frozen model (bfloat16, sharded)", *["AdamW states"] * resumed)
+    return sum(planned["sampling"].get(name, 0.0) for name in names)
+
+
+def disk_bytes(trained: Size) -> dict[str, float]:
+    """What a stage writes, by item. A training state has float32 weights and both states of AdamW."""
+    state = 12 * trained.parameters
+    return {"training state": state, "the next one, until it is complete": state, "checkpoint": 4 * trained.parameters}
+
+
 def peak(planned: dict[str, dict[str, float]]) -> float:
     return max(sum(items.values()) for items in planned.values())
 
 
-def verdict(planned: dict, gib: float) -> str:
-    free = gib * GIB - RESERVE - peak(planned)
+def verdict(planned: dict, gigabytes: float) -> str:
+    """Whether a plan fits GPUs of so many GB (10^9 bytes, as they are sold), with RESERVE kept free."""
+    free = gigabytes * 1e9 - RESERVE - peak(planned)
     return f"fits, {free / GIB:.0f} GiB to spare" if free > 0 else f"does NOT fit, {-free / GIB:.0f} GiB too much"
 
 
@@ -129,7 +145,7 @@ def table(planned: dict) -> str:
 
 
 def report(cfg, frozen: str | None, in_loss: bool) -> None:
-    """Prints what a stage's Config needs on 8 GPUs of 80 GB and on two nodes of 8 GPUs of 141 GB.
+    """Prints what a stage's Config needs on the GPUs of this command, or on `cfg.gpus` of them with 8 on a node.
 
     `frozen` is the stage's reference model, or the teacher, which is `in_loss`.
     """
@@ -137,14 +153,28 @@ def report(cfg, frozen: str | None, in_loss: bool) -> None:
         return
     sizes = [size_of(load_config(model)) if model else None for model in (cfg.model, frozen)]
     positions = max(cfg.micro_batch_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
-    nodes = cfg.shard_nodes
-    for name, gib in ((f"{nodes} x 8 x 80 GB", 80e9 / GIB), (f"{max(nodes, 2)} x 8 x 141 GB", 141e9 / GIB)):
-        planned = plan(
-            *sizes, in_loss, 8 * nodes, positions, cfg.kv_cache_gib * GIB, cfg.tensor_parallel, cfg.activation_checkpointing,
-            engine=cfg.engine != "torch",
-        )  # fmt: skip
-        print(f"\n{name}: {verdict(planned, gib)} (after {RESERVE / GIB:.0f} GiB for CUDA and NCCL)")
+    gpus = cfg.gpus or world_size()
+    on_a_node = min(gpus, 8) if cfg.gpus else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shards = min(gpus, on_a_node * cfg.shard_nodes)
+    cache = BESIDE_A_TRAINER if cfg.kv_cache_gib is None else cfg.kv_cache_gib * GIB
+    planned = plan(
+        *sizes,
+        in_loss,
+        shards,
+        positions,
+        cache,
+        cfg.tensor_parallel,
+        cfg.activation_checkpointing,
+        engine=cfg.engine != "torch",
+    )
     print(
-        f"\nmicro-batch of {positions} positions, weights sharded over {8 * nodes} GPUs, with a replica on every further "
-        f"{'node' if nodes == 1 else f'{nodes} nodes'}\n\n{table(planned)}"
+        f"\n{gpus} GPU{'s' * (gpus > 1)}, the weights sharded over {shards}, a micro-batch of {positions} positions:\n\n"
+        f"{table(planned)}\n\nWith {RESERVE / GIB:.0f} GiB kept free for CUDA and NCCL:"
+    )
+    for gigabytes in CARDS:
+        print(f"- GPUs of {gigabytes} GB: {verdict(planned, gigabytes)}")
+    state, another, checkpoint = disk_bytes(sizes[0]).values()
+    print(
+        f"\nOn disk: {(state + another) / 1e9:.0f} GB for training states, of which two stand side by side during a save, "
+        f"and {checkpoint / 1e9:.0f} GB for the checkpoint."
     )

@@ -159,7 +159,7 @@ def load_policy(model: str, trainable: bool, activation_checkpointing: bool = Fa
     if activation_checkpointing:
         recompute_layers(policy)
     if mesh is not None:
-        shard(policy, mesh)
+        shard(policy, mesh, compute=torch.bfloat16 if device.type == "cuda" else None)
         policy.to_empty(device=device)
         policy.model.tie_weights()  # to_empty has made two tensors of one that was shared
         fill(policy, load_causal_lm(model, dtype, torch.device("cpu")) if rank() == 0 else None)
@@ -198,10 +198,12 @@ def device_mesh(shard_nodes: int = 1) -> DeviceMesh | None:
     return init_device_mesh(this_device().type, sizes[keep], mesh_dim_names=names[keep])
 
 
-def shard(policy: Policy, mesh: DeviceMesh) -> None:
-    """Shards each decoder layer, and the rest (embedding, last norm, output matrix) at the wrapper, over the mesh."""
-    compute = torch.bfloat16 if mesh.device_type == "cuda" else None
-    # Without the last argument FSDP2 would also round the float tensors of a Batch to bfloat16.
+def shard(policy: Policy, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+    """Shards each decoder layer, and at the wrapper the rest (embedding, last norm, output matrix), over the mesh.
+
+    `compute` is the dtype that weights are gathered in; None keeps their own. Gradients are summed in float32.
+    """
+    # Without the last argument FSDP2 would also round the float tensors of a Batch to `compute`.
     precision = MixedPrecisionPolicy(compute, compute and torch.float32, cast_forward_inputs=False)
     for module in (*decoder_layers(policy.model), policy):
         fully_shard(module, mesh=mesh, mp_policy=precision)

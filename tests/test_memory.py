@@ -1,8 +1,13 @@
 """The memory plan: parameter counts against real models, sums against hand arithmetic, and --dry-run."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 from conftest import tiny_model
+from test_distributed import launch
 
+import lib.engines
 import lib.memory
 import teacher_grpo
 from experiments import hours
@@ -13,7 +18,15 @@ def test_counts_are_those_of_real_models_and_of_the_published_sizes():
         model = tiny_model(**options)
         assert lib.memory.size_of(model.config).parameters == sum(p.numel() for p in model.parameters())
     billions = {name: lib.memory.size_of(config).parameters / 1e9 for name, config in hours.MODELS.items()}
-    published = {"Qwen3-1.7B": 1.72, "Qwen3-8B": 8.19, "Qwen3-14B": 14.77, "Llama-3.1-8B": 8.03, "Llama-3.3-70B": 70.55}
+    published = {
+        "Qwen3-0.6B": 0.60,
+        "Qwen3-4B": 4.02,
+        "Qwen3-1.7B": 1.72,
+        "Qwen3-8B": 8.19,
+        "Qwen3-14B": 14.77,
+        "Llama-3.1-8B": 8.03,
+        "Llama-3.3-70B": 70.55,
+    }
     assert billions == pytest.approx(published, abs=0.01)
 
 
@@ -27,21 +40,78 @@ def test_states_of_training_are_sixteen_bytes_a_parameter_over_the_shards():
 
 
 def test_dry_run_loads_and_writes_nothing(student, problems, tmp_path, capsys, monkeypatch):
+    """It plans for the GPUs of the command, here one, or for those that --gpus names."""
     monkeypatch.setattr(teacher_grpo, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
     out = tmp_path / "out"
-    teacher_grpo.main(teacher_grpo.Config(student, data=problems, out=str(out), exclude=(), dry_run=True))
+    cfg = teacher_grpo.Config(student, data=problems, out=str(out), exclude=(), dry_run=True)
+    teacher_grpo.main(cfg)
     printed = capsys.readouterr().out
-    assert "1 x 8 x 80 GB: fits" in printed and "2 x 8 x 141 GB: fits" in printed and "AdamW states" in printed
+    assert "1 GPU, the weights sharded over 1," in printed and "AdamW states" in printed and "On disk: " in printed
+    assert [line for line in printed.splitlines() if line.startswith("- GPUs of 80 GB: fits, ")]
+    for gpus, nodes, shards in ((4, 1, 4), (8, 1, 8), (16, 1, 8), (16, 2, 16)):
+        teacher_grpo.main(dataclasses.replace(cfg, gpus=gpus, shard_nodes=nodes))
+        assert f"{gpus} GPUs, the weights sharded over {shards}," in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_hours_are_in_proportion_to_the_work():
-    size = lib.memory.size_of(hours.MODELS["Qwen3-1.7B"])
-    of_stage = hours.stage_hours(size, size)
-    assert hours.stage_hours(size, size, labels=hours.LABELS // 2)["2b OPD (1 pass)"] == pytest.approx(
-        of_stage["2b OPD (1 pass)"] / 2, rel=1e-3
-    )
-    assert of_stage["OPD only (2 passes)"] == pytest.approx(2 * of_stage["2b OPD (1 pass)"])
-    assert of_stage["Stage 1, teacher (10 passes)"] == of_stage["direct GRPO, Stage 3, replay (10 passes)"]
-    assert of_stage["teacher-sample SFT, after the warmup's sampling (2 passes)"] < of_stage["2a warmup (1 pass)"] * 2
-    assert hours.tokens_per_second(size) > 2 * hours.tokens_per_second(lib.memory.size_of(hours.MODELS["Qwen3-8B"]))
+def test_dry_run_under_torchrun_plans_for_its_processes(student, problems, tmp_path):
+    words = ["--model", student, "--data", problems, "--exclude", "--out", str(tmp_path / "out"), "--dry-run"]
+    done = launch(2, "teacher_grpo.py", *words)
+    assert done.returncode == 0 and done.stdout.count("2 GPUs, the weights sharded over 2,") == 1, done.stderr[-2000:]
+
+
+def test_disk_of_an_8b_model():
+    """About 98 GB for a training state in float32 with both states of AdamW, and two of them during a save."""
+    disk = lib.memory.disk_bytes(lib.memory.size_of(hours.MODELS["Qwen3-8B"]))
+    assert disk["training state"] / 1e9 == pytest.approx(98, abs=1)
+    assert sum(disk.values()) / 1e9 == pytest.approx(2 * 98 + 33, abs=2)
+
+
+STAGES = {  # of a pair: (what is trained, what is frozen, is it in the loss)
+    "1": (1, 1, False), "2b": (0, 1, True), "3": (0, 0, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed"])
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("pair", hours.SMALL_PAIRS, ids="<-".join)
+@pytest.mark.parametrize("stage", STAGES)
+def test_vllm_starts_beside_the_trainer(stage, pair, gpus, resumed, monkeypatch):
+    """Its own check of free memory, with what the trainer holds when the engine is made, wherever the plan says it fits."""
+    request_memory = pytest.importorskip("vllm.v1.worker.utils").request_memory
+    trained, frozen, in_loss = STAGES[stage]
+    sizes = [lib.memory.size_of(hours.MODELS[pair[i]]) for i in (trained, frozen)]
+    planned = lib.memory.plan(*sizes, in_loss, gpus, 19456, lib.memory.BESIDE_A_TRAINER, 1, True)
+    held = lib.memory.held_at_start(planned, resumed)
+    for card in lib.memory.CARDS:
+        if not lib.memory.verdict(planned, card).startswith("fits"):
+            continue
+        total = int(card * 1e9)
+        snapshot = SimpleNamespace(device_="cuda:0", total_memory=total, free_memory=int(total - held - 2**31))
+        request_memory(snapshot, SimpleNamespace(gpu_memory_utilization=lib.engines.GPU_MEMORY_UTILIZATION))
+        if held > 0.08 * total:  # vLLM's default would refuse
+            with pytest.raises(ValueError, match="less than"):
+                request_memory(snapshot, SimpleNamespace(gpu_memory_utilization=0.92))
+
+
+def test_hours_follow_the_work():
+    small, large = (lib.memory.size_of(hours.MODELS[name]) for name in ("Qwen3-1.7B", "Qwen3-8B"))
+    whole, half = (hours.stage_hours(small, large, labels) for labels in (hours.LABELS, hours.LABELS / 2))
+    assert {name: value / 2 for name, value in whole.items()} == pytest.approx(half)
+    assert whole["OPD only (2 passes)"] == pytest.approx(2 * whole["2b OPD (1 pass)"])
+    same = hours.stage_hours(small, small)
+    assert same["Stage 1, teacher (10 passes)"] == same["direct GRPO, Stage 3, replay (10 passes)"]
+    assert whole["teacher-sample SFT, after the warmup's sampling (2 passes)"] < whole["2a warmup (1 pass)"] * 2
+
+
+def test_a_batch_waits_for_its_longest_response():
+    """One response costs a pass over the weights for each of its tokens; many more cost little more, and never less."""
+    size = lib.memory.size_of(hours.MODELS["Qwen3-8B"])
+    one_pass = float(hours.read_seconds(size, 0, 0))
+    assert one_pass == pytest.approx(2 * 8.19e9 / (0.6 * 3.35e12), rel=1e-3)
+    alone = hours.batch_seconds(size, 1)
+    assert alone == pytest.approx(hours.RESPONSE * one_pass, rel=0.05)
+    assert 5 * alone < hours.batch_seconds(size, 256) < hours.LONGEST * one_pass * 1.5
+    per_response = [hours.batch_seconds(size, n) / n for n in (1, 32, 256, 2048)]
+    assert per_response == sorted(per_response, reverse=True)
+    assert hours.stream_seconds(size, 2048) < hours.batch_seconds(size, 2048)

@@ -1,0 +1,153 @@
+"""What only a GPU would run, held against the installed packages: the arguments they take, and the order of the calls.
+
+vLLM's class is replaced by a recorder that samples with the embedded engine and has a GPU's states: asleep, weights awake,
+all awake. Each call is bound to the signature of the real method.
+"""
+
+import dataclasses
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_stages import RUNS, metrics
+
+import kernels
+import lib.engines
+import lib.policy
+from experiments import toy
+from lib.engines import Sampling, TorchEngine, VLLMEngine
+
+vllm = pytest.importorskip("vllm")
+
+
+class RecordedLLM:
+    """Refuses what a GPU's engine would get wrong: sampling asleep, with old weights, or with an old prefix cache."""
+
+    made: list = []
+
+    def __init__(self, model, **options):
+        from vllm.engine.arg_utils import EngineArgs
+
+        inspect.signature(vllm.LLM.__init__).bind(self, model, **options)
+        assert options.keys() <= {field.name for field in dataclasses.fields(EngineArgs)} | {"dtype"}
+        assert options["gpu_memory_utilization"] <= 0.05 and options["hf_overrides"] == {"head_dtype": "float32"}
+        assert options["dtype"] == torch.bfloat16 and not options["enforce_eager"] and options["enable_sleep_mode"]
+        assert "enable_chunked_prefill" not in options and options["kv_cache_memory_bytes"] == 16 << 30
+        self.model = lib.policy.load_causal_lm(model, torch.float32, torch.device("cpu"))
+        self.weights = self.cache = self.fresh = True
+        self.calls = []
+        self.made.append(self)
+
+    def note(self, name, *arguments, **options):
+        inspect.signature(getattr(REAL, name)).bind(None, *arguments, **options)
+        self.calls.append(name + "".join(f" {tag}" for tag in options.get("tags", ())))
+
+    def sleep(self, **options):
+        self.note("sleep", **options)
+        assert options["level"] == 2 and self.weights and self.cache
+        self.weights = self.cache = self.fresh = False
+
+    def wake_up(self, **options):
+        self.note("wake_up", **options)
+        for tag in options["tags"]:
+            assert tag != "kv_cache" or self.weights, "the cache wakes after the weights"
+            setattr(self, {"weights": "weights", "kv_cache": "cache"}[tag], True)
+
+    def collective_rpc(self, method, **options):
+        self.note("collective_rpc", method, **options)
+        assert method == "reload_weights" and self.weights
+        own = self.model.state_dict()
+        given = {name: value.clone() for name, value in options["kwargs"]["weights_iterator"]}
+        assert given.keys() == own.keys() and {value.dtype for value in given.values()} == {torch.bfloat16}
+        self.model.load_state_dict(given)
+        self.fresh = False
+
+    def reset_prefix_cache(self):
+        self.note("reset_prefix_cache")
+        assert self.cache
+        self.fresh = True
+
+    def generate(self, prompts, params, **options):
+        self.note("generate", prompts, params, **options)
+        assert self.weights and self.cache and self.fresh
+        outputs = []
+        for prompt, wanted in zip(prompts, params, strict=True):
+            assert wanted.logprobs == 0 and wanted.ignore_eos and not wanted.detokenize
+            sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, wanted.top_k)
+            sampler = TorchEngine(self.model, toy.make_tokenizer())
+            assert wanted.stop_token_ids == sampler.stop_ids.tolist()
+            [[found]] = sampler.generate([prompt["prompt_token_ids"]], [[wanted.seed]], sampling)
+            logprobs = [{t: SimpleNamespace(logprob=p)} for t, p in zip(found.token_ids, found.logprobs)]
+            output = SimpleNamespace(token_ids=found.token_ids, logprobs=logprobs, finish_reason=found.finish_reason)
+            outputs.append(SimpleNamespace(outputs=[output]))
+        return outputs
+
+
+REAL = vllm.LLM
+STEP = ["collective_rpc", "reset_prefix_cache", "generate", "sleep"]
+AGAIN = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_every_stage_wakes_reloads_samples_and_sleeps_in_order(
+    stage, student, teacher, problems, tmp_path, monkeypatch
+):
+    made = VLLMEngine.__init__
+
+    def on_a_gpu(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(lib.engines, "start_process", lambda: None)
+            made(*arguments, **{**options, "cache_bytes": 16 << 30})
+
+    monkeypatch.setattr(vllm, "LLM", RecordedLLM)
+    monkeypatch.setattr(RecordedLLM, "made", [])
+    monkeypatch.setattr(VLLMEngine, "__init__", on_a_gpu)
+    monkeypatch.setattr(VLLMEngine, "_alive", [])
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=3, engine="vllm")
+    script.main(config)
+    [engine] = RecordedLLM.made
+    steps = len(metrics(tmp_path / "out"))
+    assert steps == 3
+    assert engine.calls == (["generate", "sleep"] if stage == "warmup" else STEP + (steps - 1) * AGAIN)
+
+
+def test_the_cache_takes_the_whole_gpu_only_where_the_sampler_is_alone(student, monkeypatch):
+    cfg = SimpleNamespace(kv_cache_gib=None, tensor_parallel=1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
+    sizes = {}
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        sizes[cuda] = [lib.engines.cache_bytes_for(cfg, student, alone) for alone in (False, True)]
+    assert sizes[False] == [1 << 28, 1 << 28]
+    assert sizes[True][0] == 16 << 30 and 55 << 30 < sizes[True][1] < 70 << 30
+    given = SimpleNamespace(kv_cache_gib=4.0, tensor_parallel=1)
+    assert [lib.engines.cache_bytes_for(given, student, alone) for alone in (False, True)] == [4 << 30, 4 << 30]
+
+
+def test_packed_attention_calls_pytorchs_kernel_with_what_it_takes(monkeypatch):
+    calls = []
+
+    def recorded(*arguments, **options):
+        bound = inspect.signature(torch.nn.attention.varlen.varlen_attn).bind(*arguments, **options).arguments
+        calls.append(bound)
+        return bound["query"]
+
+    monkeypatch.setattr(lib.policy, "varlen_attn", recorded)
+    query, key = torch.zeros(1, 4, 7, 8), torch.zeros(1, 2, 7, 8)
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+    for window in (None, 4):
+        output, _ = lib.policy.varlen_attention(query, key, key, 0.5, window, cu_seq_lens_q=bounds, max_length_q=4)
+        assert output.shape == (1, 7, 4, 8)
+    assert [call["window_size"] for call in calls] == [(-1, 0), (3, 0)] and all(call["enable_gqa"] for call in calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_with_a_wider_result_are_operators_that_pytorch_has(dtype):
+    """On tensors without memory: their shapes and dtypes are checked as on a GPU, where bfloat16 operands stay so."""
+    a, b = torch.empty(6, 4, dtype=dtype, device="meta"), torch.empty(4, 5, dtype=dtype, device="meta")
+    assert kernels._mm(a, b).dtype == torch.float32
+    total = torch.zeros(6, 5, device="meta")
+    kernels._add_mm(total, a, b)
+    assert total.dtype == torch.float32
