@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
-.PHONY: setup tables paper-toy demo distributed-demo test test-long lint clean
+.PHONY: setup tables paper-toy demo distributed-demo gpu-check test test-long lint clean
 .DELETE_ON_ERROR:
 # Make deletes intermediate files by default; a checkpoint on the way to another one has to stay.
 .SECONDARY:
@@ -236,6 +236,10 @@ distributed-demo: setup $(TESTED_WITH)
 	$(LAUNCH) evaluate.py --models $(D)/raw/raw_student $(D)/raw/raw_teacher $(D)/teacher $(D)/warmup $(D)/bridge \
 		$(D)/student --data $(D)/raw/test.jsonl --out $(D)/report --temperature 1 --top-p 1 --top-k -1 --k 4 --engine vllm \
 		--max-prompt-tokens 64 --max-response-tokens 24
+
+# What only a GPU can show, in at most 8 minutes, with the .venv if there is one and else with $(PYTHON) as it is.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.gpu_check
 
 clean:
 	rm -rf $(RUNS)

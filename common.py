@@ -257,6 +257,9 @@ def request_seed(*key: int | str) -> int:
 # Processes, or ranks. torchrun starts one for each GPU. Without torchrun there is one, which is rank 0 of 1.
 
 
+TIMEOUT = timedelta(hours=3)  # of what ranks do together; long, because they wait while the longest response is sampled
+
+
 def start_process() -> None:
     """Joins the other processes of this run. Does nothing if that is done already, or in a lone process on a CPU.
 
@@ -267,13 +270,12 @@ def start_process() -> None:
         return
     if cuda:
         torch.cuda.set_device(this_device())
-    # Python objects travel over gloo. The time-out is long because ranks wait while the longest response is sampled.
-    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(hours=3)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # Python objects travel over gloo
     if not torchrun:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         return
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except dist.DistError as error:
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(

@@ -34,7 +34,7 @@ from transformers import (  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
-from common import Batch, InputError, first_line, rank, start_process, this_device, world_size  # noqa: E402
+from common import TIMEOUT, Batch, InputError, first_line, rank, start_process, this_device, world_size  # noqa: E402
 
 # FSDP2 warns that a module returns a view of its input, which matters only where somebody writes into it. Nobody does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -195,7 +195,10 @@ def device_mesh(shard_nodes: int = 1) -> DeviceMesh | None:
         )
     sizes, names = (world_size() // together, together), ("replicate", "shard")
     keep = slice(1, None) if world_size() == together else slice(None)
-    return init_device_mesh(this_device().type, sizes[keep], mesh_dim_names=names[keep])
+    mesh = init_device_mesh(this_device().type, sizes[keep], mesh_dim_names=names[keep])
+    for name in names[keep]:  # groups of a mesh have PyTorch's short default time-out, not that of the whole group
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, mesh.get_group(name))
+    return mesh
 
 
 def shard(policy: Policy, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
@@ -219,8 +222,11 @@ def fill(policy: Policy, source: nn.Module | None) -> None:
     weights = source.state_dict() if source is not None else {}
     device = this_device()
     for name, target in policy.model.state_dict().items():
-        value = weights[name] if source is not None else torch.empty(target.shape, dtype=target.dtype)
-        target.copy_(distribute_tensor(value.to(device), target.device_mesh, target.placements))
+        if source is not None:
+            value = weights[name].to(device)
+        else:
+            value = torch.empty(target.shape, dtype=target.dtype, device=device)
+        target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
     for name, target in policy.model.named_buffers():  # rotary frequencies, which a state dict leaves out
         if source is not None:
             target.copy_(source.get_buffer(name))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import InputError, Problem, Rollout, barrier, map_over_ranks, on_rank_0, request_seed
-from lib.engines import Sampling, TorchEngine, VLLMEngine
+from lib.engines import Completion, Sampling, TorchEngine, VLLMEngine
 from lib.verifier import Verifier
 
 
@@ -35,7 +35,11 @@ def sample_rollouts(
         groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: request[0].id)]
         ids = [prompts[group[0][0].id] for group in groups]
         seeds = [[request_seed(*seed_key, problem.id, number) for problem, number in group] for group in groups]
-        completions = [c for group in engine.generate(ids, seeds, sampling, progress) for c in group]
+        completions = [
+            known_tokens(c, len(engine.tokenizer))
+            for group in engine.generate(ids, seeds, sampling, progress)
+            for c in group
+        ]
         texts = engine.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         return [
             Rollout(problem, number, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
@@ -44,6 +48,16 @@ def sample_rollouts(
 
     requests = [(problem, number) for problem in problems for number in range(n)]
     return map_over_ranks(sample, requests, engine.tensor_parallel)
+
+
+def known_tokens(completion: Completion, vocab_size: int) -> Completion:
+    """The completion up to the first token that the tokenizer does not have, as if the length limit had cut it there.
+
+    Output matrices are padded to more rows than there are tokens, and a row of the padding may be sampled, if seldom.
+    """
+    ids = completion.token_ids
+    end = next((number for number, token in enumerate(ids) if token >= vocab_size), None)
+    return completion if end is None else Completion(ids[:end], completion.logprobs[:end], "length")
 
 
 def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:

