@@ -6,8 +6,9 @@ returns completions with the log-probability of every sampled token under the di
 GPU's memory to the trainer until the next `sync`. Every rank has an engine of its own and samples its share of the
 rollouts, or `tensor_parallel` successive ranks share one.
 
-Each request has its own seed, so a response does not depend on the other prompts in its batch, on their order, or on
-the number of processes."""
+Each request has its own seed, so that on a CPU a response does not depend on the other prompts in its batch, on their
+order, or on the number of processes. On a GPU products round differently in batches of other shapes, and then it may.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ seconds. Values are for the tests in Triton's interpreter, machine code for test
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -20,16 +20,20 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
+import fkl_warmup  # noqa: E402
 import kernels  # noqa: E402
 import lib.policy  # noqa: E402
+import opd  # noqa: E402
+import teacher_grpo  # noqa: E402
 from experiments.hours import MODELS  # noqa: E402
 
+STUDENT_AND_TEACHER = "Qwen3-1.7B", "Qwen3-8B"
 N, V = 16384, MODELS["Qwen3-8B"].vocab_size
 DS, DT = MODELS["Qwen3-1.7B"].hidden_size, MODELS["Qwen3-8B"].hidden_size
 
 
 @contextmanager
-def fake_gpu():
+def fake_gpu(tensors):
     """Inside, tensors on "cuda" are fake, of an H100, and launches are noted, not made."""
     launches = []
 
@@ -38,8 +42,8 @@ def fake_gpu():
         launches.append(kernel.__name__)
 
     with (
-        FakeTensorMode(shape_env=ShapeEnv()),
-        torch.no_grad(),
+        tensors,
+        nullcontext() if isinstance(tensors, nullcontext) else torch.no_grad(),
         mock.patch.object(kernels, "_launch", launch),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
     ):
@@ -93,6 +97,64 @@ def logprob(dtype: torch.dtype, vocab_size: int) -> str:
     return f"forward in float32, dH and dW in {dtype}"
 
 
+def update(stage: str, student: str, teacher: str) -> str:
+    """A stage's update, forward and backward, on three layers of each model and on sequences of the paper's length.
+
+    PyTorch's backward pass wants a real device, so the tensors are on "meta", and say that they are on a GPU.
+    """
+    make_batches = common.make_batches
+
+    def known_positions(*arguments):
+        """Micro-batches that name the predicting positions by number: how many a mask has is not known without values."""
+        batches = make_batches(*arguments)
+        for batch in batches:
+            places = torch.arange(len(batch.targets), device="meta")
+            batch.response_mask = torch.zeros_like(places), places
+        return batches
+
+    def make_policy(name: str, trainable: bool) -> lib.policy.Policy:
+        config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": 3, "layer_types": None})
+        with torch.device("meta"):
+            policy = lib.policy.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+        return policy.requires_grad_(trainable)
+
+    rollouts = [
+        common.Rollout(None, number, [1] * 100, [2] * length, [0.0] * length, "stop", "", advantage=number - 0.5)
+        for number, length in enumerate((9000, 7000))
+    ]
+    settings = dict(data="", out="", micro_batch_tokens=N, rollouts_per_prompt=2, mini_batch_prompts=1)
+    trained = make_policy(teacher if stage == "1" else student, True)
+    frozen = make_policy(teacher if stage[0] == "2" else student, False)
+    optimizer = torch.optim.SGD(trained.parameters())  # AdamW's fused kernel is PyTorch's own
+    all_rows = lambda x: torch.arange(len(x), device=x.device)[:, None]
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: True)),
+        mock.patch.object(common, "make_batches", known_positions),
+        mock.patch.object(common, "this_device", lambda: torch.device("meta")),
+        mock.patch.object(torch.Tensor, "nonzero", all_rows),
+        mock.patch.object(torch.Tensor, "item", lambda x: 1.0),
+        mock.patch.object(torch.Tensor, "__float__", lambda x: 1.0),
+        mock.patch.object(torch.Tensor, "__bool__", lambda x: False),
+        mock.patch.object(torch.Tensor, "tolist", lambda x: [1.0]),
+    ):
+        if stage in ("1", "3"):
+            found = teacher_grpo.update(trained, frozen, optimizer, rollouts, 1e-6, teacher_grpo.Config("", **settings))
+            assert {"loss", "entropy", "kl_to_reference", "sampler_mismatch_max"} <= found.keys()
+        for batch in common.make_batches(rollouts, N, torch.device("meta")) if stage[0] == "2" else ():
+            if stage == "2a":
+                result = fkl_warmup.forward_kl_loss(trained, frozen, batch, 151669)
+            elif stage == "2b":
+                result = opd.exact_kl_loss(trained, frozen, batch, 151669)
+            else:
+                result = opd.sampled_kl_loss(trained, frozen, batch, 151669, 2.0)
+            (result.loss / N).backward()
+            opd.token_statistics(result, batch)
+            missing = [name for name, p in trained.named_parameters() if p.grad is None or p.grad.shape != p.shape]
+            assert not missing, missing
+            common.optimizer_step(trained, optimizer, 1.0, 1e-6, 1.0)
+    return "forward, backward, clipping and step"
+
+
 def main() -> None:
     if torch.version.cuda is None:
         raise SystemExit("this PyTorch has no CUDA in it: install the build that pip takes on Linux by default")
@@ -104,9 +166,10 @@ def main() -> None:
                 (kl, "forward", dtype, vocab_size),
                 (logprob, dtype, vocab_size),
             ]
+    checks += [(update, stage, *STUDENT_AND_TEACHER) for stage in ("1", "2a", "2b", "2b, sampled", "3")]
     print(f"PyTorch {torch.__version__}; {N} tokens, hidden sizes {DS} and {DT}, {V} rows of the output matrix")
     for check, *arguments in checks:
-        with fake_gpu() as launches:
+        with fake_gpu(FakeTensorMode(shape_env=ShapeEnv()) if check is not update else nullcontext()) as launches:
             found = check(*arguments)
         counts = ", ".join(f"{launches.count(name)} x {name}" for name in dict.fromkeys(launches))
         print(
