@@ -158,7 +158,8 @@ class Batch:
 
     Positions start again at 0 with each sequence, and attention never crosses from one sequence to another. The mask is
     made from the lengths of prompts and responses, not by looking for padding tokens, so that an end-of-sequence token
-    is trained like any other."""
+    is trained like any other.
+    """
 
     input_ids: Tensor  # (1, T) prompts and responses, without a response's last token: nothing after it is predicted
     position_ids: Tensor  # (1, T)
@@ -179,7 +180,8 @@ def make_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.dev
     micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of micro-batches,
     some perhaps empty, because every forward and backward pass of a sharded model needs all ranks. None of this changes
     a loss: a loss is a sum over tokens divided by one global count, and gradients are summed over ranks
-    (lib.policy.shard)."""
+    (lib.policy.shard).
+    """
     lengths = [len(rollout.prompt_ids) + max(len(rollout.response_ids) - 1, 0) for rollout in rollouts]
     shares = [split_micro_batches(share, lengths, max_tokens) for share in balance_by_length(lengths, world_size())]
     groups = shares[rank()]
@@ -245,7 +247,8 @@ def pack(rollouts: Sequence[Rollout], group: Sequence[int], device: torch.device
 
 def count_tokens(rollouts: Sequence[Rollout]) -> int:
     """Response tokens of the rollouts of all ranks: every summed loss of an optimizer step is divided by this
-    number."""
+    number.
+    """
     return sum(len(rollout.response_ids) for rollout in rollouts)
 
 
@@ -288,7 +291,8 @@ def exit_process(status: int) -> None:
 
     A process that belongs to a group skips Python's own shutdown, for two reasons. vLLM's finalizer waits for the other
     processes: after a failure this one would hang while they wait for it. And a thread of the group may abort during
-    the shutdown: a process that has finished all its work would be reported as failed."""
+    the shutdown: a process that has finished all its work would be reported as failed.
+    """
     if dist.is_initialized():
         if status == 0:
             barrier()  # nobody leaves while another one still needs an answer
@@ -394,7 +398,8 @@ def optimizer_step(
     """Scales the gradient down to `max_grad_norm` (2-norm over all parameters), steps and clears it; returns its norm.
 
     If the norm, or the `loss` of any rank, is not finite, the step is skipped: no weight changes, and nan is returned.
-    The loss serves no other purpose here. Collective."""
+    The loss serves no other purpose here. Collective.
+    """
     grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)  # over the shards of all ranks
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()

@@ -14,7 +14,8 @@ The paper does not state its decoding. The defaults are those of the authors' co
 0.7, top-p 0.8, top-k 20, without thinking.
 
 Written to the output directory: every sample (<checkpoint>/<data set>.jsonl), results.json, table.md and bars.png.
-Samples that are there already, of the same weights and settings, are used again."""
+Samples that are there already, of the same weights and settings, are used again.
+"""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
     """L_F summed over the batch's tokens: KL(pi_T || pi_theta) at the teacher's own states, exact, at temperature 1.
 
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
-    softmaxes leave the padding out."""
+    softmaxes leave the padding out.
+    """
     with torch.no_grad():
         teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V_T, D_T)
 
@@ -101,7 +102,8 @@ def rollout_identity(cfg: Config, teacher_sha256: str, problems: Sequence[Proble
 
 def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
     """Samples and grades what is missing from the cache, in parts, so that an interruption loses at most one of
-    them."""
+    them.
+    """
     missing = cache.missing
     if not missing:
         return

@@ -12,17 +12,19 @@ goes through the sampling of them. At a state, with p = pi_theta and q = pi_T, t
 student's logits is p (log p - log q - KL).
 
 Relation to Eq. 3. Eq. 3 is the policy gradient that lowers KL(pi_theta || pi_T) between whole responses: it multiplies
-grad log pi_theta(y_t) of each token by the sum of log pi_T - log pi_theta over the response. L_R keeps only token t's
-own summand, and so leaves out what a token does to the states after it. `--estimator sampled` estimates this same-token
-term from the sampled token: a policy gradient with the dense reward log pi_T(y_t | s_t) - log pi_theta(y_t | s_t). The
-default takes the exact KL, whose gradient is the expectation of the same-token term over the next token: without the
-noise of one sample, and the same on average (as far as its importance weights are not truncated). Neither is an
-unbiased estimate of Eq. 3. Its constant factor beta is left out.
+grad log pi_theta(y_t) of each token by the sum of log pi_T - log pi_theta over the response. (The paper multiplies it
+by a constant beta, which we leave out.) With the states held constant, L_R keeps only token t's own summand. Leaving
+out the earlier summands changes nothing on average; leaving out the later ones ignores what a token does to the states
+after it. `--estimator sampled` estimates this same-token term from the sampled token: a policy gradient with the dense
+reward log pi_T(y_t | s_t) - log pi_theta(y_t | s_t). The default takes the exact KL, whose gradient is minus the
+expectation of the same-token term over the next token (a loss goes down where a reward goes up): the same on average,
+as far as no importance weight is truncated, without the noise of one sample. Neither is an unbiased estimate of Eq. 3.
 
 The paper names two conditions for the dense reward to be informative. C1 (optimality): the teacher is itself near the
-best reward, which Stage 1 is for. C2 (minimal deviation): the teacher is close to the student where the student goes,
-which Stage 2a is for; otherwise a few tokens that the student samples and the teacher finds very unlikely dominate the
-sampled gradient. Both are reported here, neither is enforced.
+best reward, which Stage 1 (teacher_grpo.py) is for. C2 (minimal deviation): the teacher is close to the student where
+the student goes, which Stage 2a (fkl_warmup.py) is for; otherwise a few tokens that the student samples and the teacher
+finds very unlikely dominate the sampled gradient, and the teacher is asked about states that it would seldom reach.
+What is on record of C1 is printed, C2 is measured in every step, and neither is enforced.
 
 Our choices where the paper is silent: L_R is a mean over all tokens of an update, so long responses weigh more. Every
 batch of rollouts is used for one update, so that training is on-policy. "Mini-batch 64" in Table 9 counts prompts, each
@@ -69,7 +71,7 @@ class Config(TrainingConfig):
     lr: float = 1e-6  # learning rate (Table 9)
 
 
-FAR_KL = 1.0  # nats a token; a student that starts further away hardly ever writes what the teacher would write (C2)
+FAR_KL = 1.0  # nats a token, our rule of thumb: on (geometric) average e = 2.7 times less likely under the teacher (C2)
 OUTLIER_REWARD = -5.0  # nats; the teacher finds the token e^5 = 148 times less likely than the student who sampled it
 
 
@@ -77,7 +79,8 @@ def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: in
     """L_R summed over the batch's tokens: KL(pi_theta || pi_T) at the student's own states, exact, at temperature 1.
 
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
-    softmaxes leave the padding out. The targets, which are the sampled tokens, do not enter the loss, only the log."""
+    softmaxes leave the padding out. The targets, which are the sampled tokens, do not enter the loss, only the log.
+    """
     with torch.no_grad():
         teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V_T, D_T)
 
@@ -94,7 +97,9 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
     It is a policy gradient with the dense reward log pi_T(y_t) - log pi_theta(y_t). Each token is weighted by the ratio
     of its probability in the trainer to that in the sampler, at most `importance_cap`. The loss's value means nothing.
-    `kl` in the result is the one-sample estimate (k1) of each token's KL: the reward with its sign changed."""
+    `kl` in the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without those
+    weights, and biased unless the sampling temperature is 1.
+    """
 
     def head(hidden, weight):
         return fused_linear_logprob(hidden, weight, batch.targets, vocab_size=vocab_size)
@@ -109,10 +114,12 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
 
 def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
-    """What is logged of one micro-batch: sums over its tokens, and maxima. All in nats, at temperature 1.
+    """What is logged of one micro-batch, before the step's update: sums over its tokens, and maxima.
 
+    Log-probabilities, KL and entropy are in nats, at temperature 1; of outliers the fraction is logged in the end.
     The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is a
-    noisy -KL, but its spread and its outliers show how well condition C2 holds."""
+    noisy -KL, but its spread and its outliers show how well condition C2 holds.
+    """
     reward = (result.teacher_logprobs - result.logprobs).double()  # (N,)
     mismatch = (result.logprobs - batch.sampler_logprobs).abs()  # (N,) between trainer and sampler
     sums = {
@@ -132,7 +139,8 @@ def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], d
 
 def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temperature: float) -> dict[str, float]:
     """Means over the tokens of all micro-batches and ranks, and extremes, from `token_statistics` of each.
-    Collective."""
+    Collective.
+    """
     sums = {name: sum(sums[name] for sums, _ in statistics) for name in statistics[0][0]}
     maxima = {name: max(maxima[name] for _, maxima in statistics) for name in statistics[0][1]}
     means = {name: total / num_tokens for name, total in common.all_sum(sums).items()}
@@ -151,12 +159,13 @@ def report_c1(teacher_record: dict) -> None:
     stage = runs.last_rl_stage(teacher_record)
     if stage is None:
         common.print0(
-            "C1: no RL is recorded for the teacher or its ancestors; a student cannot be better than its teacher."
+            "C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is near the best reward."
         )
     else:
         first, last = (100 * stage[moment]["reward"] for moment in ("first", "last"))
         common.print0(
-            f"C1: in its RL, the teacher's mean reward went from {first:.0f} % (first step) to {last:.0f} % (last)."
+            f"C1: in the last RL on record behind the teacher, the mean reward went from {first:.0f} % in the first step "
+            f"to {last:.0f} % in the last."
         )
 
 
@@ -188,9 +197,11 @@ def main(cfg: Config) -> None:
                 grade(rollouts, verifier)
 
             # 2. Move the student towards the teacher's distributions at the student's states.
-            num_tokens = common.count_tokens(rollouts)  # of all ranks and micro-batches
+            num_tokens = common.count_tokens(
+                rollouts
+            )  # response tokens of the whole update: every rank has all rollouts
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
-            loss_sum, statistics = 0.0, []
+            loss_sum, statistics = 0.0, []  # of this rank; the sum only shows whether the loss is finite
             with run.phase("update"):
                 for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.estimator == "full":
@@ -209,7 +220,7 @@ def main(cfg: Config) -> None:
             metrics |= {"grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             if step == 0 and (kl := metrics["reverse_kl"]) > FAR_KL:
                 common.print0(
-                    f"C2: the student starts {kl:.2f} nats a token from the teacher; run fkl_warmup.py first."
+                    f"C2: the student starts {kl:.2f} nats a token from the teacher; a (longer) warmup would help."
                 )
             run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "response_tokens"))
             run.save(step + 1, policy, optimizer, trained_on=batches[step])

@@ -88,7 +88,8 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) of each token. Any shape; never negative.
 
     It is unbiased as long as pi is the policy that sampled the tokens, which after the first update of a rollout batch
-    is only approximately so."""
+    is only approximately so.
+    """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
@@ -108,7 +109,8 @@ def grpo_loss(
 
     It is to be minimised. `importance_weights` w are the ratios of trainer to sampler, cut off at a largest value; they
     carry no gradient. At a token that is not clipped, the gradient with respect to log pi is -w rho A + beta (1 -
-    exp(log pi_ref - log pi))."""
+    exp(log pi_ref - log pi)).
+    """
     ratio = torch.exp(logprobs - old_logprobs)  # (N,)
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
@@ -133,7 +135,8 @@ def train_mini_batch(
     """One optimizer step on the micro-batches of a mini-batch that has `num_tokens` response tokens on all ranks.
 
     Returns sums over this rank's tokens of what is logged, its largest sampler mismatch, and the gradient's norm (nan
-    if the step was skipped because something was not finite)."""
+    if the step was skipped because something was not finite).
+    """
     sums: dict[str, float] = defaultdict(float)
     worst_mismatch = 0.0
     for batch in batches:
@@ -169,7 +172,8 @@ def update(
 
     `rollouts` are those of all ranks, grouped by prompt, with their advantages. Returns what is logged: means over
     response tokens, the largest sampler mismatch, the mean norm of the gradient, and the number of skipped optimizer
-    steps."""
+    steps.
+    """
     size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     mini_batches = []
     for start in range(0, len(rollouts), size):

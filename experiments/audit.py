@@ -6,7 +6,8 @@
     python -m experiments.audit --curves DIR ... --out DIR          learning curves of checkpoints, in one picture
 
 `--responses` takes one object a line with `answer` and `response`; DIR/FILE.jsonl receives the same lines with
-`correct` added. It needs no model, and so is how to audit the verifier."""
+`correct` added. It needs no model, and so is how to audit the verifier.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
     """Every difference between two lineages that could explain a difference of results: settings, parents, code.
 
     Settings have their names in a Config; the output directory does not count. Labels are compared by their number and
-    as sets: the halves 1H and 2H differ in `half` and in `labels`."""
+    as sets: the halves 1H and 2H differ in `half` and in `labels`.
+    """
     facts = []
     for lineage in (first, second):
         settings = {k: v for k, v in lineage.get("config", {}).items() if k not in ("out", "resume")}

@@ -75,7 +75,8 @@ class Config:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of 26 tokens. The whole instruction is one of them, so a prompt has the usual form but stays
-    short."""
+    short.
+    """
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     words = sorted(vocabulary, key=len, reverse=True)
     pattern = "|".join("".join(f"\\x{{{ord(character):x}}}" for character in word) for word in words)
@@ -139,7 +140,8 @@ PRACTICE = 0.6  # share of the demonstrations that are careful work whose first 
 
 def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], reserved: set[str]) -> None:
     """Pretrains one raw model on fresh demonstrations until its careful habit reaches the wanted skill, and saves
-    it."""
+    it.
+    """
     torch.set_num_threads(1)
     rng = random.Random(f"{cfg.seed}/{name}")
     torch.manual_seed(common.request_seed(cfg.seed, name))
@@ -218,7 +220,8 @@ def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], res
 
 def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
     """Share of the problems answered rightly, at temperature 1, when the response is made to begin with
-    "Carefully:"."""
+    "Carefully:".
+    """
     prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, False, max_prompt_tokens=64)
     prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
     engine = TorchEngine(policy.model, tokenizer)

@@ -249,7 +249,8 @@ def tokenize_prompts(
 
 def end_tokens(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a response: the tokenizer's end of sequence, and those in the checkpoint's generation
-    settings."""
+    settings.
+    """
     configured = generation_config.eos_token_id if generation_config else None
     return sorted({tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None})
 

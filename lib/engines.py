@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from common import InputError, barrier, progress_bar, rank, start_process, this_device, world_size
+from common import InputError, all_max, barrier, progress_bar, rank, start_process, this_device, world_size
 from lib.data import end_tokens
 from lib.memory import BESIDE_A_TRAINER, GIB, RESERVE, size_of
 from lib.policy import (
@@ -56,7 +56,8 @@ class Completion:
 
 def chosen_engine(engine: str) -> str:
     """`engine`, with "auto" replaced by vLLM if it is installed and there is a GPU, and by the embedded sampler if
-    not."""
+    not.
+    """
     if engine != "auto":
         return engine
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
@@ -107,6 +108,9 @@ def cache_bytes_for(cfg, model: str, alone: bool) -> int:
     if not alone:
         return BESIDE_A_TRAINER
     free, _ = torch.cuda.mem_get_info(this_device())
+    free = int(
+        -all_max({"negated": -free})["negated"]
+    )  # the least of all ranks, because those that share an engine must agree
     weights = 2 * size_of(load_config(model)).parameters // cfg.tensor_parallel
     return max(free - weights - 2 * RESERVE, GIB)  # vLLM also needs room for activations and CUDA graphs
 
@@ -147,7 +151,8 @@ class TorchEngine:
     """Batched sampling with a key/value cache from any causal LM that transformers loads. Needs nothing but PyTorch.
 
     A prompt is computed once and its cache is repeated for its samples. Finished rows are removed from the batch as
-    soon as they are a quarter of it. `max_sequences` limits the rows of one batch, and so the size of the cache."""
+    soon as they are a quarter of it. `max_sequences` limits the rows of one batch, and so the size of the cache.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_sequences: int = 512):
         self.model, self.tokenizer = model, tokenizer
@@ -274,7 +279,8 @@ def prefill(
 
 def model_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
     """Logits (B, V) of the last position, in float32. The cache grows by input_ids (B, T); mask covers the whole
-    cache."""
+    cache.
+    """
     output = model(
         input_ids=input_ids,
         attention_mask=mask,
@@ -380,7 +386,8 @@ class VLLMEngine:
 
     With several ranks each has an engine of its own, or `tensor_parallel` successive ranks share one (vLLM's external
     launcher). On a GPU it sleeps while the policy is trained. Facts about vLLM 0.32 that this relies on stand beside
-    the lines that use them."""
+    the lines that use them.
+    """
 
     _alive: ClassVar[list] = []  # deleting a vLLM engine destroys the process group, so engines are kept here
 

@@ -5,7 +5,8 @@ Parameters are counted on PyTorch's meta device, so a 70B model takes seconds an
 sharded weights with their gradients and AdamW states, the layers that FSDP2 gathers, the frozen model (reference or
 teacher), the activations of one micro-batch, the loss head's piece of logits and gradient of the output matrix, and
 vLLM's weights and cache. It leaves out the CUDA context, NCCL's buffers and fragmentation, for which `RESERVE` is kept
-free."""
+free.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def plan(
     `in_loss` says whether the frozen model is a teacher, which takes part in every loss, or a reference, which is asked
     before the first one. The weights are sharded over `shards` GPUs, a micro-batch has `positions` positions, and
     `checkpointing` means that activations are computed again in the backward pass. Weights, gradients and the two
-    states of AdamW are in float32, all computation is in bfloat16."""
+    states of AdamW are in float32, all computation is in bfloat16.
+    """
     always = {
         "weights (float32, sharded)": 4 * trained.parameters / shards,
         "AdamW states": 8 * trained.parameters / shards,

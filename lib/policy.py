@@ -86,7 +86,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, sl
     sequences of different lengths. Elsewhere `make_batches` has put sequences of equal length side by side, and each
     such run is a batch for the usual attention. Without `cu_seq_lens_q` (when a sampler calls the model) it is
     transformers' own attention. Raises InputError for a model whose attention has an additional term, which these
-    kernels would leave out."""
+    kernels would leave out.
+    """
     additional = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if additional:
         raise InputError(
@@ -130,7 +131,8 @@ def varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, 
 
 def packed_mask(*arguments, attention_mask=None, **options):
     """No mask for packed sequences, which the attention itself keeps apart; transformers' own for a sampler's
-    padding."""
+    padding.
+    """
     return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
 
 
@@ -151,7 +153,8 @@ def load_policy(model: str, trainable: bool, activation_checkpointing: bool = Fa
     """A checkpoint on this rank's device: in float32 to be trained; frozen, in bfloat16 on a GPU.
 
     With several ranks or a GPU it is sharded over `device_mesh(shard_nodes)`, and the call is collective. GPUs compute
-    in bfloat16."""
+    in bfloat16.
+    """
     device, mesh = this_device(), device_mesh(shard_nodes)
     dtype = torch.float32 if trainable or device.type == "cpu" else torch.bfloat16
     policy = Policy(load_causal_lm(model, dtype, device) if mesh is None else meta_causal_lm(model, dtype))
@@ -256,7 +259,8 @@ def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[t
 
 def checkpoint_weights(model: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The same from a checkpoint's safetensors, without loading the whole model. InputError for one that is not
-    finite."""
+    finite.
+    """
     names: dict[int, list[str]] = {}  # of each parameter; a tied matrix has two
     for name, parameter in meta_causal_lm(model, dtype).state_dict(keep_vars=True).items():
         names.setdefault(id(parameter), []).append(name)
@@ -322,7 +326,8 @@ def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
 
     Its config must make a model whose output layer the losses know, with a row for each of the tokenizer's `vocab_size`
     tokens, and the headers of its safetensors must fit their files. `packs`: it must also take packed sequences, which
-    a model that is only sampled from need not."""
+    a model that is only sampled from need not.
+    """
     files = sorted(Path(model).glob("*.safetensors"))
     if not files and Path(model).is_dir():
         raise InputError(f"model {model!r} holds no .safetensors weights, and no others are loaded; convert it")

@@ -28,7 +28,8 @@ def sample_rollouts(
     neither on the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on
     the batch). Responses are spread over ranks one by one and not by groups, so that a few problems keep all ranks
     busy. Every rank gets all rollouts, and training then balances them over ranks by their lengths. `progress` is the
-    caption of a progress bar, if there is to be one."""
+    caption of a progress bar, if there is to be one.
+    """
 
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
         # The engine computes a prompt once for all its responses, so this rank's share is put into groups again.

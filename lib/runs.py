@@ -60,7 +60,8 @@ def prepare(
     """Checks a stage's Config, and loads its training problems, the tokenizer, and prompt token ids by problem id.
 
     Most wrong input is refused here, with an InputError, before any weight is read. `teacher` is the checkpoint that
-    the model learns from; `sampled` the one that responses are sampled from (by default the model)."""
+    the model learns from; `sampled` the one that responses are sampled from (by default the model).
+    """
     check_settings(cfg)
     device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
     if teacher:
@@ -151,7 +152,8 @@ def code_version() -> str:
 
 def _file_hashes(directory: Path) -> dict[str, str | None]:
     """The sha256 of each file in a directory by its name, None for one that cannot be read. Work is spread;
-    collective."""
+    collective.
+    """
     names = on_rank_0(lambda: sorted(path.name for path in directory.iterdir() if path.name != "SHA256SUMS"))
     return dict(map_over_ranks(lambda share: [(name, _sha256(directory / name)) for name in share], names))
 
@@ -295,7 +297,8 @@ class Run:
 
     def _open_metrics(self) -> int:
         """Removes the lines of steps that were not saved; returns the number of skipped steps at the end of the
-        rest."""
+        rest.
+        """
         path, lines = self.partial / "metrics.jsonl", []
         if path.exists():
             whole = path.read_text(encoding="utf-8").splitlines(True)[: self.steps_done]
@@ -366,7 +369,8 @@ class Run:
 
         The line also holds the rollouts' mean length in tokens and the share that was cut at the length limit.
         `metrics` must have `skipped_steps`, the number of optimizer steps that were skipped. After STOP_AFTER_SKIPPED
-        steps in a row with any, the rollouts of the last are written to a file and the run ends with an InputError."""
+        steps in a row with any, the rollouts of the last are written to a file and the run ends with an InputError.
+        """
         line = {
             "step": step,
             **metrics,
@@ -406,7 +410,8 @@ class Run:
         `steps` counts the finished steps. `trained_on` are problems that the weights have been trained on, whether or
         not their answers were used; Stage 3 refuses them. The previous state is removed once the new one is complete.
         Every rank writes its own shards, so on several nodes the directory must be one that all of them see.
-        Collective; InputError when the state cannot be written, and then the previous one is still there."""
+        Collective; InputError when the state cannot be written, and then the previous one is still there.
+        """
         self.steps_done = steps
         self.record["consumed"] = sorted({*self.record["consumed"], *(problem.id for problem in trained_on)})
         if steps % self.save_every:
