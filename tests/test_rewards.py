@@ -22,15 +22,19 @@ RESPONSES = {  # text, whether it ended, whether it is to be paid for: the answe
 }
 
 
-@pytest.mark.parametrize("require_finished", [True, False])
-def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_finished):
-    """Through Stage 1 itself, on groups of these responses. Every prompt holds its own answer in a box."""
+@pytest.mark.parametrize("normalize", [True, False], ids=["", "not normalised"])
+@pytest.mark.parametrize("require_finished", [True, False], ids=["", "cut ones too"])
+def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_finished, normalize):
+    """Through Stage 1 itself, on groups of these responses. Every prompt holds its own answer in a box.
+
+    The answer to the last problem of the batch is another one, so that none of its responses is paid for.
+    """
 
     def sample(engine, chosen, prompts, n, *rest, **options):
         assert n == len(RESPONSES)
         return [
-            Rollout(Problem(p.id, "Is it \\boxed{4}?", "4"), i, prompts[p.id], [5, 1], [-1.0, -1.0],
-                    "stop" if finished else "length", text)
+            Rollout(Problem(p.id, "Is it \\boxed{4}?", "4" if p is not chosen[-1] else "17"), i, prompts[p.id], [5, 1],
+                    [-1.0, -1.0], "stop" if finished else "length", text)
             for p in chosen for i, (text, finished, _) in enumerate(RESPONSES.values())
         ]  # fmt: skip
 
@@ -51,14 +55,19 @@ def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_fini
             rollouts_per_prompt=len(RESPONSES),
             max_steps=1,
             require_finished=require_finished,
+            normalize_by_std=normalize,
         )
     )
     paid = [right or (not require_finished and "cut" in name) for name, (_, _, right) in RESPONSES.items()]
     [line] = metrics(tmp_path / "out")
-    assert line["reward"] == pytest.approx(sum(paid) / len(paid))
+    share = sum(paid) / len(paid)
+    *groups, unpaid = advantages[0]
+    assert len(groups) == 3 and not unpaid.any()
+    assert line["reward"] == pytest.approx(share * 3 / 4) and line["frac_reward_zero_std"] == 1 / 4
     assert line["truncated"] == pytest.approx(1 / len(RESPONSES))
-    for group in advantages[0]:
-        assert [value > 0 for value in group.tolist()] == paid
+    scale = (share * (1 - share)) ** 0.5 if normalize else 1.0
+    for group in groups:
+        assert group.tolist() == pytest.approx([(value - share) / scale for value in paid], abs=1e-4)
 
 
 def test_the_prompt_is_never_graded():

@@ -284,6 +284,16 @@ def test_the_learning_rate_follows_its_schedule(stage, student, teacher, problem
     assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx(rates) and len(set(rates)) > 2
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_optimizer_has_the_settings_of_the_config(stage, student, teacher, problems, tmp_path, monkeypatch):
+    made, adamw, clip = [], torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(k) or adamw(*a, **k))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: made.append(limit) or clip(p, limit))
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=1)
+    script.main(dataclasses.replace(config, lr=3e-3, weight_decay=0.03, max_grad_norm=0.3))
+    assert made[0]["lr"] == 3e-3 and made[0]["weight_decay"] == 0.03 and set(made[1:]) == {0.3}
+
+
 def test_the_reference_stays_where_the_stage_began(chain):
     for stage in ("teacher", "student"):
         first, *_, last = [line["kl_to_reference"] for line in metrics(chain / stage)]
