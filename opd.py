@@ -158,9 +158,7 @@ def report_c1(teacher_record: dict) -> None:
     """Says whether the teacher's lineage has a stage that trained on the sparse reward (condition C1)."""
     stage = runs.last_rl_stage(teacher_record)
     if stage is None:
-        common.print0(
-            "C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is near the best reward."
-        )
+        common.print0("C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is any good.")
     else:
         first, last = (100 * stage[moment]["reward"] for moment in ("first", "last"))
         common.print0(
@@ -197,9 +195,7 @@ def main(cfg: Config) -> None:
                 grade(rollouts, verifier)
 
             # 2. Move the student towards the teacher's distributions at the student's states.
-            num_tokens = common.count_tokens(
-                rollouts
-            )  # response tokens of the whole update: every rank has all rollouts
+            num_tokens = common.count_tokens(rollouts)  # of the whole update: every rank has all rollouts
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             loss_sum, statistics = 0.0, []  # of this rank; the sum only shows whether the loss is finite
             with run.phase("update"):
@@ -219,9 +215,7 @@ def main(cfg: Config) -> None:
             metrics |= {"accuracy": sum(rollout.correct for rollout in rollouts) / len(rollouts), "lr": lr}
             metrics |= {"grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             if step == 0 and (kl := metrics["reverse_kl"]) > FAR_KL:
-                common.print0(
-                    f"C2: the student starts {kl:.2f} nats a token from the teacher; a (longer) warmup would help."
-                )
+                common.print0(f"C2: the student starts {kl:.2f} nats a token from the teacher; warm it up (longer).")
             run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "response_tokens"))
             run.save(step + 1, policy, optimizer, trained_on=batches[step])
         run.finish(policy, tokenizer)

@@ -155,7 +155,7 @@ def train_mini_batch(
         logged["importance_clipped"] = (ratio > cfg.importance_cap).sum()
         for name, value in logged.items():
             sums[name] += value.item()
-        worst_mismatch = max([worst_mismatch, *mismatch.abs().tolist()])
+        worst_mismatch = max(worst_mismatch, mismatch.abs().max().item() if len(mismatch) else 0.0)
     grad_norm = common.optimizer_step(policy, optimizer, sums["loss"], lr, cfg.max_grad_norm)
     return sums, worst_mismatch, grad_norm
 
