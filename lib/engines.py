@@ -108,9 +108,8 @@ def cache_bytes_for(cfg, model: str, alone: bool) -> int:
     if not alone:
         return BESIDE_A_TRAINER
     free, _ = torch.cuda.mem_get_info(this_device())
-    free = int(
-        -all_max({"negated": -free})["negated"]
-    )  # the least of all ranks, because those that share an engine must agree
+    # Ranks that share an engine must agree on the size, so it follows from the rank that has the least free.
+    free = -int(all_max({"negated": -free})["negated"])
     weights = 2 * size_of(load_config(model)).parameters // cfg.tensor_parallel
     return max(free - weights - 2 * RESERVE, GIB)  # vLLM also needs room for activations and CUDA graphs
 
@@ -236,9 +235,7 @@ class TorchEngine:
 
         stop_ids = set(self.stop_ids.tolist())
         for ids, values in zip(token_ids.tolist(), logprobs.tolist()):
-            length = next(
-                (n for n, token in enumerate(ids, 1) if token in stop_ids), None
-            )  # the rest was sampled in vain
+            length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # the rest is of no use
             yield Completion(ids[:length], values[:length], "length" if length is None else "stop")
 
 

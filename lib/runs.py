@@ -264,9 +264,8 @@ class Run:
                 f"--resume: {self.partial} holds an interrupted run of {saved['stage']}.py, not of {record['stage']}.py; "
                 "name another --out, or delete it"
             )
-        for name, value in json.loads(
-            json.dumps(record["config"])
-        ).items():  # with lists for tuples, as in the saved one
+        config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
+        for name, value in config.items():
             if name not in ("resume", "out") and saved["config"].get(name) != value:
                 raise InputError(
                     f"--resume: the interrupted run had {name} = {saved['config'].get(name)!r}, now it is {value!r}; "
