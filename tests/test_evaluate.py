@@ -1,5 +1,6 @@
 """Statistics against hand-made numbers, and the script on tiny checkpoints."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -88,6 +89,12 @@ def test_checkpoints_of_one_architecture_share_an_engine(student, teacher, test_
             together, alone = (tmp_path / where / name / "test.jsonl" for where in (str(number), f"alone-{name}"))
             assert together.read_text() == alone.read_text()
     assert made == [student, teacher, other]
+
+
+def test_every_setting_that_decides_what_is_sampled_is_in_the_key():
+    """All but where samples come from and go to, and how they are spread over machines."""
+    elsewhere = {"out", "models", "labels", "data", "engine", "max_sequences", "kv_cache_gib", "tensor_parallel"}
+    assert set(evaluate.DECODING) == {field.name for field in dataclasses.fields(evaluate.Config)} - elsewhere
 
 
 def test_samples_repeat_with_their_seed(student, test_problems, tmp_path):
