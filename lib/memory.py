@@ -112,12 +112,6 @@ def plan(
     return {"sampling": {**always, **sampling}, "training": {**always, **training}}
 
 
-def held_at_start(planned: dict[str, dict[str, float]], resumed: bool) -> float:
-    """Bytes that the trainer holds on each GPU when the engine is made; optimizer states only after a resume."""
-    names = ("weights (float32, sharded)", "frozen model (bfloat16, sharded)", *["AdamW states"] * resumed)
-    return sum(planned["sampling"].get(name, 0.0) for name in names)
-
-
 def disk_bytes(trained: Size) -> dict[str, float]:
     """What a stage writes, by item. A training state has float32 weights and both states of AdamW."""
     state = 12 * trained.parameters
