@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from typing import Literal
 
@@ -54,11 +54,13 @@ class SamplerConfig:
     _: KW_ONLY
     out: str  # directory to write
     instruction: str = INSTRUCTION  # text appended to each problem (authors' earlier code; not given in this paper)
+    system_prompt: str = ""  # text for the system's turn of the chat template; by default there is no such turn
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
     max_sequences: int = 512  # sequences that each process samples at a time; lower it when memory runs out
     kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
+    reward: str | None = None  # FILE.py:function that rewards a response in place of the verifier; it is run as code
     seed: int = 0  # decides the order of the data and every sampled response
 
 
@@ -80,6 +82,15 @@ class TrainingConfig(SamplerConfig):
     activation_checkpointing: bool = False  # compute activations again in the backward pass, which saves memory
     shard_nodes: int = 1  # nodes that share one copy of the weights, for a model too large for one node
     save_every: int = 20  # steps between saved training states, from which --resume continues
+    validate: tuple[str, ...] = ()  # problem sets on which avg@k is measured while the stage trains (Table 8)
+    validate_every: int = 20  # steps between two validations; there is one before the first step and one at the end
+    validate_k: int = 4  # responses sampled for each validation problem
+    validate_temperature: float = 0.7  # sampling temperature of the validation (authors' earlier code)
+    validate_top_p: float = 0.8  # probability mass that the validation samples from (authors' earlier code)
+    validate_top_k: int = 20  # likeliest tokens that the validation samples from, -1 for all (authors' earlier code)
+    keep_best: bool = False  # finish with the weights that scored best in validation, on a set that is not reported
+    export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # type of the saved weights; bfloat16 is half the size
     dry_run: bool = False  # print the memory that each GPU would need and the disk space, and stop
     gpus: int | None = None  # number of GPUs that --dry-run plans for; by default those of this command
     resume: bool = False  # continue an interrupted run of the same settings, if there is one
@@ -135,6 +146,7 @@ class Problem:
     id: str  # the same for a problem in every data set, however it is typeset; see lib.data.problem_id
     prompt: str
     answer: str
+    row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own
 
 
 @dataclass
@@ -149,6 +161,8 @@ class Rollout:
     finish_reason: str  # "stop" at an end-of-sequence token, "length" at the limit
     text: str  # the decoded response, without special tokens
     correct: bool | None = None  # whether the verifier found the right answer in it
+    how: str = ""  # how the verifier decided (lib.verifier.Verdict)
+    reward: float | None = None  # that of --reward; None means 1 if correct, else 0
     advantage: float = 0.0  # its reward relative to its group, which GRPO gives to each of its tokens
 
 

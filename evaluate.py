@@ -34,6 +34,7 @@ from lib.engines import Sampling, check_engine, make_engine
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
 from lib.rollouts import grade, sample_rollouts
+from lib.scores import paired_difference, summarise
 from lib.verifier import Verifier
 
 
@@ -51,42 +52,8 @@ class Config(SamplerConfig):
 
 
 # The settings that decide what is sampled: samples that were made with others are not used again.
-DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "instruction", "thinking",
-            "seed")  # fmt: skip
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean of (P,) values and its standard error; of a single value the error is not known (nan)."""
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return float(values.mean()), float(error)
-
-
-def summarise(samples: list[dict], k: int) -> dict:
-    """Statistics of one data set from its P*k samples: rates in [0, 1], lengths in tokens, the scores by problem id."""
-    ids = list(dict.fromkeys(sample["id"] for sample in samples))
-    row = {problem_id: index for index, problem_id in enumerate(ids)}
-    correct = np.zeros((len(ids), k))  # (P, k)
-    for sample in samples:
-        correct[row[sample["id"]], sample["sample"]] = sample["correct"]
-    average, error = mean_and_error(correct.mean(axis=1))
-    return {
-        "problems": len(ids),
-        "avg": average,
-        "se": error,
-        "pass": float(correct.any(axis=1).mean()),
-        "truncated": float(np.mean([sample["finish_reason"] == "length" for sample in samples])),
-        "tokens": float(np.mean([sample["tokens"] for sample in samples])),
-        "scores": dict(zip(ids, correct.mean(axis=1).tolist())),
-    }
-
-
-def paired_difference(first: dict[str, float], second: dict[str, float]) -> tuple[float, float]:
-    """Mean of first - second over the problems (scores by problem id), and the standard error of that mean."""
-    if first.keys() != second.keys():
-        raise InputError(
-            "two checkpoints were evaluated on different problems and cannot be compared; evaluate both anew"
-        )
-    return mean_and_error(np.array([first[problem_id] - second[problem_id] for problem_id in first]))
+DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "instruction",
+            "system_prompt", "thinking", "reward", "seed")  # fmt: skip
 
 
 class Engines:

@@ -69,8 +69,13 @@ class Config(TrainingConfig):
 
 
 def rewards_of(rollouts: list[Rollout], require_finished: bool) -> Tensor:
-    """R(x, y) of each rollout, (P*G,): 1 if its answer is right, and 0 if not, or if it was cut at the length limit."""
-    return torch.tensor([float(r.correct and (r.finish_reason == "stop" or not require_finished)) for r in rollouts])
+    """R(x, y) of each rollout, (P*G,): 1 if its answer is right, and 0 if not, or if it was cut at the length limit.
+
+    With `--reward` it is what that function returned.
+    """
+    rewards = [float(r.correct) if r.reward is None else r.reward for r in rollouts]
+    finished = [r.finish_reason == "stop" or not require_finished for r in rollouts]
+    return torch.tensor(rewards) * torch.tensor(finished)
 
 
 def group_advantages(rewards: Tensor, normalize_by_std: bool = True) -> Tensor:

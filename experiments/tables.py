@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 
 import common
 from common import InputError
-from evaluate import markdown_table, mean_and_error, paired_difference, percent
+from evaluate import markdown_table, percent
+from lib.scores import mean_and_error, paired_difference
 
 Pair = Literal["qwen3-8b", "qwen3-14b", "llama"]
 PAIRS = get_args(Pair)

@@ -62,16 +62,16 @@ def known_tokens(completion: Completion, vocab_size: int) -> Completion:
 
 
 def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:
-    """Sets `correct` of every rollout from its response and its problem's answer. Spread over ranks; collective."""
+    """Grades every rollout: sets `correct` and `how`. Spread over ranks; collective."""
 
-    def verdicts(share: Sequence[Rollout]) -> list[bool]:
+    def verdicts(share: Sequence[Rollout]) -> list[tuple[bool, str]]:
         found = verifier.check([rollout.text for rollout in share], [rollout.problem.answer for rollout in share])
-        return [verdict.correct for verdict in found]
+        return [(verdict.correct, verdict.how) for verdict in found]
 
     # Each response is graded by one rank, and the verdict sent to all. If every rank graded all of them, a grading
     # might time out on one rank and not on another, and the ranks would disagree.
-    for rollout, correct in zip(rollouts, map_over_ranks(verdicts, rollouts)):
-        rollout.correct = correct
+    for rollout, (correct, how) in zip(rollouts, map_over_ranks(verdicts, rollouts)):
+        rollout.correct, rollout.how = correct, how
 
 
 class RolloutCache:

@@ -12,6 +12,7 @@ from conftest import tiny_model, write_checkpoint
 import evaluate
 from common import InputError
 from experiments import toy
+from lib import scores
 
 
 def samples(correct, tokens=5, reason="stop"):
@@ -24,21 +25,21 @@ def samples(correct, tokens=5, reason="stop"):
 
 
 def test_statistics_of_known_samples():
-    summary = evaluate.summarise(samples([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]), k=4)
+    summary = scores.summarise(samples([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]), k=4)
     assert summary["avg"] == pytest.approx(0.5) and summary["pass"] == pytest.approx(2 / 3)
     assert summary["se"] == pytest.approx(np.std([0.5, 0, 1], ddof=1) / math.sqrt(3))
     assert summary["scores"] == {"p0": 0.5, "p1": 0.0, "p2": 1.0} and summary["tokens"] == 5
-    assert evaluate.summarise(samples([[1]], reason="length"), k=1)["truncated"] == 1.0
+    assert scores.summarise(samples([[1]], reason="length"), k=1)["truncated"] == 1.0
 
 
 def test_the_paired_error_is_that_of_the_differences():
     easy_and_hard = np.array([0.1, 0.5, 0.9, 0.2, 0.7])
     first = {f"p{i}": value + 0.1 for i, value in enumerate(easy_and_hard)}
     second = {f"p{i}": value for i, value in enumerate(easy_and_hard)}
-    mean, error = evaluate.paired_difference(first, second)
+    mean, error = scores.paired_difference(first, second)
     assert mean == pytest.approx(0.1) and error == pytest.approx(0, abs=1e-12)
     with pytest.raises(InputError, match="different problems"):
-        evaluate.paired_difference(first, {**second, "p9": 0.0})
+        scores.paired_difference(first, {**second, "p9": 0.0})
 
 
 def config(out, models, data, **settings):
