@@ -220,6 +220,12 @@ def quick_check(gold: str, answer: str) -> bool | None:
     gold_words, words = _words(gold), _words(answer)
     if gold_words and (_TEXT.fullmatch(gold) or len(gold_words) > 3 or gold_words in ("yes", "no", "odd")):
         return gold_words == words  # To the grammar a word is a product of letters, by which "seat" equals "east".
+    if re.fullmatch("[A-Za-z]{3}", gold):  # Three letters may be a word or a product: "abc", "cat".
+        if _TEXT.sub(r"\1", answer) == gold:
+            return True
+        # As a product the answer has to name the letters in the same order, so that "act" does not pass for "cat".
+        letters = re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", value.rpartition("=")[2])
+        return None if letters == gold else False
     if gold_words and len(gold_words) == 1 and gold_words == words:
         return True
     return None
