@@ -166,7 +166,8 @@ def write_curves(cfg: Config) -> None:
     runs.check_writable(cfg.out)
     if not draw_curves(dict(zip(labels, cfg.curves)), Path(cfg.out) / "curves.png"):
         raise InputError(
-            f"--curves {list(cfg.curves)}: none of them has a metrics.jsonl; name checkpoints of the stages"
+            f"--curves {list(cfg.curves)}: none of them has a metrics.jsonl with rewards, accuracies or KLs; name "
+            "checkpoints of GRPO, OPD or the warmup"
         )
     print(f"wrote {Path(cfg.out) / 'curves.png'}")
 

@@ -64,17 +64,25 @@ CURVES = {
 
 
 def draw_curves(checkpoints: dict[str, str], picture: Path) -> bool:
-    """Learning curves of the checkpoints (label -> directory) that have a metrics.jsonl; False if none has."""
+    """Learning curves of the checkpoints (label -> directory) that have a metrics.jsonl; False if none has.
+
+    The legend says which half of the labels a checkpoint was trained on. A Stage 3 that begins below the end of its
+    bridge has not become worse: its rollouts are for other problems.
+    """
     from matplotlib.figure import Figure
 
     curves: dict[str, list] = {title: [] for title in CURVES}
     for label, directory in checkpoints.items():
-        path = Path(directory) / "metrics.jsonl"
+        path, record = Path(directory) / "metrics.jsonl", Path(directory) / "run.json"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        half = json.loads(record.read_text())["config"]["half"] if record.is_file() else "unknown"
+        labels = "all labels" if half == "full" else f"labels {half}"
         for title, names in CURVES.items():
             for name in names:
                 if lines and name in lines[0]:
-                    curves[title].append((f"{label}: {name.replace('_', ' ')}", [line[name] for line in lines]))
+                    curves[title].append(
+                        (f"{label}: {name.replace('_', ' ')}, {labels}", [line[name] for line in lines])
+                    )
     curves = {title: drawn for title, drawn in curves.items() if drawn}
     if not curves:
         return False

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from common import InputError
 from experiments import audit
@@ -37,3 +38,35 @@ def test_bad_response_files(tmp_path, lines, message):
     with pytest.raises(InputError, match=message):
         audit.main(audit.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
     assert not (tmp_path / "out").exists()
+
+
+def checkpoint(directory, half: str, **metrics) -> str:
+    directory.mkdir()
+    (directory / "run.json").write_text(json.dumps({"config": {"half": half}}))
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 0, **metrics}) + "\n")
+    return str(directory)
+
+
+def test_curves_say_which_labels_they_are_for(tmp_path, monkeypatch):
+    """A Stage 3 starts below the end of its bridge because it sees other problems, and the picture has to say so."""
+    runs = [
+        checkpoint(tmp_path / "bridge", "1H", reverse_kl=0.2, accuracy=0.9),
+        checkpoint(tmp_path / "student", "2H", reward=0.6),
+        checkpoint(tmp_path / "direct", "full", reward=0.1),
+    ]
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    audit.main(audit.Config(curves=tuple(runs), out=str(tmp_path / "out")))
+    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in saved[0].axes]
+    assert legends == [
+        ["bridge: accuracy, labels 1H", "student: reward, labels 2H", "direct: reward, all labels"],
+        ["bridge: reverse kl, labels 1H"],
+    ]
+
+
+def test_no_curves_are_claimed_where_none_are_drawn(tmp_path, capsys):
+    """SFT logs a cross-entropy, for which there is no panel."""
+    run = checkpoint(tmp_path / "sft", "1H", cross_entropy=0.2)
+    with pytest.raises(InputError, match="none of them has a metrics.jsonl with rewards, accuracies or KLs"):
+        audit.main(audit.Config(curves=(run,), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists() and "wrote" not in capsys.readouterr().out
