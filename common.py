@@ -22,7 +22,9 @@ import hashlib
 import heapq
 import math
 import os
+import re
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -101,17 +103,16 @@ class InputError(ValueError):
 
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
-    """Raises InputError for a number in a Config that is negative, not finite, or zero where it has to be positive."""
+    """Raises InputError for a number in a Config that is negative, too large, NaN, or zero where it must be positive."""
     allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # which has -1 for all
             flag = f"--{name.replace('_', '-')} {value}"
-            if not math.isfinite(value):
-                raise InputError(f"{flag} is not a finite number; give one")
             if value < 0 or (value == 0 and name not in allowed):
-                raise InputError(
-                    f"{flag} is too small; give {'zero or more' if name in allowed else 'a number above zero'}"
-                )
+                least = "zero or more" if name in allowed else "a number above zero"
+                raise InputError(f"{flag} is too small; give {least}")
+            if not value < 2**32:  # the end of NumPy's seeds, to which vLLM passes ours on; all else is far below it
+                raise InputError(f"{flag} is not a number below {2**32}; give one")
 
 
 def cli(main: Callable, config: type) -> None:
@@ -120,7 +121,14 @@ def cli(main: Callable, config: type) -> None:
     Under torchrun every process runs `main` and finds the same fault in the input. Rank 0 reports it and exits, and
     torchrun then ends the others.
     """
-    cfg = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
+    if {"-h", "--help"} & set(sys.argv):  # tyro would join the lines of commands, and leave paragraphs in one line
+        explanation = sys.modules[main.__module__].__doc__ + "\n"
+        for line in re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", explanation).splitlines():
+            indent = "  " * line.startswith("- ")
+            print(line if line.startswith("    ") else textwrap.fill(line, 80, subsequent_indent=indent))
+    # A shell expands the ~ of `--out ~/runs/x`, and not that of `--out=~/runs/x` or of an argument in quotes.
+    words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
+    cfg = tyro.cli(config, args=words, description="")
     status = 0
     try:
         start_process()

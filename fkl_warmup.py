@@ -1,4 +1,4 @@
-"""Stage 2a: forward-KL warmup of the student on cached teacher rollouts (Section 2, the loss L_F; settings of Table 9).
+r"""Stage 2a: forward-KL warmup of the student on cached teacher rollouts (Section 2, loss L_F; settings of Table 9).
 
     L_F(theta) = E_{s ~ d_teacher} KL(pi_T(. | s) || pi_theta(. | s))
 
@@ -23,18 +23,19 @@ The same script trains the controls that learn from the sampled tokens instead o
   teacher (Tables 4 and 6). The paper trains its own on the responses of gpt-oss-120B. We do not have those, and use the
   teacher's own correct responses.
 
-One process:   python fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher --data dapo --half 1H --out
-runs/warmup Eight GPUs:    torchrun --nproc_per_node=8 fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher
---data dapo \
-                   --half 1H --out runs/warmup --activation-checkpointing
+    One process:   python fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher --data dapo --half 1H \
+                       --out runs/warmup
+    Eight GPUs:    torchrun --nproc_per_node=8 fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher \
+                       --data dapo --half 1H --out runs/warmup --activation-checkpointing
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,13 +124,12 @@ def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
     cache.read()
 
 
-def rollout_order(chosen: Sequence[int], passes: int, seed: int) -> list[int]:
+def rollout_order(chosen: Sequence[int], passes: int, seed: int) -> Iterator[int]:
     """Indices of rollouts in the order of training: `passes` times all of them, each time shuffled again."""
-    chosen, order = list(chosen), []
+    chosen = list(chosen)
     for number in range(passes):
         random.Random(f"{seed}/{number}").shuffle(chosen)
-        order += chosen
-    return order
+        yield from chosen
 
 
 def main(cfg: Config) -> None:
@@ -150,9 +150,10 @@ def main(cfg: Config) -> None:
             raise InputError(
                 "--keep correct leaves no rollout: the teacher answered no problem correctly; give --keep all"
             )
-        order = rollout_order(chosen, cfg.passes, cfg.seed)
         size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
-        mini_batches = [order[start : start + size] for start in range(0, len(order), size)][: cfg.max_steps]
+        order = rollout_order(chosen, cfg.passes, cfg.seed)
+        order = list(itertools.islice(order, cfg.max_steps and cfg.max_steps * size))
+        mini_batches = [order[start : start + size] for start in range(0, len(order), size)]
 
         teacher = None  # SFT needs the teacher's tokens only
         if cfg.loss == "fkl":

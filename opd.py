@@ -1,4 +1,4 @@
-"""Stage 2b: on-policy distillation, OPD, of the student from the trained teacher (Section 2; settings of Table 9).
+r"""Stage 2b: on-policy distillation, OPD, of the student from the trained teacher (Section 2; settings of Table 9).
 
     L_R(theta) = E_{s ~ d_student} KL(pi_theta(. | s) || pi_T(. | s))
 
@@ -32,9 +32,9 @@ with all its 8 responses. Rollouts are graded for the log only: no label enters 
 
 Every rank has all rollouts and computes its share of the micro-batches. Gradients are summed over ranks.
 
-One process:   python opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H --out runs/bridge
-Eight GPUs:    torchrun --nproc_per_node=8 opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H \
-                   --out runs/bridge --activation-checkpointing
+    One process:   python opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H --out runs/bridge
+    Eight GPUs:    torchrun --nproc_per_node=8 opd.py --model runs/warmup --teacher runs/teacher --data dapo --half 1H \
+                       --out runs/bridge --activation-checkpointing
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def main(cfg: Config) -> None:
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
             # 1. Sample from the student.

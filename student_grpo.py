@@ -9,9 +9,9 @@ weights, or its teacher's, have been trained on. Training on any of them is refu
 the replay control of Table 2, which trains again on the half that was used already (1H). Both halves are equally large,
 so both runs make as many updates.
 
-One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
-The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay
-Eight GPUs:    torchrun --nproc_per_node=8 student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
+    One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
+    The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay
+    Eight GPUs:    torchrun --nproc_per_node=8 student_grpo.py --model runs/bridge --data dapo --out runs/student
 """
 
 from __future__ import annotations

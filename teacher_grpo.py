@@ -1,4 +1,4 @@
-"""Stage 1: GRPO with the sparse verifiable reward, on the teacher (Sections 2 and 3).
+r"""Stage 1: GRPO with the sparse verifiable reward, on the teacher (Sections 2 and 3).
 
     maximise  E_{y ~ pi_theta} R(x, y) - beta KL(pi_theta || pi_ref),    R(x, y) = 1 if the answer is right, else 0
 
@@ -22,11 +22,11 @@ Our choices where the paper is silent:
 - Advantages are divided by the group's standard deviation, as in the original GRPO (switch it off with
   `--no-normalize-by-std`).
 
-One process:   python teacher_grpo.py --model Qwen/Qwen3-0.6B --data dapo --half 1H --out runs/teacher
-Eight GPUs:    torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-8B --data dapo --half 1H \
-                   --out runs/teacher --activation-checkpointing
-Direct GRPO:   torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-1.7B --data dapo --out runs/direct
-The toy:       make demo
+    One process:   python teacher_grpo.py --model Qwen/Qwen3-0.6B --data dapo --half 1H --out runs/teacher
+    Eight GPUs:    torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-8B --data dapo --half 1H \
+                       --out runs/teacher --activation-checkpointing
+    Direct GRPO:   torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-1.7B --data dapo --out runs/direct
+    The toy:       make demo
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def main(cfg: Config) -> None:
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed)[: cfg.max_steps]
+        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
         common.print0(
             "The loss below is no measure of progress: a group's advantages sum to zero, so what is left of it says little "
             "more than whether right answers are longer than wrong ones. Its gradient is what counts. Watch the reward."

@@ -234,6 +234,7 @@ STUDENT_HABITS = {"Carefully:": 0.10, "Roughly:": 0.35, "Guess:": 0.25, "Hmm,": 
 
 
 def main(cfg: Config) -> None:
+    common.check_settings(cfg)
     rng = random.Random(f"{cfg.seed}/problems")
     sizes = {"train": cfg.train_problems, "validation": cfg.test_problems, "test": cfg.test_problems}
     distinct: dict[str, Problem] = {}

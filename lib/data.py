@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -185,17 +186,21 @@ def load_training_problems(data: str, half: str, split_seed: int, exclude: Seque
     return kept
 
 
-def problem_batches(problems: Sequence[Problem], size: int, passes: int, seed: int) -> list[list[Problem]]:
-    """`passes` shuffled passes over the problems, cut into batches of `size`.
+def problem_batches(
+    problems: Sequence[Problem], size: int, passes: int, seed: int, limit: int | None = None
+) -> list[list[Problem]]:
+    """`passes` shuffled passes over the problems, cut into batches of `size`, of which the first `limit` are made.
 
     The tail of a pass is filled from the next one, so every batch is full; the last batch of all may be cut short.
     """
-    order = []
+    order: list[Problem] = []
+    if limit is not None:  # passes that are never reached would only take memory
+        passes = min(passes, math.ceil(limit * size / len(problems)))
     for number in range(passes):
         one_pass = list(problems)
         random.Random(f"{seed}/{number}").shuffle(one_pass)
         order += one_pass
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return [order[start : start + size] for start in range(0, len(order), size)][:limit]
 
 
 # Prompts and tokenizers

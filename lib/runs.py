@@ -46,7 +46,7 @@ from common import (
     world_size,
 )
 from lib.data import check_same_tokenizer, load_tokenizer, load_training_problems, tokenize_prompts
-from lib.engines import check_engine
+from lib.engines import check_engine, check_lengths
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, device_mesh, load_config, save_pretrained
 
@@ -63,6 +63,8 @@ def prepare(
     the model learns from; `sampled` the one that responses are sampled from (by default the model).
     """
     check_settings(cfg)
+    if cfg.passes > 1000 and cfg.max_steps is None:  # the order of the data is made before the first step
+        raise InputError(f"--passes {cfg.passes} is more than 1000; give fewer, or say with --max-steps when to stop")
     device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
     if teacher:
         check_same_tokenizer(cfg.model, teacher)
@@ -71,6 +73,8 @@ def prepare(
     for model in filter(None, (cfg.model, teacher)):
         check_checkpoint(model, len(tokenizer))
     prompts = tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    for model in filter(None, (cfg.model, teacher)):
+        check_lengths(cfg, model, prompts.values())
     if not cfg.dry_run:
         check_engine(cfg, sampled or cfg.model)
     return problems, tokenizer, prompts
@@ -124,8 +128,8 @@ def last_rl_stage(lineage: dict) -> dict | None:
 
 
 def check_writable(out: str) -> None:
-    """InputError if directory `out` cannot be made or written to. Makes nothing."""
-    existing = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+    """InputError if directory `out` cannot be made or written to, or is a link to nothing. Makes nothing."""
+    existing = next(path for path in (Path(out), *Path(out).absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(
             f"--out {out!r} cannot be written ({str(existing)!r} is not a writable directory); name another"
@@ -219,7 +223,7 @@ class Run:
 
     def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict | None]]]:
         """Locks the directory; returns this run's record, and the training states with their records, newest first."""
-        if self.out.exists():
+        if os.path.lexists(self.out):  # also a link to nothing, in whose place the finished run could not be put
             if (self.out / "run.json").exists() and (self.out / "lock").exists():
                 _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")

@@ -1,5 +1,6 @@
 """Problem sets: every known format is read, repeats and conflicts are dropped, halves are fixed and disjoint."""
 
+import itertools
 import json
 import random
 
@@ -113,15 +114,24 @@ def test_batches_cover_every_pass_once(count, size, passes, seed):
         assert sorted(p.id for p in flat[number * count : (number + 1) * count]) == sorted(p.id for p in problems)
 
 
+def test_passes_that_no_step_reaches_are_not_made():
+    """With --max-steps a run may ask for any number of passes. A billion of them would not fit into memory."""
+    problems = [Problem(str(i), "", "") for i in range(5)]
+    assert lib.data.problem_batches(problems, 3, 10**9, 0, 4) == lib.data.problem_batches(problems, 3, 3, 0)[:4]
+    assert len(lib.data.problem_batches(problems, 3, 2, 0, 100)) == 4
+    order = list(itertools.islice(fkl_warmup.rollout_order(range(5), 10**9, 0), 12))
+    assert order == list(fkl_warmup.rollout_order(range(5), 3, 0))[:12]
+
+
 def test_every_pass_has_an_order_of_its_own():
     problems = [Problem(str(i), "", "") for i in range(12)]
     passes = lib.data.problem_batches(problems, 12, 3, seed=0)
     assert len({tuple(p.id for p in one) for one in passes}) == 3
     assert lib.data.problem_batches(problems, 12, 3, seed=1) != passes
-    order = fkl_warmup.rollout_order(range(12), 3, seed=0)
+    order = list(fkl_warmup.rollout_order(range(12), 3, seed=0))
     assert len({tuple(order[start : start + 12]) for start in (0, 12, 24)}) == 3
     assert all(sorted(order[start : start + 12]) == list(range(12)) for start in (0, 12, 24))
-    assert fkl_warmup.rollout_order(range(12), 3, seed=1) != order
+    assert list(fkl_warmup.rollout_order(range(12), 3, seed=1)) != order
 
 
 BAD = {

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+import common
+
 ROOT = Path(__file__).parent.parent
 PAGE = ("teacher_grpo", "fkl_warmup", "opd", "student_grpo", "evaluate", "common", "kernels")
 STAGES = set(PAGE[:5])
@@ -189,3 +191,21 @@ def test_help_explains_every_setting(name, capsys):
         assert len(re.findall(r"[a-z]{2,}", comment)) >= 3 and not re.search(r"likewise|ditto|^of ", comment), comment
     if name in STAGES:
         assert "Table 8" in printed or "Table 9" in printed
+
+
+@pytest.mark.parametrize("name", sorted(STAGES | {"experiments.toy", "experiments.tables", "experiments.audit"}))
+def test_help_can_be_read_and_copied(name, capsys, monkeypatch):
+    """Commands keep their lines, so that they can be pasted; all else is wrapped to 80 columns, between words."""
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        common.cli(module.main, module.Config)
+    explanation = capsys.readouterr().out.split("usage: ")[0].splitlines()
+    indented = [line for line in module.__doc__.splitlines() if line.startswith("    ")]
+    assert indented and [line for line in explanation if line.startswith("    ")] == indented
+    assert max(len(line) for line in [*explanation, *indented] if line not in indented) <= 80
+    assert " ".join(explanation).split() == module.__doc__.split()
+    assert max(len(line) for line in indented) <= 120
+    paragraphs = re.findall(r"(?m)^(?:[^ \n-].*\n)+", "\n".join(explanation) + "\n")
+    for first, second in (pair for text in paragraphs for pair in zip(text.splitlines(), text.splitlines()[1:])):
+        assert len(first) + 1 + len(second.split()[0]) > 80, f"the line could be longer: {first}"
