@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 import common
 from common import InputError, Rollout, SamplerConfig
 from lib import data, runs
-from lib.engines import Sampling, check_engine, make_engine
+from lib.engines import Sampling, check_engine, check_lengths, make_engine
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
 from lib.rollouts import grade, sample_rollouts
@@ -212,7 +212,8 @@ def main(cfg: Config) -> None:
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
-            data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+            prompts = data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+            check_lengths(cfg, model, prompts.values())
         common.on_rank_0(lambda: runs.read_run(model))
     runs.check_writable(cfg.out)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -71,6 +71,31 @@ GPU_MEMORY_UTILIZATION = 0.05
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
+def number_of_positions(model: str) -> int | None:
+    """How many tokens, of prompt and response together, a checkpoint is made for; None if its config does not say.
+
+    The entry in the config includes what YaRN, LongRoPE and Llama 3's scaling add to it, and not what the two oldest
+    ways of scaling rotary embeddings do. vLLM reads it in the same way.
+    """
+    config = load_config(model).get_text_config()
+    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    scaled = positions and rope.get("rope_type") in ("linear", "dynamic")
+    return int(positions * rope["factor"]) if scaled else positions
+
+
+def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
+    """Raises InputError if the longest of the prompts, with a response of full length, is too long for a checkpoint.
+
+    It would sample, or learn, at positions that it has never seen: responses turn to noise, and nothing else tells.
+    """
+    longest, limit = max(map(len, prompts)), number_of_positions(model)
+    if limit is not None and longest + cfg.max_response_tokens > limit:
+        raise InputError(
+            f"the longest prompt, of {longest} tokens, and --max-response-tokens {cfg.max_response_tokens} make "
+            f"{longest + cfg.max_response_tokens}, and {model!r} has {limit} positions; lower --max-response-tokens"
+        )
+
+
 def check_engine(cfg, model: str) -> None:
     """Raises InputError, before anything is loaded, for settings with which the engine of a Config would fail."""
     if chosen_engine(cfg.engine) == "torch":
@@ -84,13 +109,14 @@ def check_engine(cfg, model: str) -> None:
             f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({world_size()}); give "
             "one that does"
         )
-    config = load_config(model).get_text_config()
-    longest, limit = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
-    if longest > limit:
+    # vLLM is made for the longest prompt that the settings allow, whatever the prompts are.
+    longest, limit = cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model)
+    if limit is not None and longest > limit:
         raise InputError(
             f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-response-tokens {cfg.max_response_tokens} make "
             f"{longest}, and {model!r} has {limit} positions; lower one of them"
         )
+    config = load_config(model).get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not torch.cuda.is_available() and head_size not in VLLM_CPU_HEAD_SIZES:
         raise InputError(

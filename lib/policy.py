@@ -91,7 +91,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, sl
     additional = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if additional:
         raise InputError(
-            f"the model's attention has a {additional[0]}, which packed attention leaves out; use another model"
+            f"the attention of model {module.config.name_or_path!r} has a {additional[0]}, which packed attention leaves "
+            "out; use another model"
         )
     if "cu_seq_lens_q" not in kwargs:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -123,7 +124,10 @@ def varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, 
     elif sliding_window is None:
         options["is_causal"] = True
     else:
-        raise InputError("a model with sliding windows needs torch 2.13 for packed sequences on a GPU; upgrade it")
+        raise InputError(
+            f"a model with sliding windows needs torch 2.13 for packed sequences on a GPU, and this is {torch.__version__}; "
+            "upgrade it"
+        )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
     lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
     return varlen_attn(query, key, value, *lengths, scale=scaling, **options)[None], None

@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 GOOD = "--exclude --max-prompt-tokens 64 --max-response-tokens 8"
 SCRIPTS = {
     "experiments.audit": "--out {tmp}/out",
+    "experiments.toy": "--out {tmp}/out",
     "teacher_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
     "student_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
     "fkl_warmup": f"--model {{student}} --teacher {{teacher}} --data {{problems}} --out {{tmp}}/out {GOOD}",
@@ -120,6 +121,14 @@ def trained_on_everything(bad):
 
     ids = [problem.id for problem in load_problems(str(bad.parent / "seen.jsonl"), quiet=True)]
     (bad / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "consumed": ids}))
+
+
+def linked(place):
+    (place.tmp / "link").symlink_to(place.tmp / "nowhere")
+
+
+def at_home(place):
+    place.monkeypatch.setenv("HOME", str(place.tmp))
 
 
 def locked(place):
@@ -256,18 +265,34 @@ CASES = {
     "negative learning rate": ("opd", "--lr -1e-6", None,
         "--lr -1e-06 is too small; give a number above zero"),
     "learning rate that is no number": ("fkl_warmup", "--lr nan", None,
-        "--lr nan is not a finite number; give one"),
+        "--lr nan is not a number below 4294967296; give one"),
+    "learning rate without end": ("opd", "--lr inf", None,
+        "--lr inf is not a number below 4294967296; give one"),
     "group of one": ("teacher_grpo", "--rollouts-per-prompt 1", None,
         "--rollouts-per-prompt 1 leaves nothing to compare a response with; give 2 or more"),
     "temperature zero": ("opd", "--temperature 0", None,
         "--temperature 0.0 is too small; give a number above zero"),
     "negative seed": ("fkl_warmup", "--seed -1", None,
         "--seed -1 is too small; give zero or more"),
+    "seed too large for a generator": ("teacher_grpo", f"--seed {10**30}", None,
+        f"--seed {10**30} is not a number below 4294967296; give one"),
+    "seed too large for NumPy, which vLLM gives it to": ("evaluate", f"--seed {2**32}", None,
+        f"--seed {2**32} is not a number below 4294967296; give one"),
+    "split seed with more digits than a float has": ("student_grpo", f"--split-seed {10**400}", None,
+        f"--split-seed {10**400} is not a number below 4294967296; give one"),
+    "toy of a seed too large": ("experiments.toy", f"--seed {10**30}", None,
+        f"--seed {10**30} is not a number below 4294967296; give one"),
+    "passes without end": ("opd", "--passes 1000000000", None,
+        "--passes 1000000000 is more than 1000; give fewer, or say with --max-steps when to stop"),
     "no passes": ("student_grpo", "--passes 0", None,
         "--passes 0 is too small; give a number above zero"),
     # the output directory
     "out exists": ("teacher_grpo", "--out {tmp}", None,
         "--out '{tmp}' already exists; name another, or delete it"),
+    "out that is a link to nothing": ("teacher_grpo", "--out {tmp}/link", linked,
+        "--out '{tmp}/link' already exists; name another, or delete it"),
+    "report in the place of a link to nothing": ("evaluate", "--out {tmp}/link", linked,
+        "--out '{tmp}/link' cannot be written ('{tmp}/link' is not a writable directory); name another"),
     "out that cannot be made": ("teacher_grpo", "--out {tmp}/file/out", lines(name="file"),
         "--out '{tmp}/file/out' cannot be written (Not a directory); name another directory"),
     "out in use by another run": ("teacher_grpo", "", locked,
@@ -282,6 +307,8 @@ CASES = {
         "no training state in {tmp}/out.partial is whole, __0_0.distcp of state-000001 is not what was written; delete the directory to begin again"),
     # checkpoints
     "missing model": ("teacher_grpo", "--model {tmp}/nowhere", None,
+        "--model '{tmp}/nowhere' is not a checkpoint directory, nor a hub name (owner/name)"),
+    "a home directory that the shell left to us": ("opd", "--teacher=~/nowhere --model ~/nowhere", at_home,
         "--model '{tmp}/nowhere' is not a checkpoint directory, nor a hub name (owner/name)"),
     "missing model, stage 3": ("student_grpo", "--model {tmp}/nowhere", None,
         "--model '{tmp}/nowhere' is not a checkpoint directory, nor a hub name (owner/name)"),
@@ -374,6 +401,14 @@ CASES = {
         "--engine vllm: on a CPU vLLM has no attention for heads of 48, the size in '{tmp}/bad', only for 32, 64, 80, 96, 112, 128, 160, 192, 224, 256; give --engine torch"),
     "more positions than there are": ("teacher_grpo", "--engine vllm --max-response-tokens 65", None,
         "--max-prompt-tokens 64 and --max-response-tokens 65 make 129, and '{student}' has 128 positions; lower one of them"),
+    "more positions than the embedded sampler's model has": ("teacher_grpo", "--engine torch --max-response-tokens 116", None,
+        "the longest prompt, of 13 tokens, and --max-response-tokens 116 make 129, and '{student}' has 128 positions; lower --max-response-tokens"),
+    "more positions than there are, planned": ("fkl_warmup", "--max-response-tokens 16384 --dry-run", None,
+        "the longest prompt, of 13 tokens, and --max-response-tokens 16384 make 16397, and '{student}' has 128 positions; lower --max-response-tokens"),
+    "more positions than the teacher has": ("opd", "--teacher {tmp}/bad", copied(config_json(max_position_embeddings=20), of="teacher"),
+        "the longest prompt, of 13 tokens, and --max-response-tokens 8 make 21, and '{tmp}/bad' has 20 positions; lower --max-response-tokens"),
+    "more positions than there are to evaluate": ("evaluate", "--engine torch --max-response-tokens 116", None,
+        "the longest prompt, of 13 tokens, and --max-response-tokens 116 make 129, and '{student}' has 128 positions; lower --max-response-tokens"),
     "tensor parallel over more processes than there are": ("teacher_grpo", "--engine vllm --tensor-parallel 2", None,
         "--tensor-parallel 2 must divide the number of processes (1); give one that does"),
     # evaluation
@@ -382,7 +417,7 @@ CASES = {
     "nothing to audit": ("experiments.audit", "", None,
         "there is nothing to do; give --lineage, --compare, --responses or --curves"),
     "curves of no stage": ("experiments.audit", "--curves {student}", None,
-        "--curves ['{student}']: none of them has a metrics.jsonl; name checkpoints of the stages"),
+        "--curves ['{student}']: none of them has a metrics.jsonl with rewards, accuracies or KLs; name checkpoints of GRPO, OPD or the warmup"),
     "two curves of one name": ("experiments.audit", "--curves {student} {student}", None,
         "--labels ['student', 'student'] must be one different name for each of the 2 --curves"),
     "labels that do not match": ("evaluate", "--labels a b", None,

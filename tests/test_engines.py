@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, tiny_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, MambaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from experiments import toy
 from lib.engines import (
@@ -13,6 +13,7 @@ from lib.engines import (
     Sampling,
     TorchEngine,
     attend,
+    number_of_positions,
     prefill,
     request_uniforms,
     sample_tokens,
@@ -50,6 +51,29 @@ def make_model(name):
         sizes = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
         return GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, **sizes)).eval()
     return tiny_model(**MODELS[name])
+
+
+@pytest.mark.parametrize(
+    "scaling, positions",
+    [
+        (dict(rope_type="default"), 128),
+        (dict(rope_type="linear", factor=4.0), 512),
+        (dict(rope_type="dynamic", factor=1.5), 192),
+        (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32), 128),
+        (MODELS["llama-long-context"]["rope_parameters"], 128),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
+)
+def test_number_of_positions(scaling, positions, tmp_path):
+    """Llama 3's and YaRN's configs name the scaled number of positions, those with the older two the original one."""
+    config = LlamaConfig(**SIZES, rope_parameters={"rope_theta": 1e4, **scaling})
+    config.save_pretrained(tmp_path)
+    assert number_of_positions(str(tmp_path)) == positions
+
+
+def test_a_model_may_have_no_limit(tmp_path):
+    MambaConfig().save_pretrained(tmp_path)
+    assert number_of_positions(str(tmp_path)) is None
 
 
 DECODERS = {name: LeanDecoder for name in [*MODELS, "qwen2"]} | {

@@ -97,7 +97,7 @@ def test_packs_equal_one_by_one_forwards(name, attention, max_tokens, monkeypatc
 
 def test_attention_with_a_term_besides_is_refused():
     config = Gemma2Config(hidden_size=16, num_hidden_layers=2, **SIZES)  # caps the scores before the softmax
-    with pytest.raises(InputError, match="the model's attention has a softcap, which packed attention leaves out"):
+    with pytest.raises(InputError, match="the attention of model '' has a softcap, which packed attention leaves out"):
         in_batches(Policy(Gemma2ForCausalLM(config)), make_rollouts(2), 1000)
 
 
