@@ -103,7 +103,7 @@ class InputError(ValueError):
 
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
-    """Raises InputError for a number in a Config that is negative, too large, NaN, or zero where it must be positive."""
+    """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive."""
     allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # which has -1 for all
