@@ -106,7 +106,7 @@ def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # which has -1 for all
             flag = f"--{name.replace('_', '-')} {value}"
-            if not math.isfinite(value):
+            if not -math.inf < value < math.inf:  # which takes an integer of any size
                 raise InputError(f"{flag} is not a finite number; give one")
             if value < 0 or (value == 0 and name not in allowed):
                 raise InputError(
