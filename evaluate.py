@@ -14,13 +14,16 @@ The paper does not state its decoding. The defaults are those of the authors' co
 0.7, top-p 0.8, top-k 20, without thinking.
 
 Written to the output directory: every sample (<checkpoint>/<data set>.jsonl), results.json, table.md and bars.png.
-Samples that are there already, of the same weights and settings, are used again.
+Samples that are there already, of the same weights, prompts and settings, are used again, so an evaluation that was
+killed goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +31,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import common
-from common import InputError, Rollout, SamplerConfig
+from common import InputError, Problem, SamplerConfig
 from lib import data, runs
 from lib.engines import Sampling, check_engine, check_lengths, make_engine
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
 from lib.rollouts import grade, sample_rollouts
+from lib.samples import SampleFile, grading_key, prompts_key, sample_directories, write_whole
 from lib.scores import paired_difference, summarise
 from lib.verifier import Verifier
 
@@ -53,7 +57,7 @@ class Config(SamplerConfig):
 
 # The settings that decide what is sampled: samples that were made with others are not used again.
 DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "instruction",
-            "system_prompt", "thinking", "reward", "seed")  # fmt: skip
+            "system_prompt", "thinking", "seed")  # fmt: skip
 
 
 class Engines:
@@ -65,10 +69,10 @@ class Engines:
     # Entries of a checkpoint's config that may differ within one engine.
     OF_A_CHECKPOINT = ("_name_or_path", "transformers_version", "dtype", "eos_token_id", "bos_token_id", "pad_token_id")
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, models: Iterable[str]):
         self.cfg = cfg
         self.made = {}  # architecture -> (engine, the checkpoint that is loaded in it)
-        self.alone = len(set(map(self.architecture, cfg.models))) == 1  # no second engine will need the GPU
+        self.alone = len(set(map(self.architecture, models))) == 1  # no second engine will need the GPU
 
     def architecture(self, model: str) -> str:
         config = load_config(model).to_dict()
@@ -87,16 +91,15 @@ class Engines:
 
 
 def evaluate_model(
-    model: str, label: str, cfg: Config, datasets: dict[str, list], verifier: Verifier, engines: Engines
+    model: str, label: str, cfg: Config, datasets: dict[str, list[Problem]], verifier: Verifier, engines: Engines
 ) -> dict:
-    """Samples, grades and summarises one checkpoint on every data set, unless its samples are already on disk.
+    """Samples, grades and summarises one checkpoint on every data set; what is already on disk is not sampled again.
 
-    Sampling and grading are spread over ranks. Rank 0 writes the files, and only there the returned report is filled.
+    Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
     lineage = common.on_rank_0(lambda: runs.read_lineage(model))
     trained_on = runs.consumed_problems(lineage)
-    settings = {"sha256": lineage["sha256"], **{name: getattr(cfg, name) for name in DECODING}}
-    directory = Path(cfg.out) / label
+    directory = sample_directories(cfg.out, [label])[label]
     tokenizer, report = data.load_tokenizer(model), {}
     for name, problems in datasets.items():
         seen = sum(problem.id in trained_on for problem in problems)
@@ -104,48 +107,31 @@ def evaluate_model(
             common.print0(
                 f"{label}: {seen} of {len(problems)} problems of {name} were trained on; its score there is no test score"
             )
-        path = directory / f"{name}.jsonl"
-        if not common.on_rank_0(lambda: _has_samples(path, settings, len(problems) * cfg.k)):
-            prompts = data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
-            sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
-            rollouts = sample_rollouts(
-                engines.get(model, tokenizer), problems, prompts, cfg.k, sampling, seed_key=(cfg.seed, "evaluate"),
-                progress=f"{label} {name}",
-            )  # fmt: skip
-            grade(rollouts, verifier)
-            common.on_rank_0(lambda: _write_samples(path, settings, rollouts))
-        if common.rank() == 0:
-            samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-            report[name] = {**summarise(samples, cfg.k), "trained_on": seen, "sha256": lineage["sha256"]}
+        prompts = data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+        settings = {"sha256": lineage["sha256"], "prompts": prompts_key(problems, prompts)}
+        settings |= {setting: getattr(cfg, setting) for setting in DECODING}
+        file = SampleFile(directory / f"{name}.jsonl", settings, grading_key(problems, cfg.reward), problems, cfg.k)
+        file.grade_again(verifier)
+        if file.missing:
+            sample_missing(file, engines.get(model, tokenizer), prompts, cfg, verifier, f"{label} {name}")
+        samples = file.finish()
+        summary = common.on_rank_0(lambda: summarise(samples, cfg.k))
+        report[name] = {**summary, "trained_on": seen, "sha256": lineage["sha256"]}
     return report
 
 
-def _write_samples(path: Path, settings: dict, rollouts: list[Rollout]) -> None:
-    lines = [json.dumps({"settings": settings}), *(json.dumps(as_sample(rollout)) for rollout in rollouts)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    unfinished.rename(path)
-
-
-def as_sample(rollout: Rollout) -> dict:
-    return {
-        "id": rollout.problem.id,
-        "sample": rollout.sample,
-        "prompt": rollout.problem.prompt,
-        "answer": rollout.problem.answer,
-        "response": rollout.text,
-        "correct": rollout.correct,
-        "finish_reason": rollout.finish_reason,
-        "tokens": len(rollout.response_ids),
-    }
-
-
-def _has_samples(path: Path, settings: dict, count: int) -> bool:
-    if not path.exists():
-        return False
-    with path.open(encoding="utf-8") as lines:
-        return json.loads(next(lines)).get("settings") == settings and sum(1 for _ in lines) == count
+def sample_missing(file: SampleFile, engine, prompts: dict, cfg: Config, verifier: Verifier, caption: str) -> None:
+    """Samples and grades what is missing from the file, in parts, so that an interruption loses at most one of them."""
+    sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
+    at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.k)
+    done = len(prompts) - len(file.missing)
+    with common.progress_bar(len(prompts), caption, "problem", initial=done) as bar:
+        for start in range(0, len(file.missing), at_a_time):
+            part = file.missing[start : start + at_a_time]
+            rollouts = sample_rollouts(engine, part, prompts, cfg.k, sampling, seed_key=(cfg.seed, "evaluate"))
+            grade(rollouts, verifier)
+            file.append(rollouts)
+            bar.update(len(part))
 
 
 def percent(average: float, error: float) -> str:
@@ -190,15 +176,16 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(cfg: Config) -> None:
+def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
+    """The checkpoints by label and the problems by data set, once whatever can be known to be wrong has been refused."""
     if not cfg.models:
         raise InputError("there is nothing to evaluate; name checkpoints with --models")
     common.check_settings(cfg, may_be_zero=("temperature",))
-    labels = cfg.labels or tuple(Path(model).name for model in cfg.models)
-    if len(set(labels)) != len(cfg.models) or len(labels) != len(cfg.models):
-        raise InputError(
-            f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
-        )
+    models = cfg.models
+    labels = cfg.labels or tuple(Path(os.path.abspath(model)).name for model in models)
+    if len(set(labels)) != len(models) or len(labels) != len(models):
+        raise InputError(f"--labels {list(labels)} must be one different name for each of the {len(models)} --models")
+    sample_directories(cfg.out, labels)
     if cfg.top_p > 1:
         raise InputError(f"--top-p {cfg.top_p} is more than all of the distribution; give 1 or less")
     if cfg.top_k < 1 and cfg.top_k != -1:
@@ -206,8 +193,7 @@ def main(cfg: Config) -> None:
     datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
-    models = dict(zip(labels, cfg.models))
-    for model in cfg.models:  # whatever can be known to be wrong is said before anything is sampled
+    for model in models:
         tokenizer = data.load_tokenizer(model, "--models")
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
@@ -216,28 +202,31 @@ def main(cfg: Config) -> None:
             check_lengths(cfg, model, prompts.values())
         common.on_rank_0(lambda: runs.read_run(model))
     runs.check_writable(cfg.out)
+    return dict(zip(labels, models)), datasets
 
+
+def main(cfg: Config) -> None:
+    models, datasets = prepare(cfg)
+    engines, results = Engines(cfg, models.values()), {}
     with Verifier() as verifier:
-        engines = Engines(cfg)
-        results = {
-            label: evaluate_model(model, label, cfg, datasets, verifier, engines) for label, model in models.items()
-        }
+        for label, model in models.items():
+            results[label] = evaluate_model(model, label, cfg, datasets, verifier, engines)
     common.on_rank_0(lambda: write_report(results, cfg))
 
 
 def write_report(results: dict[str, dict[str, dict]], cfg: Config) -> None:
-    """results.json, table.md and bars.png."""
+    """table.md, bars.png and, last because make takes it for the whole report, results.json."""
     out = Path(cfg.out)
-    settings = {**dataclasses.asdict(cfg), "code": runs.code_version(), "hardware": runs.hardware()}
-    (out / "results.json").write_text(json.dumps({"settings": settings, "results": results}) + "\n", encoding="utf-8")
     tables = report_tables(results, cfg)
-    (out / "table.md").write_text(tables, encoding="utf-8")
+    write_whole(out / "table.md", tables)
     averages = {
         label: {name: (result["avg"], result["se"]) for name, result in row.items()} for label, row in results.items()
     }
-    draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png")
+    drawn = draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png")
+    settings = {**dataclasses.asdict(cfg), "code": runs.code_version(), "hardware": runs.hardware()}
+    write_whole(out / "results.json", json.dumps({"settings": settings, "results": results}) + "\n")
     print("\n" + tables)
-    print(f"wrote {out}: table.md, bars.png, results.json and every sample")
+    print(f"wrote {out}: table.md, {'bars.png, ' if drawn else ''}results.json and every sample")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Looks at what is already there: where a checkpoint comes from, how two differ, and what the verifier says.
+"""Looks at what is already there: where a checkpoint comes from, how two differ, and what scorers say.
 
     python -m experiments.audit --lineage DIR [--reports DIR ...]   a checkpoint's history, with scores from reports
     python -m experiments.audit --compare DIR DIR                   every setting, parent and label set that differs
     python -m experiments.audit --responses FILE.jsonl --out DIR    grades responses that were made elsewhere
+    python -m experiments.audit --regrade REPORT                    a report's samples, graded by two scorers
     python -m experiments.audit --curves DIR ... --out DIR          learning curves of checkpoints, in one picture
 
 `--responses` takes one object a line with `answer` and `response`; DIR/FILE.jsonl receives the same lines with
 `correct` added. It needs no model, and so is how to audit the verifier.
+
+`--regrade` says how much of a report's scores is the scorer's doing: beside the stored grades it puts those of the
+present verifier and of string equality (experiments/string_scorer.py). The table and the samples on which the three do
+not agree are written to regrade.md and regrade.jsonl.
 """
 
 from __future__ import annotations
@@ -16,14 +21,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import common
 from common import InputError
 from evaluate import markdown_table, percent
+from experiments import string_scorer
 from lib import runs
 from lib.plots import draw_curves
-from lib.verifier import Verifier
+from lib.samples import read_samples, sample_directories, write_whole
+from lib.scores import mean_and_error, paired_difference
+from lib.verifier import Verifier, extract_answer
 
 
 @dataclass
@@ -32,9 +41,10 @@ class Config:
     reports: tuple[str, ...] = ()  # evaluation reports to take the history's scores from
     compare: tuple[str, str] | None = None  # print how the runs of these two checkpoints differ
     responses: str | None = None  # grade the responses in this file
+    regrade: str | None = None  # grade the samples of this evaluation report by two scorers
     curves: tuple[str, ...] = ()  # draw the learning curves of these checkpoints
     labels: tuple[str, ...] = ()  # names of the checkpoints in the picture; by default those of their directories
-    out: str | None = None  # directory to write to, for --responses and --curves
+    out: str | None = None  # directory to write to; --regrade writes to its report if none is given
 
 
 # Numbers of a metrics.jsonl whose first and last values say how a stage went.
@@ -113,24 +123,94 @@ def grade_file(cfg: Config) -> None:
     if not rows:
         raise InputError(f"--responses {cfg.responses!r} is empty; give a line for each response")
     runs.check_writable(cfg.out)
-    with Verifier() as verifier, tqdm(total=len(rows), desc="grading", unit="response") as bar:
-        for start in range(0, len(rows), 256):
-            chunk = rows[start : start + 256]
-            verdicts = verifier.check([row["response"] for row in chunk], [row["answer"] for row in chunk])
-            for row, verdict in zip(chunk, verdicts):
-                row["correct"] = verdict.correct
-            bar.update(len(chunk))
+    for row, correct in zip(rows, verify(rows, "grading")):
+        row["correct"] = correct
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     total = sum(row["correct"] for row in rows)
     print(f"{total} of {len(rows)} correct ({100 * total / len(rows):.1f} %); wrote {target}")
 
 
-def read_report(directory: str) -> dict:
-    """A report's results.json. InputError if there is none, or it is not that of an evaluation."""
+def verify(rows: list[dict], caption: str) -> list[bool]:
+    """Whether the `response` of each row is right by its `answer`, as the verifier sees it, under a progress bar."""
+    correct = []
+    with Verifier() as verifier, tqdm(total=len(rows), desc=caption, unit="response") as bar:
+        for start in range(0, len(rows), 256):
+            chunk = rows[start : start + 256]
+            verdicts = verifier.check([row["response"] for row in chunk], [row["answer"] for row in chunk])
+            correct += [verdict.correct for verdict in verdicts]
+            bar.update(len(chunk))
+    return correct
+
+
+def report_samples(cfg: Config) -> dict[tuple[str, str], list[dict]]:
+    """The samples of the report `cfg.regrade` by checkpoint and data set. InputError if any is missing."""
+    results = read_report(cfg.regrade, "--regrade")["results"]
+    directories, found = sample_directories(cfg.regrade, list(results)), {}
+    for label, name in ((label, name) for label, row in results.items() for name in row):
+        path = directories[label] / f"{name}.jsonl"
+        header, samples = read_samples(path)
+        expected = results[label][name].get("problems", 0) * header.get("settings", {}).get("k", 0)
+        if not samples or len(samples) != expected:
+            raise InputError(
+                f"--regrade {cfg.regrade!r}: {path} does not hold all samples that the report was made from; evaluate "
+                "it anew"
+            )
+        found[label, name] = samples
+    return found
+
+
+def problem_scores(samples: list[dict], scores: list[float]) -> dict[str, float]:
+    """The mean score of each problem's samples, by the problem's id."""
+    by_problem: dict[str, list[float]] = {}
+    for sample, score in zip(samples, scores):
+        by_problem.setdefault(sample["id"], []).append(score)
+    return {name: sum(values) / len(values) for name, values in by_problem.items()}
+
+
+def regrade(cfg: Config) -> None:
+    """Writes a table of the report's entries by three gradings, and the samples on which the three do not agree."""
+    out = Path(cfg.out or cfg.regrade)
+    entries = report_samples(cfg)
+    runs.check_writable(str(out))
+    rows, disagreements = [], []
+    for (label, name), samples in entries.items():
+        graded = {
+            "stored": [sample["correct"] for sample in samples],
+            "verifier": verify(samples, f"{label} {name}"),
+            "string equality": [string_scorer.is_correct(sample["response"], sample["answer"]) for sample in samples],
+        }
+        scores = {scorer: problem_scores(samples, correct) for scorer, correct in graded.items()}
+        averages = [percent(*mean_and_error(np.array(list(each.values())))) for each in scores.values()]
+        difference = percent(*paired_difference(scores["string equality"], scores["verifier"]))
+        verdicts = list(zip(*graded.values()))
+        changed = [sum(stored != now for stored, now, _ in verdicts), sum(now != text for _, now, text in verdicts)]
+        rows.append([label, name, *averages, difference, *map(str, changed), str(len(samples))])
+        disagreements += [
+            {"checkpoint": label, "data set": name, **dict(zip(graded, verdict)),
+             "extracted": extract_answer(sample["response"]), **sample}
+            for sample, verdict in zip(samples, verdicts) if len(set(verdict)) > 1
+        ]  # fmt: skip
+    table = (
+        "avg@k in %, ± standard error over problems, by three gradings of the same samples. The difference is in points, "
+        "± standard error of the paired difference.\n\n"
+    ) + markdown_table(
+        ["checkpoint", "data set", "stored", "verifier", "string equality", "string equality - verifier",
+         "samples that differ, verifier and stored", "string equality and verifier", "samples"],
+        rows,
+    )  # fmt: skip
+    write_whole(out / "regrade.md", table + "\n")
+    write_whole(out / "regrade.jsonl", "".join(json.dumps(row) + "\n" for row in disagreements))
+    print(
+        f"{table}\n\nwrote {out}: regrade.md, and regrade.jsonl with {len(disagreements)} samples that are in dispute"
+    )
+
+
+def read_report(directory: str, argument: str = "--reports") -> dict:
+    """A report's results.json. InputError, naming `argument`, if there is none or it is not that of an evaluation."""
     path = Path(directory) / "results.json"
     if not path.is_file():
-        raise InputError(f"--reports {directory!r} holds no results.json; evaluate into it first")
+        raise InputError(f"{argument} {directory!r} holds no results.json; evaluate into it first")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         whole = all({"avg", "se"} <= result.keys() for row in report["results"].values() for result in row.values())
@@ -138,7 +218,7 @@ def read_report(directory: str) -> dict:
             return report
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"--reports {directory!r}: its results.json is not a report of an evaluation; evaluate it anew")
+    raise InputError(f"{argument} {directory!r}: its results.json is not a report of an evaluation; evaluate it anew")
 
 
 def print_lineage(cfg: Config) -> None:
@@ -177,8 +257,10 @@ def main(cfg: Config) -> None:
         return print_lineage(cfg)
     if cfg.compare:
         return print_differences(cfg)
+    if cfg.regrade:
+        return regrade(cfg)
     if not cfg.responses and not cfg.curves:
-        raise InputError("there is nothing to do; give --lineage, --compare, --responses or --curves")
+        raise InputError("there is nothing to do; give --lineage, --compare, --responses, --regrade or --curves")
     if cfg.out is None:
         raise InputError("--out is missing; name the directory to write to")
     return grade_file(cfg) if cfg.responses else write_curves(cfg)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from common import InputError, all_max, barrier, progress_bar, rank, start_process, this_device, world_size
+from common import InputError, all_max, barrier, start_process, this_device, world_size
 from lib.data import end_tokens
 from lib.memory import BESIDE_A_TRAINER, GIB, RESERVE, size_of
 from lib.policy import (
@@ -162,7 +162,6 @@ def make_engine(
             max_sequences=cfg.max_sequences,
             tensor_parallel=cfg.tensor_parallel,
             cache_bytes=cache_bytes_for(cfg, model, alone),
-            seed=cfg.seed,
             sleeps=sleeps,
         )
     if policy is not None and not is_sharded(policy):
@@ -210,22 +209,16 @@ class TorchEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
-        progress: str | None = None,
     ) -> list[list[Completion]]:
-        """One completion for each seed of each prompt. `prompts[i]` are token ids, `seeds[i]` its samples' seeds.
-
-        `progress`, if given, is the caption of a progress bar over prompts.
-        """
+        """One completion for each seed of each prompt. `prompts[i]` are token ids, `seeds[i]` its samples' seeds."""
         completions: list[list[Completion]] = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that a batch needs little padding
         per_batch = max(1, self.max_sequences // max(1, max(map(len, seeds), default=1)))
-        with progress_bar(len(prompts), progress, "prompt", leave=False) as bar:
-            for start in range(0, len(by_length), per_batch):
-                batch = by_length[start : start + per_batch]
-                rows = self._generate_batch([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
-                for index in batch:
-                    completions[index] = [next(rows) for _ in seeds[index]]
-                bar.update(len(batch))
+        for start in range(0, len(by_length), per_batch):
+            batch = by_length[start : start + per_batch]
+            rows = self._generate_batch([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
+            for index in batch:
+                completions[index] = [next(rows) for _ in seeds[index]]
         return completions
 
     def _generate_batch(self, prompts, seeds, sampling: Sampling):
@@ -422,7 +415,6 @@ class VLLMEngine:
         max_sequences: int = 512,
         tensor_parallel: int = 1,
         cache_bytes: int = GIB // 4,
-        seed: int = 0,
         sleeps: bool = True,
     ):
         start_process()
@@ -454,7 +446,6 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",  # the default ignores temperature and top-p
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher" if world_size() > 1 else None,
-            seed=seed,
             disable_log_stats=True,
             # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces, so it is computed at
             # once.
@@ -498,7 +489,6 @@ class VLLMEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
-        progress: str | None = None,
     ) -> list[list[Completion]]:
         """Like `TorchEngine.generate`. InputError if a prompt leaves no room for a response of full length."""
         longest = max(map(len, prompts), default=0)
@@ -527,7 +517,7 @@ class VLLMEngine:
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt, _ in requests],
             params,
-            use_tqdm=progress is not None and rank() == 0,
+            use_tqdm=False,
         )
         answers = iter(output.outputs[0] for output in outputs)
         return [[_completion(next(answers)) for _ in group] for group in seeds]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import first_line
+
 
 def plot_metrics(lines: list[dict], picture: Path) -> None:
     """Draws every number of a metrics.jsonl against its step, one small panel each."""
@@ -34,8 +36,8 @@ def plot_metrics(lines: list[dict], picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, picture: Path) -> None:
-    """Horizontal bars of averages[label][data set] = (mean, error), in %."""
+def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, picture: Path) -> bool:
+    """Horizontal bars of averages[label][data set] = (mean, error), in %; False, after a line why, if not drawn."""
     from matplotlib.figure import Figure
 
     labels, names = list(averages), list(next(iter(averages.values())))
@@ -49,12 +51,19 @@ def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, p
         )
         for index, (value, error) in enumerate(zip(values, errors)):
             axis.text(value + 100 * np.nan_to_num(error) + 1, index, f"{value:.1f}", va="center", fontsize=8)
-        axis.set_yticks(range(len(labels)), labels if axis is axes[0][0] else [""] * len(labels), fontsize=9)
+        shown = labels if axis is axes[0][0] else [""] * len(labels)
+        axis.set_yticks(range(len(labels)), shown, fontsize=9, parse_math=False)  # a label may hold dollar signs
         axis.invert_yaxis()
         axis.set_xlim(0, 108)
-        axis.set_xlabel(f"{name}: {title}", fontsize=9)
+        axis.set_xlabel(f"{name}: {title}", fontsize=9, parse_math=False)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=130)
+    try:
+        picture.unlink(missing_ok=True)  # an older picture must not pass for this one
+        figure.savefig(picture, dpi=130)
+    except (OSError, ValueError) as error:  # a full disk, or more bars than fit into a picture
+        print(f"{picture} could not be drawn ({first_line(error)})")
+        return False
+    return True
 
 
 CURVES = {

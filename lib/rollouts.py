@@ -20,15 +20,13 @@ def sample_rollouts(
     n: int,
     sampling: Sampling,
     seed_key: Sequence[int | str],
-    progress: str | None = None,
 ) -> list[Rollout]:
     """`n` rollouts of each problem, grouped by problem. `prompts` are token ids by problem id. Collective.
 
     The seed of each response is made from `seed_key`, its problem and its index in the group, so that responses depend
     neither on the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on
     the batch). Responses are spread over ranks one by one and not by groups, so that a few problems keep all ranks
-    busy. Every rank gets all rollouts, and training then balances them over ranks by their lengths. `progress` is the
-    caption of a progress bar, if there is to be one.
+    busy. Every rank gets all rollouts, and training then balances them over ranks by their lengths.
     """
 
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
@@ -37,9 +35,7 @@ def sample_rollouts(
         ids = [prompts[group[0][0].id] for group in groups]
         seeds = [[request_seed(*seed_key, problem.id, number) for problem, number in group] for group in groups]
         completions = [
-            known_tokens(c, len(engine.tokenizer))
-            for group in engine.generate(ids, seeds, sampling, progress)
-            for c in group
+            known_tokens(c, len(engine.tokenizer)) for group in engine.generate(ids, seeds, sampling) for c in group
         ]
         texts = engine.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         return [

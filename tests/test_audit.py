@@ -1,4 +1,4 @@
-"""Responses made elsewhere are graded; what is wrong with a file is said in one sentence."""
+"""Responses made elsewhere and a report's samples are graded; what is wrong with a file is said in one sentence."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from common import InputError
-from experiments import audit
+from experiments import audit, string_scorer
 
 
 def test_responses_made_elsewhere_are_graded(tmp_path, capsys):
@@ -70,3 +70,72 @@ def test_no_curves_are_claimed_where_none_are_drawn(tmp_path, capsys):
     with pytest.raises(InputError, match="none of them has a metrics.jsonl with rewards, accuracies or KLs"):
         audit.main(audit.Config(curves=(run,), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists() and "wrote" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "gold, answer, equal",
+    [
+        (r"\frac{1}{2}", r"\dfrac12", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac{1}{2}", "1/2", True),
+        (r"\frac{14}{3}", r"\tfrac{14}3", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True),
+        ("5", r"5\text{ cm}^2.", True),
+        (r"\text{Evelyn}", "Evelyn", True),
+        ("90", r"90^\circ", True),
+        (r"\$18.90", "18.90", True),
+        ("10\\%", "10", True),
+        ("0.25", ".25", True),
+        ("5", "x = 5", True),
+        (r"13\sqrt{3}", r"13\sqrt3", True),
+        ("18.9", "18.90", False),  # what follows needs algebra, or at least numbers
+        ("0.25", r"\frac{1}{4}", False),
+        (r"2\sqrt{2}", r"\sqrt{8}", False),
+        ("1,2", "2,1", False),
+        ("6", "-6", False),
+        ("6", "", False),
+    ],
+)
+def test_what_string_equality_accepts(gold, answer, equal):
+    assert string_scorer.is_correct(f"so it is \\boxed{{{answer}}}", gold) is equal
+    assert not string_scorer.is_correct(f"so it is {answer}", gold)
+
+
+def write_report(directory, label, responses, k=2):
+    """A report of one checkpoint on one data set, with `k` successive responses for each problem, all stored as wrong."""
+    lines = [
+        {"id": f"p{i // k}", "sample": i % k, "prompt": "?", "answer": answer, "response": response, "correct": False,
+         "finish_reason": "stop", "tokens": 3}
+        for i, (answer, response) in enumerate(responses)
+    ]  # fmt: skip
+    result = {"avg": 0.0, "se": 0.0, "problems": len(responses) // k}
+    (directory / "RL-d").mkdir(parents=True)
+    (directory / "results.json").write_text(json.dumps({"results": {label: {"set": result}}}))
+    rows = [{"settings": {"k": k}}, *lines]
+    (directory / "RL-d" / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_report_is_graded_again_by_two_scorers(tmp_path, capsys):
+    both, verifier_only, neither = ("7", "\\boxed{7}"), ("2\\sqrt2", "\\boxed{\\sqrt8}"), ("7", "7")
+    text_only = ("5\\text{ cm}", "\\boxed{5\\text{ inches}}")
+    report = tmp_path / "report"
+    write_report(report, "RL'd", [both, both, verifier_only, neither, neither, neither, text_only, neither])
+    audit.main(audit.Config(regrade=str(report)))
+    row = "| RL'd | set | 0.0 ± 0.0 | 37.5 ± 23.9 | 37.5 ± 23.9 | 0.0 ± 20.4 | 3 | 2 | 8 |"
+    assert row in capsys.readouterr().out and row in (report / "regrade.md").read_text()
+    found = [json.loads(line) for line in (report / "regrade.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["stored"], line["verifier"], line["string equality"]) for line in found] == [
+        ("p0", False, True, True),
+        ("p0", False, True, True),
+        ("p1", False, True, False),
+        ("p3", False, False, True),
+    ]
+    assert found[2]["extracted"] == "\\sqrt8" and found[2]["checkpoint"] == "RL'd" and found[2]["data set"] == "set"
+    before = {path: path.read_bytes() for path in report.rglob("*.*")}
+    audit.main(audit.Config(regrade=str(report), out=str(tmp_path / "elsewhere")))
+    assert {path: path.read_bytes() for path in report.rglob("*.*")} == before
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"regrade.md", "regrade.jsonl"}
+    with (report / "RL-d" / "set.jsonl").open("r+") as file:
+        file.truncate(700)
+    with pytest.raises(InputError, match="does not hold all samples that the report was made from"):
+        audit.main(audit.Config(regrade=str(report)))

@@ -9,7 +9,7 @@ import pytest
 
 from common import InputError
 from experiments import tables
-from lib import scores
+from lib.scores import mean_and_error
 
 CLAIMS = {claim.text: claim for prediction in tables.PREDICTIONS for claim in prediction.claims}
 CHECKPOINTS = {row.checkpoint for rows in tables.TABLES.values() for row in rows}
@@ -24,7 +24,7 @@ def write_runs(directory: Path, averages: dict[str, float], seeds: int, shift: f
         results = {}
         for checkpoint, average in averages.items():
             scores = average + shift * seed + hardness + rng.normal(0, 0.01, 40)
-            mean, error = scores.mean_and_error(scores)
+            mean, error = mean_and_error(scores)
             row = {"avg": mean, "se": error, "scores": dict(zip(map(str, range(40)), scores.tolist()))}
             results[checkpoint] = {"test": row}
         path = directory / f"seed{seed}" / "report-test" / "all" / "results.json"
@@ -63,7 +63,7 @@ def test_tables_pair_problems_and_average_over_seeds(tmp_path, capsys):
     assert results["entries"].keys() == averages.keys()
     single = [json.loads(Path(run, "report-test/all/results.json").read_text())["results"] for run in runs]
     each = [result["full/direct"]["test"]["avg"] for result in single]
-    assert results["entries"]["full/direct"]["test"] == pytest.approx(scores.mean_and_error(np.array(each)))
+    assert results["entries"]["full/direct"]["test"] == pytest.approx(mean_and_error(np.array(each)))
     assert "| - | direct GRPO of the student | `full/direct` |" in text and "75.9±0.9 / 19.8±1.4 / 17.1±0.9" in text
     assert "teacher-sample SFT" not in text and (tmp_path / "tables" / "routes.png").stat().st_size > 10_000
     capsys.readouterr()
