@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common import INSTRUCTION, InputError, Problem, first_line, print0
+from lib.ids import problem_id, untypeset
 
 
 def new_problem(prompt: str, answer: str) -> Problem:
     return Problem(problem_id(prompt), prompt, answer)
-
-
-def problem_id(prompt: str) -> str:
-    """First 16 hex digits of the sha256 of the prompt's letters, digits and signs; case, spaces and layout do not
-    count.
-
-    DAPO-Math-17k holds about a thousand problems twice, typeset differently. If the two copies had different ids, one
-    could be trained on while the other counts as held out.
-    """
-    text = unicodedata.normalize("NFKC", prompt).lower()
-    text = re.sub(r"\\(left|right|displaystyle|quad|qquad|[,;:! ])", "", text)  # LaTeX for spacing and sizes
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)  # a decimal point stays, a full stop goes
-    kept = "".join(character for character in text if character.isalnum() or character in "+-*/=<>^!|.")
-    return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
 HUB_SETS = {  # short name -> (repository, configuration, split)
