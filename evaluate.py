@@ -106,7 +106,9 @@ def evaluate_model(
             )
         path = directory / f"{name}.jsonl"
         if not common.on_rank_0(lambda: _has_samples(path, settings, len(problems) * cfg.k)):
-            prompts = data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+            prompts = data.tokenize_prompts(
+                tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
+            )
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
             rollouts = sample_rollouts(
                 engines.get(model, tokenizer), problems, prompts, cfg.k, sampling, seed_key=(cfg.seed, "evaluate"),
@@ -212,7 +214,9 @@ def main(cfg: Config) -> None:
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
-            data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+            data.tokenize_prompts(
+                tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
+            )
         common.on_rank_0(lambda: runs.read_run(model))
     runs.check_writable(cfg.out)
 

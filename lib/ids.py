@@ -77,7 +77,7 @@ _SPACE_COUNTS = {
     ("word", "word"), ("word", "letter"), ("letter", "word"), ("word", "number"), ("letter", "number"),
     ("number", "number"),
 }  # fmt: skip
-_PROSE = {"word", "asian", "stop", None}  # beside these a comma structures a sentence; None is the text's beginning or end
+_PROSE = {"word", "asian", "stop", None}  # a comma beside these only structures a sentence; None is an end of the text
 
 
 def problem_id(prompt: str) -> str:

@@ -64,13 +64,15 @@ def prepare(
     """
     check_settings(cfg)
     device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
-    if teacher:
-        check_same_tokenizer(cfg.model, teacher)
-    problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
+    problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     tokenizer = load_tokenizer(cfg.model)
+    if teacher:
+        check_same_tokenizer(cfg.model, teacher, problems, cfg.instruction, cfg.system_prompt, cfg.thinking)
     for model in filter(None, (cfg.model, teacher)):
         check_checkpoint(model, len(tokenizer))
-    prompts = tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    prompts = tokenize_prompts(
+        tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
+    )
     if not cfg.dry_run:
         check_engine(cfg, sampled or cfg.model)
     return problems, tokenizer, prompts
@@ -394,7 +396,9 @@ class Run:
 
         def write() -> None:
             with self._writing(path.name):
-                path.write_text(json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], indent=1))
+                path.write_text(
+                    json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], indent=1, default=str)
+                )
 
         on_rank_0(write)
         raise InputError(
