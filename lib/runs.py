@@ -64,8 +64,8 @@ def prepare(
     """
     check_settings(cfg)
     device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
-    problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     tokenizer = load_tokenizer(cfg.model)
+    problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     if teacher:
         check_same_tokenizer(cfg.model, teacher, problems, cfg.instruction, cfg.system_prompt, cfg.thinking)
     for model in filter(None, (cfg.model, teacher)):

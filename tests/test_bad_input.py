@@ -211,6 +211,8 @@ def chat(*roles: str) -> dict:
 
 OMITS = toy.CHAT_TEMPLATE.replace("{% else %}", "{% elif message.role == 'assistant' %}")
 REFUSES = toy.CHAT_TEMPLATE.replace("{% else %}", "{% elif message.role == 'system' %}{{ raise_exception('no system here') }}{% else %}")  # fmt: skip
+SYSTEM = toy.CHAT_TEMPLATE.replace("message.role == 'user'", "message.role in ('user', 'system')")
+EXAMPLES = toy.CHAT_TEMPLATE.replace("<|im_end|>", "")
 ROW = {"prompt": "1+1", "answer": "2"}
 FINE = {"answer": "2", "response": "\\boxed{2}"}
 NEEDS = "each row needs a prompt (prompt, problem or question) and an answer (answer, solution or reward_model.ground_truth)"
@@ -274,11 +276,11 @@ CASES = {
     "no such file to exclude": ("opd", "--exclude {tmp}/nowhere.jsonl", None,
         "data set '{tmp}/nowhere.jsonl' is not a readable .jsonl or .parquet file; check the path given with --exclude"),
     # prompts
-    "system prompt without a chat template": ("teacher_grpo", BAD + " --system-prompt Think.", copied(tokenizer(chat_template=None)),
+    "system prompt without a chat template": ("teacher_grpo", BAD + " --system-prompt Think.", copied(without("chat_template.jinja")),
         "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; leave the setting out, or take a model that is made for chats"),
-    "system prompt without a chat template, evaluated": ("evaluate", "--models {tmp}/bad --system-prompt Think.", copied(tokenizer(chat_template=None)),
+    "system prompt without a chat template, evaluated": ("evaluate", "--models {tmp}/bad --system-prompt Think.", copied(without("chat_template.jinja")),
         "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; leave the setting out, or take a model that is made for chats"),
-    "several turns without a chat template": ("teacher_grpo", DATA + " " + BAD, both(lines(chat("user", "assistant", "user")), copied(tokenizer(chat_template=None))),
+    "several turns without a chat template": ("teacher_grpo", DATA + " " + BAD, both(lines(chat("user", "assistant", "user")), copied(without("chat_template.jinja"))),
         "problem … ('7+0'...) has 3 turns, and the tokenizer of '{tmp}/bad' has no chat template to put them in; make them one text, or take a model that is made for chats"),
     "two system prompts": ("teacher_grpo", DATA + " --system-prompt Think.", lines(chat("system", "user")),
         "--system-prompt 'Think.': problem … ('7+0'...) begins with a system's turn of its own; leave the setting out, or take that turn out of the data"),
@@ -379,11 +381,17 @@ CASES = {
         "opd", "--teacher {tmp}/bad",
         copied(tokenizer(chat_template=toy.CHAT_TEMPLATE.replace("<|user|>", "<|assistant|>")), of="teacher"),
         "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after '<|' one has …, the other …); give both the same chat template"),
+    "template that differs in a system's turn": ("opd", "--system-prompt 7+7 --teacher {tmp}/bad", copied(tokenizer(chat_template=SYSTEM), of="teacher"),
+        "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after '<|' one has …, the other …); give both the same chat template"),
+    "template that differs in an example's turn": ("fkl_warmup", DATA + " --teacher {tmp}/bad", both(lines(ROW, chat("user", "assistant", "user")), copied(tokenizer(chat_template=EXAMPLES), of="teacher")),
+        "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after …); give both the same chat template"),
     # teacher rollouts
+    "rollouts of another system prompt": ("fkl_warmup", CACHE + " --system-prompt 7+7", cached_rollouts(),
+        "--rollouts '{tmp}/cache' holds other rollouts (with system_prompt = '', and this run needs '7+7'); name another directory"),
     "rollouts of another run": ("fkl_warmup", CACHE + " --seed 1", cached_rollouts(),
         "--rollouts '{tmp}/cache' holds other rollouts (with seed = 0, and this run needs 1); name another directory"),
     "rollouts of other problems": ("fkl_warmup", CACHE, cached_rollouts(identity),
-        "--rollouts '{tmp}/cache' holds other rollouts (with problems = '056a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a', and this run needs '56a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a'); name another directory"),
+        "--rollouts '{tmp}/cache' holds other rollouts (with problems = '074195118787ed3ea178d315c02096a8dbd18198a57f8ac2b9cc0bb6074d1d214', and this run needs '74195118787ed3ea178d315c02096a8dbd18198a57f8ac2b9cc0bb6074d1d214'); name another directory"),
     "rollouts cut short": ("fkl_warmup", CACHE, cached_rollouts(cut("shard-000000/data-00000-of-00001.arrow", 900)),
         "{tmp}/cache/shard-000000 is damaged; delete it, and its rollouts will be sampled again"),
     "rollouts with a file lost": ("fkl_warmup", CACHE, cached_rollouts(without("shard-000000/state.json")),
@@ -432,7 +440,7 @@ CASES = {
     "two data sets of one name": ("evaluate", "--data {problems} {tmp}/train.jsonl --max-prompt-tokens 64", lines(ROW, name="train.jsonl"),
         "--data ['{problems}', '{tmp}/train.jsonl']: two sets have one name, and the report needs two; rename a file"),
     "prompt too long to evaluate": ("evaluate", "--max-prompt-tokens 3", None,
-        "the prompt of problem 0648c74d24a1b859 ('Left to right, modulo 10: 6-6-0-4-8'...) has 13 tokens, more than --max-prompt-tokens 3; raise the limit or drop the problem"),
+        "the prompt of problem 997b7809ed0d5413 ('Left to right, modulo 10: 6-6-0-4-8'...) has 13 tokens, more than --max-prompt-tokens 3; raise the limit or drop the problem"),
     "no samples": ("evaluate", "--k 0", None,
         "--k 0 is too small; give a number above zero"),
     "top-p above one": ("evaluate", "--top-p 1.5", None,

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 import fkl_warmup
 import lib.data
+import lib.runs
+import teacher_grpo
 from common import InputError, Problem
 from experiments import toy
 
@@ -200,6 +202,20 @@ def test_every_turn_of_a_chat_is_rendered_and_in_the_id(tmp_path):
     assert lib.data.render_prompt(tokenizer, problems[0], "!", "Be kind.", False) == "<system>Be kind.<user>2+2?!"
     tokenizer.chat_template = None
     assert lib.data.render_prompt(tokenizer, problems[0], "!", "", False) == "2+2?!"
+
+
+def test_a_stage_samples_from_the_whole_chat(student, tmp_path):
+    """The toy's template has one sign for every turn that is not the user's."""
+    messages = [
+        {"role": role, "content": text} for role, text in (("user", "1+1"), ("assistant", "2"), ("user", "3+3"))
+    ]
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": messages, "answer": "6"}])
+    cfg = teacher_grpo.Config(
+        student, data=path, out=str(tmp_path / "out"), exclude=(), system_prompt="7-7", instruction=""
+    )
+    _, tokenizer, prompts = lib.runs.prepare(cfg)
+    expected = "<|assistant|>7-7<|im_end|><|user|>1+1<|assistant|>2<|im_end|><|user|>3+3<|assistant|>"
+    assert list(prompts.values()) == [tokenizer(expected)["input_ids"]]
 
 
 def test_dapos_wrapper_is_stripped_from_the_last_of_several_turns(tmp_path):
