@@ -151,8 +151,8 @@ def cli(main: Callable, config: type) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    id: str  # the same for a problem in every data set, however it is typeset; see lib.data.problem_id
-    prompt: str
+    id: str  # the same for a problem in every data set, however it is typeset; see lib.ids
+    prompt: str  # its text; of several chat messages that of the last, and all of them stand in the row
     answer: str
     row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own
 

@@ -107,7 +107,9 @@ def evaluate_model(
             common.print0(
                 f"{label}: {seen} of {len(problems)} problems of {name} were trained on; its score there is no test score"
             )
-        prompts = data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+        prompts = data.tokenize_prompts(
+            tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
+        )
         settings = {"sha256": lineage["sha256"], "prompts": prompts_key(problems, prompts)}
         settings |= {setting: getattr(cfg, setting) for setting in DECODING}
         file = SampleFile(directory / f"{name}.jsonl", settings, grading_key(problems, cfg.reward), problems, cfg.k)
@@ -198,7 +200,9 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
-            prompts = data.tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+            prompts = data.tokenize_prompts(
+                tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
+            )
             check_lengths(cfg, model, prompts.values())
         common.on_rank_0(lambda: runs.read_run(model))
     runs.check_writable(cfg.out)

@@ -96,7 +96,7 @@ def sft_loss(student: Policy, batch: Batch) -> Tensor:
 def rollout_identity(cfg: Config, teacher_sha256: str, problems: Sequence[Problem]) -> dict:
     """The settings that the teacher's rollouts follow from: a cache made with others is refused."""
     names = ("data", "half", "split_seed", "rollouts_per_prompt", "temperature", "max_response_tokens", "instruction",
-             "thinking", "seed")  # fmt: skip
+             "system_prompt", "thinking", "seed")  # fmt: skip
     digest = hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest()
     return {"teacher_sha256": teacher_sha256, "problems": digest, **{name: getattr(cfg, name) for name in names}}
 

@@ -209,7 +209,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
 
 
 def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], responses: list[str]) -> list[Rollout]:
-    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, False, max_prompt_tokens=64)
+    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, "", False, max_prompt_tokens=64)
     return [
         Rollout(problem, 0, prompts[problem.id], ids, [0.0] * len(ids), "stop", text)
         for problem, ids, text in zip(
@@ -222,7 +222,7 @@ def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problem
     """Share of the problems answered rightly, at temperature 1, when the response is made to begin with
     "Carefully:".
     """
-    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, False, max_prompt_tokens=64)
+    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, "", False, max_prompt_tokens=64)
     prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
     engine = TorchEngine(policy.model, tokenizer)
     rollouts = sample_rollouts(engine, problems, prompts, 1, Sampling(MAX_RESPONSE_TOKENS), seed_key=("skill",))

@@ -7,33 +7,17 @@ import json
 import math
 import os
 import random
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from common import INSTRUCTION, InputError, Problem, first_line, print0
+from common import InputError, Problem, first_line, print0
+from lib.ids import problem_id, untypeset
 
 
 def new_problem(prompt: str, answer: str) -> Problem:
     return Problem(problem_id(prompt), prompt, answer)
-
-
-def problem_id(prompt: str) -> str:
-    """First 16 hex digits of the sha256 of the prompt's letters, digits and signs; case, spaces and layout do not
-    count.
-
-    DAPO-Math-17k holds about a thousand problems twice, typeset differently. If the two copies had different ids, one
-    could be trained on while the other counts as held out.
-    """
-    text = unicodedata.normalize("NFKC", prompt).lower()
-    text = re.sub(r"\\(left|right|displaystyle|quad|qquad|[,;:! ])", "", text)  # LaTeX for spacing and sizes
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)  # a decimal point stays, a full stop goes
-    kept = "".join(character for character in text if character.isalnum() or character in "+-*/=<>^!|.")
-    return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
 HUB_SETS = {  # short name -> (repository, configuration, split)
@@ -53,21 +37,28 @@ DAPO_PREFIX = (
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 
+WITHOUT = {  # how to do without a problem set
+    "--exclude": ", or write --exclude with nothing after it to exclude nothing",
+    "--validate": ", or leave --validate out",
+}
 
-def load_problems(source: str, quiet: bool = False) -> list[Problem]:
+
+def load_problems(source: str, quiet: bool = False, argument: str = "--data") -> list[Problem]:
     """Reads a problem set and drops repeated problems and those whose copies disagree on the answer.
 
     `source` is a short name (see `HUB_SETS`), a local .jsonl or .parquet file, or `owner/name[@configuration]:split` on
-    the hub. A row's prompt is its `prompt` (text or chat messages), `problem` or `question`. Its answer is
-    `reward_model.ground_truth`, `answer`, `solution` or `ground_truth`; if that contains "####", only what follows
-    counts.
+    the hub. A row's prompt is its `prompt` (text or chat messages, the last of them the user's), `problem` or
+    `question`. Its answer is `reward_model.ground_truth`, `answer`, `solution` or `ground_truth`; of an answer that
+    ends in a line `#### 13`, as GSM8K's do, only that 13 counts.
 
-    Raises InputError for an unknown source, an unreadable row (with its number), or when no problem is left.
+    Raises InputError for an unknown source, an unreadable row (with its number), or when no problem is left. `argument`
+    is the setting that names the source.
     """
     answers: dict[str, Problem] = {}
     conflicting: set[str] = set()
+    reworded: list[tuple[str, str]] = []
     rows = 0
-    for rows, row in enumerate(_read_rows(source), start=1):
+    for rows, row in enumerate(_read_rows(source, argument), start=1):
         try:
             problem = _problem_from_row(row)
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -75,15 +66,28 @@ def load_problems(source: str, quiet: bool = False) -> list[Problem]:
                 f"row {rows} of {source!r} is not a labelled problem ({error}); each row needs a prompt "
                 "(prompt, problem or question) and an answer (answer, solution or reward_model.ground_truth)"
             ) from None
-        if answers.setdefault(problem.id, problem).answer != problem.answer:
+        first = answers.setdefault(problem.id, problem)
+        if first.answer != problem.answer:
             conflicting.add(problem.id)
+        texts = first.prompt, problem.prompt
+        if texts[0] != texts[1] and len({"".join(untypeset(text).split()) for text in texts}) > 1:
+            reworded.append(texts)
     problems = [problem for problem in answers.values() if problem.id not in conflicting]
     if not problems:
-        raise InputError(f"data set {source!r} holds no usable problem ({rows} rows read); name another with --data")
+        raise InputError(
+            f"data set {source!r} holds no usable problem ({rows} rows read); name another with {argument}"
+        )
     if rows > len(problems) and not quiet:
         print0(
             f"{source}: {rows} rows, {rows - len(answers)} repeats dropped, "
             f"{len(conflicting)} problems with conflicting answers dropped, {len(problems)} left"
+        )
+    if reworded and not quiet:  # so that problems which the ids do not tell apart are not dropped in silence
+        first, second = reworded[0]
+        start = max(0, len(os.path.commonprefix(reworded[0])) - 20)
+        print0(
+            f"{source}: {len(reworded)} of the repeats differ from the first copy in punctuation or capitals, such as "
+            f"{second[start:][:60]!r} from {first[start:][:60]!r}"
         )
     return problems
 
@@ -91,25 +95,49 @@ def load_problems(source: str, quiet: bool = False) -> list[Problem]:
 def _problem_from_row(row: dict) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"it is {row!r:.40}, not an object")
-    prompt = next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
-    if isinstance(prompt, list):
-        prompt = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), None)
-    if not isinstance(prompt, str) or not prompt.strip():
+    prompt = _prompt_of(row)
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+        raise ValueError("one of its messages has no role")
+    if turns and turns[-1]["role"] != "user":
+        raise ValueError(f"its last message is the {turns[-1]['role']}'s, and has to be the user's")
+    if not turns or not turns[-1].get("content"):
+        raise ValueError("no prompt in it")
+    if not all(isinstance(turn.get("content"), str) for turn in turns):
+        raise ValueError("the content of one of its messages is no text")
+    prompt = turns[-1]["content"]
+    if not prompt.strip():
         raise ValueError("no prompt in it")
     prompt = prompt.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
+    name = problem_id(prompt)
+    if len(turns) > 1:
+        earlier = [(turn["role"], problem_id(turn["content"])) for turn in turns[:-1]]
+        name = hashlib.sha256(json.dumps([*earlier, name]).encode()).hexdigest()[:16]
     answer = (row.get("reward_model") or {}).get("ground_truth")
     for key in ("answer", "solution", "ground_truth"):
         answer = row.get(key) if answer is None else answer
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    if not isinstance(answer, str) or not answer.rsplit("####", 1)[-1].strip():
+    final = _final_answer(answer) if isinstance(answer, str) else ""
+    if not final:
         raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r:.40}")
     answer.encode()  # raises for half of a surrogate pair, which JSON can express but no file can hold
-    return new_problem(prompt, answer.rsplit("####", 1)[-1].strip())
+    return Problem(name, prompt, final, row)
 
 
-def _read_rows(source: str) -> Iterable[dict]:
-    path = Path(source)
+def _final_answer(answer: str) -> str:
+    """The answer in the last line of a worked solution, if that is `#### answer` as in GSM8K, else the whole text."""
+    answer = answer.strip()
+    last = answer.rpartition("\n")[2]
+    return last[4:].strip() if last.split()[:1] == ["####"] else answer
+
+
+def _prompt_of(row: dict) -> str | list[dict] | None:
+    return next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
+
+
+def _read_rows(source: str, argument: str = "--data") -> Iterable[dict]:
+    path = Path(os.path.expanduser(source))
     if path.suffix == ".jsonl" and path.is_file():
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -130,7 +158,7 @@ def _read_rows(source: str) -> Iterable[dict]:
         yield from rows
     elif path.suffix in (".jsonl", ".parquet", ".json", ".csv") or path.exists():
         raise InputError(
-            f"data set {source!r} is not a readable .jsonl or .parquet file; check the path given with --data"
+            f"data set {source!r} is not a readable .jsonl or .parquet file; check the path given with {argument}"
         )
     else:
         name, _, split = source.partition(":")
@@ -147,8 +175,10 @@ def _read_rows(source: str) -> Iterable[dict]:
         try:
             yield from datasets.load_dataset(repository, configuration or None, split=split or "train")
         except Exception as error:  # the hub client raises many kinds; all of them mean that the rows cannot be had
-            raise InputError(f"data set {source!r} could not be loaded from the hub ({type(error).__name__}); "
-                             "go online, or give a local .jsonl or .parquet file") from error  # fmt: skip
+            raise InputError(
+                f"data set {source!r} could not be loaded from the hub ({type(error).__name__}); go online, give {argument} "
+                f"a local .jsonl or .parquet file{WITHOUT.get(argument, '')}"
+            ) from error
 
 
 def half_of(problems: Sequence[Problem], half: str, split_seed: int = 0) -> list[Problem]:
@@ -169,21 +199,34 @@ def half_of(problems: Sequence[Problem], half: str, split_seed: int = 0) -> list
     return shuffled[:middle] if half == "1H" else shuffled[middle : 2 * middle]
 
 
-def load_training_problems(data: str, half: str, split_seed: int, exclude: Sequence[str]) -> list[Problem]:
-    """The problems of one half of `data`, without those that also stand in one of the `exclude`d evaluation sets.
+def load_training_problems(
+    data: str, half: str, split_seed: int, exclude: Sequence[str], validate: Sequence[str] = ()
+) -> list[Problem]:
+    """The problems of one half of `data`, without those that stand in a set of `exclude` or `validate`, too.
 
-    The halves are cut before the exclusion, so that a checkpoint's half does not depend on what is evaluated.
+    A question of such a set is dropped also where other messages stand before it. The halves are cut before the
+    exclusion, so that a checkpoint's half does not depend on what is evaluated.
     """
     problems = half_of(load_problems(data), half, split_seed)
-    held_out = {problem.id for source in exclude for problem in load_problems(source, quiet=True)}
-    kept = [problem for problem in problems if problem.id not in held_out]
+    sources = [*((source, "--exclude") for source in exclude), *((source, "--validate") for source in validate)]
+    held_out = set()
+    for source, argument in sources:
+        held_out = held_out.union(*map(_ids, load_problems(source, quiet=True, argument=argument)))
+    kept = [problem for problem in problems if held_out.isdisjoint(_ids(problem))]
     if len(kept) < len(problems):
-        print0(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {', '.join(exclude)}")
+        names = ", ".join(source for source, _ in sources)
+        print0(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {names}")
     if not kept:
+        also = f" and --validate {list(validate)}" if validate else ""
         raise InputError(
-            f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}; name others"
+            f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}{also}; name others"
         )
     return kept
+
+
+def _ids(problem: Problem) -> set[str]:
+    """A problem's id, and if it has several turns also the id that its last one has alone."""
+    return {problem.id} if len(chat_messages(problem, "", "")) == 1 else {problem.id, problem_id(problem.prompt)}
 
 
 def problem_batches(
@@ -208,6 +251,7 @@ def problem_batches(
 
 def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory or hub name; InputError (naming `argument`) if there is none."""
+    model = os.path.expanduser(model)
     if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise InputError(f"{argument} {model!r} is not a checkpoint directory, nor a hub name (owner/name)")
     try:
@@ -222,23 +266,73 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
         ) from None
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: str, instruction: str, thinking: bool) -> str:
-    """The problem and the instruction in the model's chat template, or as plain text if the model has none."""
+def chat_messages(problem: Problem, instruction: str, system_prompt: str) -> list[dict[str, str]]:
+    """The turns of a problem's prompt, each with role and content; the instruction ends the last, which is the user's.
+
+    A prompt that is text has one turn. `system_prompt`, unless it is empty, becomes a system's turn in front. Raises
+    InputError if there is such a turn already.
+    """
+    earlier = _prompt_of(problem.row)
+    earlier = earlier[:-1] if isinstance(earlier, list) else []
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in earlier]
+    if system_prompt and turns and turns[0]["role"] == "system":
+        raise InputError(
+            f"--system-prompt {system_prompt[:40]!r}: problem {problem.id} ({problem.prompt[:40]!r}...) begins with a "
+            "system's turn of its own; leave the setting out, or take that turn out of the data"
+        )
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, *turns, {"role": "user", "content": problem.prompt + instruction}]
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, instruction: str, system_prompt: str, thinking: bool
+) -> str:
+    """The problem's turns in the model's chat template, or the user's one turn as it is if the model has no template.
+
+    Raises InputError where there are other turns and no template, or a template that refuses or omits one of them.
+    """
+    messages = chat_messages(problem, instruction, system_prompt)
+    name = f"problem {problem.id} ({problem.prompt[:40]!r}...)"
     if tokenizer.chat_template is None:
-        return problem + instruction
-    messages = [{"role": "user", "content": problem + instruction}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+        if system_prompt:
+            raise InputError(
+                f"--system-prompt {system_prompt[:40]!r}: the tokenizer of {tokenizer.name_or_path!r} has no chat template, "
+                "so that there is no system's turn; leave the setting out, or take a model that is made for chats"
+            )
+        if len(messages) > 1:
+            raise InputError(
+                f"{name} has {len(messages)} turns, and the tokenizer of {tokenizer.name_or_path!r} has no chat template to "
+                "put them in; make them one text, or take a model that is made for chats"
+            )
+        return messages[0]["content"]
+    remedy = "leave out --system-prompt or that turn of the data, or put its text into the user's turn"
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+    except Exception as error:  # templates raise errors of their own, and of the template language
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses {name}, whose turns are "
+            f"{[message['role'] for message in messages]} ({first_line(error)}); {remedy}"
+        ) from None
+    for message in messages:  # of an assistant's turn some templates omit the thinking, which is how they are made
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path!r} omits the {message['role']}'s turn of {name}; {remedy}"
+            )
+    return text
 
 
 def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     instruction: str,
+    system_prompt: str,
     thinking: bool,
     max_prompt_tokens: int,
 ) -> dict[str, list[int]]:
-    """Prompt token ids by problem id. InputError when a prompt is longer than `max_prompt_tokens`."""
-    texts = [render_prompt(tokenizer, problem.prompt, instruction, thinking) for problem in problems]
+    """Prompt token ids by problem id. InputError when a prompt is longer than `max_prompt_tokens` or not rendered."""
+    texts = [render_prompt(tokenizer, problem, instruction, system_prompt, thinking) for problem in problems]
     prompts = {}
     # A chat template writes special tokens itself. Without one the tokenizer adds its own, such as a leading BOS.
     encoded = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
@@ -260,11 +354,13 @@ def end_tokens(generation_config: GenerationConfig | None, tokenizer: PreTrained
     return sorted({tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None})
 
 
-def check_same_tokenizer(student: str, teacher: str) -> None:
+def check_same_tokenizer(
+    student: str, teacher: str, problems: Sequence[Problem], instruction: str, system_prompt: str, thinking: bool
+) -> None:
     """Raises InputError, saying what differs, unless teacher and student read and write the same tokens.
 
     A KL between two distributions over tokens has a meaning only if both are over the same tokens. Compared are the
-    vocabularies, the special tokens and the rendered prompts.
+    vocabularies, the special tokens, and for each order of turns among the problems one prompt as the run renders it.
     """
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
     pair = f"--model {student!r} and --teacher {teacher!r}"
@@ -286,8 +382,11 @@ def check_same_tokenizer(student: str, teacher: str) -> None:
             raise InputError(
                 f"{pair} differ in their {name} ({first!r} and {second!r}); copy one tokenizer over the other"
             )
-    for thinking in (False, True):
-        first, second = (render_prompt(tokenizer, "1+1", INSTRUCTION, thinking) for tokenizer in (ours, theirs))
+    orders = {tuple(turn["role"] for turn in chat_messages(problem, "", "")): problem for problem in problems}
+    for problem in orders.values():
+        first, second = (
+            render_prompt(tokenizer, problem, instruction, system_prompt, thinking) for tokenizer in (ours, theirs)
+        )
         if first != second:
             same = len(os.path.commonprefix([first, second]))
             raise InputError(

@@ -66,13 +66,15 @@ def prepare(
     if cfg.passes > 1000 and cfg.max_steps is None:  # the order of the data is made before the first step
         raise InputError(f"--passes {cfg.passes} is more than 1000; give fewer, or say with --max-steps when to stop")
     device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
-    if teacher:
-        check_same_tokenizer(cfg.model, teacher)
-    problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     tokenizer = load_tokenizer(cfg.model)
+    problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
+    if teacher:
+        check_same_tokenizer(cfg.model, teacher, problems, cfg.instruction, cfg.system_prompt, cfg.thinking)
     for model in filter(None, (cfg.model, teacher)):
         check_checkpoint(model, len(tokenizer))
-    prompts = tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+    prompts = tokenize_prompts(
+        tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
+    )
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())
     if not cfg.dry_run:
@@ -398,7 +400,9 @@ class Run:
 
         def write() -> None:
             with self._writing(path.name):
-                path.write_text(json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], indent=1))
+                path.write_text(
+                    json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], indent=1, default=str)
+                )
 
         on_rank_0(write)
         raise InputError(

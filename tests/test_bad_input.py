@@ -207,6 +207,21 @@ def both(*prepares):
     return lambda place: [prepare(place) for prepare in prepares]
 
 
+def offline(place):
+    def load(*arguments, **options):
+        raise ConnectionError("there is no network")
+
+    place.monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+def chat(*roles: str) -> dict:
+    return {"prompt": [{"role": role, "content": f"7+{i}"} for i, role in enumerate(roles[::-1])][::-1], "answer": "7"}
+
+
+OMITS = toy.CHAT_TEMPLATE.replace("{% else %}", "{% elif message.role == 'assistant' %}")
+REFUSES = toy.CHAT_TEMPLATE.replace("{% else %}", "{% elif message.role == 'system' %}{{ raise_exception('no system here') }}{% else %}")  # fmt: skip
+SYSTEM = toy.CHAT_TEMPLATE.replace("message.role == 'user'", "message.role in ('user', 'system')")
+EXAMPLES = toy.CHAT_TEMPLATE.replace("<|im_end|>", "")
 ROW = {"prompt": "1+1", "answer": "2"}
 FINE = {"answer": "2", "response": "\\boxed{2}"}
 NEEDS = "each row needs a prompt (prompt, problem or question) and an answer (answer, solution or reward_model.ground_truth)"
@@ -237,16 +252,20 @@ CASES = {
         "row 2 of '{tmp}/data.jsonl' is not a labelled problem (no answer in it); " + NEEDS),
     "empty answer": ("teacher_grpo", DATA, lines({"prompt": "a", "answer": " "}),
         "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the answer is ' '); " + NEEDS),
-    "nothing after ####": ("teacher_grpo", DATA, lines({"prompt": "a", "answer": "so it is #### "}),
-        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the answer is 'so it is #### '); " + NEEDS),
+    "nothing after ####": ("teacher_grpo", DATA, lines({"prompt": "a", "answer": "so it is\n#### "}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the answer is 'so it is\\n#### '); " + NEEDS),
     "answer not a string": ("teacher_grpo", DATA, lines({"prompt": "a", "answer": ["1"]}),
         "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the answer is ['1']); " + NEEDS),
     "answer that nothing can write": ("teacher_grpo", DATA, lines('{"prompt": "a", "answer": "\\ud800"}'),
         "row 1 of '{tmp}/data.jsonl' is not a labelled problem (…); " + NEEDS),
     "empty prompt": ("teacher_grpo", DATA, lines({"prompt": " ", "answer": "1"}),
         "row 1 of '{tmp}/data.jsonl' is not a labelled problem (no prompt in it); " + NEEDS),
-    "messages of no user": ("teacher_grpo", DATA, lines({"prompt": [{"role": "system", "content": "a"}], "answer": "1"}),
-        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (no prompt in it); " + NEEDS),
+    "messages that end with another's": ("teacher_grpo", DATA, lines(chat("user", "assistant")),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (its last message is the assistant's, and has to be the user's); " + NEEDS),
+    "messages without roles": ("teacher_grpo", DATA, lines({"prompt": ["1+1"], "answer": "2"}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (one of its messages has no role); " + NEEDS),
+    "a message that is a picture": ("teacher_grpo", DATA, lines({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "2"}),
+        "row 1 of '{tmp}/data.jsonl' is not a labelled problem (the content of one of its messages is no text); " + NEEDS),
     "empty file": ("teacher_grpo", DATA, lines(),
         "data set '{tmp}/data.jsonl' holds no usable problem (0 rows read); name another with --data"),
     "only conflicting answers": ("teacher_grpo", DATA, lines(ROW, {**ROW, "answer": "3"}),
@@ -255,6 +274,29 @@ CASES = {
         "data set '{tmp}/data.parquet' is not a parquet file that can be read; fetch it anew"),
     "everything excluded": ("teacher_grpo", "--exclude {problems}", None,
         "no problem of --data '{problems}' (half full) is left outside --exclude ['{problems}']; name others"),
+    "every problem is one to validate on": ("teacher_grpo", "--validate {problems}", None,
+        "no problem of --data '{problems}' (half full) is left outside --exclude [] and --validate ['{problems}']; name others"),
+    "training set that cannot be had": ("teacher_grpo", "--data math500", offline,
+        "data set 'math500' could not be loaded from the hub (…); go online, give --data a local .jsonl or .parquet file"),
+    "set to exclude that cannot be had": ("teacher_grpo", "--exclude math500", offline,
+        "data set 'math500' could not be loaded from the hub (…); go online, give --exclude a local .jsonl or .parquet file, or write --exclude with nothing after it to exclude nothing"),
+    "set to validate on that cannot be had": ("student_grpo", "--validate math500", offline,
+        "data set 'math500' could not be loaded from the hub (…); go online, give --validate a local .jsonl or .parquet file, or leave --validate out"),
+    "no such file to exclude": ("opd", "--exclude {tmp}/nowhere.jsonl", None,
+        "data set '{tmp}/nowhere.jsonl' is not a readable .jsonl or .parquet file; check the path given with --exclude"),
+    # prompts
+    "system prompt without a chat template": ("teacher_grpo", BAD + " --system-prompt Think.", copied(without("chat_template.jinja")),
+        "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; leave the setting out, or take a model that is made for chats"),
+    "system prompt without a chat template, evaluated": ("evaluate", "--models {tmp}/bad --system-prompt Think.", copied(without("chat_template.jinja")),
+        "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; leave the setting out, or take a model that is made for chats"),
+    "several turns without a chat template": ("teacher_grpo", DATA + " " + BAD, both(lines(chat("user", "assistant", "user")), copied(without("chat_template.jinja"))),
+        "problem … ('7+0'...) has 3 turns, and the tokenizer of '{tmp}/bad' has no chat template to put them in; make them one text, or take a model that is made for chats"),
+    "two system prompts": ("teacher_grpo", DATA + " --system-prompt Think.", lines(chat("system", "user")),
+        "--system-prompt 'Think.': problem … ('7+0'...) begins with a system's turn of its own; leave the setting out, or take that turn out of the data"),
+    "chat template that refuses a system's turn": ("opd", BAD + " --system-prompt Think.", copied(tokenizer(chat_template=REFUSES)),
+        "the chat template of '{tmp}/bad' refuses problem …, whose turns are ['system', 'user'] (no system here); leave out --system-prompt or that turn of the data, or put its text into the user's turn"),
+    "chat template that omits a system's turn": ("fkl_warmup", BAD + " --system-prompt Think.", copied(tokenizer(chat_template=OMITS)),
+        "the chat template of '{tmp}/bad' omits the system's turn of problem …; leave out --system-prompt or that turn of the data, or put its text into the user's turn"),
     "half of one problem": ("teacher_grpo", DATA + " --half 2H", lines(ROW),
         "--half 2H needs at least two problems, and there is 1; use --half full"),
     "prompt too long": ("teacher_grpo", DATA + " --max-prompt-tokens 5", lines(ROW),
@@ -366,11 +408,17 @@ CASES = {
         "opd", "--teacher {tmp}/bad",
         copied(tokenizer(chat_template=toy.CHAT_TEMPLATE.replace("<|user|>", "<|assistant|>")), of="teacher"),
         "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after '<|' one has …, the other …); give both the same chat template"),
+    "template that differs in a system's turn": ("opd", "--system-prompt 7+7 --teacher {tmp}/bad", copied(tokenizer(chat_template=SYSTEM), of="teacher"),
+        "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after '<|' one has …, the other …); give both the same chat template"),
+    "template that differs in an example's turn": ("fkl_warmup", DATA + " --teacher {tmp}/bad", both(lines(ROW, chat("user", "assistant", "user")), copied(tokenizer(chat_template=EXAMPLES), of="teacher")),
+        "--model '{student}' and --teacher '{tmp}/bad' render prompts differently (after …); give both the same chat template"),
     # teacher rollouts
+    "rollouts of another system prompt": ("fkl_warmup", CACHE + " --system-prompt 7+7", cached_rollouts(),
+        "--rollouts '{tmp}/cache' holds other rollouts (with system_prompt = '', and this run needs '7+7'); name another directory"),
     "rollouts of another run": ("fkl_warmup", CACHE + " --seed 1", cached_rollouts(),
         "--rollouts '{tmp}/cache' holds other rollouts (with seed = 0, and this run needs 1); name another directory"),
     "rollouts of other problems": ("fkl_warmup", CACHE, cached_rollouts(identity),
-        "--rollouts '{tmp}/cache' holds other rollouts (with problems = '056a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a', and this run needs '56a3ce3a44abf0b19f0983d488d25319b72e6746844ebb389d8ff75998b4064a'); name another directory"),
+        "--rollouts '{tmp}/cache' holds other rollouts (with problems = '074195118787ed3ea178d315c02096a8dbd18198a57f8ac2b9cc0bb6074d1d214', and this run needs '74195118787ed3ea178d315c02096a8dbd18198a57f8ac2b9cc0bb6074d1d214'); name another directory"),
     "rollouts cut short": ("fkl_warmup", CACHE, cached_rollouts(cut("shard-000000/data-00000-of-00001.arrow", 900)),
         "{tmp}/cache/shard-000000 is damaged; delete it, and its rollouts will be sampled again"),
     "rollouts with a file lost": ("fkl_warmup", CACHE, cached_rollouts(without("shard-000000/state.json")),
@@ -427,7 +475,7 @@ CASES = {
     "two data sets of one name": ("evaluate", "--data {problems} {tmp}/train.jsonl --max-prompt-tokens 64", lines(ROW, name="train.jsonl"),
         "--data ['{problems}', '{tmp}/train.jsonl']: two sets have one name, and the report needs two; rename a file"),
     "prompt too long to evaluate": ("evaluate", "--max-prompt-tokens 3", None,
-        "the prompt of problem 0648c74d24a1b859 ('Left to right, modulo 10: 6-6-0-4-8'...) has 13 tokens, more than --max-prompt-tokens 3; raise the limit or drop the problem"),
+        "the prompt of problem 997b7809ed0d5413 ('Left to right, modulo 10: 6-6-0-4-8'...) has 13 tokens, more than --max-prompt-tokens 3; raise the limit or drop the problem"),
     "no samples": ("evaluate", "--k 0", None,
         "--k 0 is too small; give a number above zero"),
     "top-p above one": ("evaluate", "--top-p 1.5", None,

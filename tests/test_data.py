@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 import fkl_warmup
 import lib.data
+import lib.runs
+import teacher_grpo
 from common import InputError, Problem
 from experiments import toy
 
@@ -48,6 +50,13 @@ ROWS = {  # one row in the columns of each known source, and the problem that it
         {"question": "How many eggs?", "answer": "16 - 3 = <<16-3=13>>13 eggs.\n#### 13"},
         ("How many eggs?", "13"),
     ),
+    "an answer with #### in it": ({"prompt": "a", "answer": "so\n#### no\na####b"}, ("a", "so\n#### no\na####b")),
+    "an answer that ends in another heading": ({"prompt": "a", "answer": "x\n####y"}, ("a", "x\n####y")),
+    "an answer that is only GSM8K's line": ({"prompt": "a", "answer": "#### 1,000 "}, ("a", "1,000")),
+    "several turns": (
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1+1? "}], "answer": "2"},
+        ("1+1?", "2"),
+    ),
     "plain": ({"prompt": "Überraschung π?", "answer": "0"}, ("Überraschung π?", "0")),
 }
 
@@ -62,7 +71,7 @@ def test_every_known_format(tmp_path, name, suffix):
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     [problem] = lib.data.load_problems(str(path))
-    assert (problem.prompt, problem.answer) == expected
+    assert (problem.prompt, problem.answer) == expected and problem.row == row
 
 
 def test_repeats_and_conflicts_are_dropped_and_counted(tmp_path, capsys):
@@ -86,6 +95,63 @@ def test_one_problem_has_one_id_however_it_is_typeset(tmp_path):
     assert len({lib.data.problem_id(prompt) for prompt in different}) == len(different)
 
 
+BRACKETS = st.lists(st.sampled_from("()[]{}"), min_size=1, max_size=9)
+ITEMS = st.lists(st.one_of(st.integers(-20, 999).map(str), st.text("ab", min_size=1, max_size=3)), max_size=5)
+DIFFERENT = {  # problems that only their signs tell apart: made of a value, one text for each value
+    "brackets": (BRACKETS, lambda signs: f"Are these brackets balanced: {''.join(signs)}?"),
+    "brackets with spaces": (BRACKETS, lambda signs: f"Close the brackets. {' '.join(signs)}"),
+    "a list": (ITEMS, lambda items: f"Sort the list [{', '.join(items)}]."),
+    "a list with spaces": (ITEMS, lambda items: f"Sort {' '.join(items)}"),
+    "a list of lists": (st.lists(st.lists(st.integers(0, 12), max_size=3), max_size=3), "Flatten {}.".format),
+    "quoted words": (st.lists(st.tuples(st.booleans(), st.sampled_from("pqr")), max_size=4), lambda words: "Which words of "
+        + ", ".join(f'"{word}"' if quoted else word for quoted, word in words) + " are quoted?"),
+    "an order of words": (st.permutations(["red", "blue", "green", "a", "x"]), " ".join),
+    "an order of Chinese signs": (st.permutations("红蓝绿黄"), "".join),
+    "an order of Arabic words": (st.permutations(["أحمر", "أزرق", "ب"]), " ".join),
+    "a question mark": (st.lists(st.sampled_from("?123"), max_size=4), lambda terms: f"Continue 1, {', '.join(terms)}, 9"),
+    "truth": (st.lists(st.sampled_from(["(", ")", "True", "False", "and", "not"]), max_size=7), " ".join),
+    "logic": (st.lists(st.sampled_from(["(", ")", "p", "q", "~", "&", "|"]), max_size=7), " ".join),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+@given(st.data())
+def test_problems_that_differ_in_signs_have_different_ids(name, data):
+    values, text = DIFFERENT[name]
+    first, second = data.draw(values), data.draw(values)
+    assert (lib.data.problem_id(text(first)) == lib.data.problem_id(text(second))) == (text(first) == text(second))
+
+
+def test_problems_that_differ_in_one_sign_are_all_kept(tmp_path):
+    """Each pair that the ids did not tell apart would be one problem less, or a conflict."""
+    texts = [f"Is {''.join(signs)} balanced?" for signs in itertools.product("()[]{}", repeat=3)]
+    texts += ["(1+2)*3", "1+2*3", "(True and False) or True", "True and (False or True)", "f(1,2)", "f(12)", "f(1;2)"]
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": text, "answer": str(i)} for i, text in enumerate(texts)])
+    assert [problem.prompt for problem in lib.data.load_problems(path)] == texts
+
+
+def test_copies_that_differ_in_a_bracket_or_a_quotation_mark_are_listed():
+    """Copies in DAPO-Math-17k that no rule could recognise. The list is by id, so a change of the rule breaks it."""
+    for first, second in [
+        ("Find the decimal form of the largest prime divisor of \\(100111011_6\\).",
+         "Find [the decimal form of] the largest prime divisor of $100111011_6$."),
+        ('Find the number of rearrangements of the letters in the word "MATHMEET" that begin and end with the same letter, '
+         'such as "TAMEMHET".',
+         "Find the number of rearrangements of the letters in the word MATHMEET that begin and end with the same letter "
+         "such as TAMEMHET."),
+    ]:  # fmt: skip
+        assert lib.data.problem_id(first) == lib.data.problem_id(second)
+        assert lib.data.problem_id(first[1:]) != lib.data.problem_id(second[1:])
+
+
+def test_repeats_that_differ_in_more_than_layout_are_counted_and_shown(tmp_path, capsys):
+    rows = ["Is $x$ odd, or is it even", "is x odd or is it even?", "Is  \\(x\\) odd, or is it even"]
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": prompt, "answer": "1"} for prompt in rows])
+    assert len(lib.data.load_problems(path)) == 1
+    said = capsys.readouterr().out
+    assert "1 of the repeats differ from the first copy in punctuation or capitals" in said and repr(rows[1]) in said
+
+
 def test_halves_are_equal_disjoint_and_independent_of_row_order():
     rng = random.Random(0)
     problems = list({p.id: p for p in (toy.make_problem(rng) for _ in range(101))}.values())[:101]
@@ -102,6 +168,76 @@ def test_evaluation_problems_are_not_trained_on(tmp_path, capsys):
     kept = lib.data.load_training_problems(train, "full", 0, (test,))
     assert {p.prompt for p in kept} == {f"problem {i}" for i in range(10) if i not in (3, 5)}
     assert "2 problems dropped" in capsys.readouterr().out
+    validate = write_rows(tmp_path / "validate.jsonl", [{"prompt": "problem 7?", "answer": "1"}])
+    kept = lib.data.load_training_problems(train, "full", 0, (test,), (validate,))
+    assert {p.prompt for p in kept} == {f"problem {i}" for i in range(10) if i not in (3, 5, 7)}
+    assert f"3 problems dropped because they stand in {test}, {validate}" in capsys.readouterr().out
+
+
+def test_an_evaluation_problem_is_excluded_also_behind_examples(tmp_path):
+    rows = [{"prompt": few_shot(f"problem {i}"), "answer": "1"} for i in range(3)]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    test = write_rows(tmp_path / "test.jsonl", [{"prompt": "problem 1", "answer": "1"}])
+    assert [p.prompt for p in lib.data.load_training_problems(train, "full", 0, (test,))] == ["problem 0", "problem 2"]
+
+
+def few_shot(question, example="1+1?", system="Be brief."):
+    roles = ("system", "user", "assistant", "user")
+    return [{"role": role, "content": text} for role, text in zip(roles, (system, example, "2", question))]
+
+
+def test_every_turn_of_a_chat_is_rendered_and_in_the_id(tmp_path):
+    prompts = [
+        "2+2?", few_shot("2+2?")[-1:], few_shot("2+2?")[2:], few_shot("2+2?"), few_shot("2+2?", example="1-1?"),
+        few_shot("2+2?", system="Be rude."), few_shot("2+2?")[1:], few_shot("3+3?"),
+    ]  # fmt: skip
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": prompt, "answer": "4"} for prompt in prompts])
+    problems = lib.data.load_problems(path)
+    assert len(problems) == 7  # the first two are one
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    rendered = [lib.data.render_prompt(tokenizer, problem, " Think!", "", False) for problem in problems]
+    assert rendered[0] == "<user>2+2? Think!" and rendered[1] == "<assistant>2<user>2+2? Think!"
+    assert rendered[2] == "<system>Be brief.<user>1+1?<assistant>2<user>2+2? Think!"
+    assert lib.data.render_prompt(tokenizer, problems[0], "!", "Be kind.", False) == "<system>Be kind.<user>2+2?!"
+    tokenizer.chat_template = None
+    assert lib.data.render_prompt(tokenizer, problems[0], "!", "", False) == "2+2?!"
+
+
+def test_a_stage_samples_from_the_whole_chat(student, tmp_path):
+    """The toy's template has one sign for every turn that is not the user's."""
+    messages = [
+        {"role": role, "content": text} for role, text in (("user", "1+1"), ("assistant", "2"), ("user", "3+3"))
+    ]
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": messages, "answer": "6"}])
+    cfg = teacher_grpo.Config(
+        student,
+        data=path,
+        out=str(tmp_path / "out"),
+        exclude=(),
+        max_response_tokens=8,
+        system_prompt="7-7",
+        instruction="",
+    )
+    _, tokenizer, prompts = lib.runs.prepare(cfg)
+    expected = "<|assistant|>7-7<|im_end|><|user|>1+1<|assistant|>2<|im_end|><|user|>3+3<|assistant|>"
+    assert list(prompts.values()) == [tokenizer(expected)["input_ids"]]
+
+
+def test_dapos_wrapper_is_stripped_from_the_last_of_several_turns(tmp_path):
+    question = lib.data.DAPO_PREFIX + "2+2?" + lib.data.DAPO_SUFFIX
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": few_shot(question), "answer": "4"}])
+    [problem] = lib.data.load_problems(path)
+    assert lib.data.chat_messages(problem, "!", "")[-1] == {"role": "user", "content": "2+2?!"}
+
+
+def test_a_tilde_stands_for_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "数据 é").mkdir()
+    write_problems(tmp_path / "数据 é" / "x.jsonl", 3)
+    assert len(lib.data.load_problems("~/数据 é/x.jsonl")) == 3
+    toy.make_tokenizer().save_pretrained(tmp_path / "数据 é" / "model")
+    assert len(lib.data.load_tokenizer("~/数据 é/model")) == len(toy.VOCABULARY)
 
 
 @given(count=st.integers(1, 30), size=st.integers(1, 12), passes=st.integers(1, 4), seed=st.integers(0, 5))
