@@ -33,6 +33,7 @@ from lib import data, runs
 from lib.engines import Sampling, check_engine, make_engine
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
+from lib.rewards import Reward, make_grader, reward_sha256
 from lib.rollouts import grade, sample_rollouts
 from lib.scores import paired_difference, summarise
 from lib.verifier import Verifier
@@ -87,7 +88,7 @@ class Engines:
 
 
 def evaluate_model(
-    model: str, label: str, cfg: Config, datasets: dict[str, list], verifier: Verifier, engines: Engines
+    model: str, label: str, cfg: Config, datasets: dict[str, list], verifier: Verifier | Reward, engines: Engines
 ) -> dict:
     """Samples, grades and summarises one checkpoint on every data set, unless its samples are already on disk.
 
@@ -95,7 +96,8 @@ def evaluate_model(
     """
     lineage = common.on_rank_0(lambda: runs.read_lineage(model))
     trained_on = runs.consumed_problems(lineage)
-    settings = {"sha256": lineage["sha256"], **{name: getattr(cfg, name) for name in DECODING}}
+    settings = {"sha256": lineage["sha256"], "reward_sha256": reward_sha256(cfg)}
+    settings |= {name: getattr(cfg, name) for name in DECODING}
     directory = Path(cfg.out) / label
     tokenizer, report = data.load_tokenizer(model), {}
     for name, problems in datasets.items():
@@ -136,6 +138,7 @@ def as_sample(rollout: Rollout) -> dict:
         "answer": rollout.problem.answer,
         "response": rollout.text,
         "correct": rollout.correct,
+        "reward": rollout.reward,
         "finish_reason": rollout.finish_reason,
         "tokens": len(rollout.response_ids),
     }
@@ -165,7 +168,8 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     ]
     parts = [
         f"avg@{cfg.k} in %, ± standard error over problems. Temperature {cfg.temperature}, top-p {cfg.top_p}, top-k "
-        f"{cfg.top_k}, at most {cfg.max_response_tokens} response tokens, seed {cfg.seed}.",
+        f"{cfg.top_k}, at most {cfg.max_response_tokens} response tokens, seed {cfg.seed}."
+        + (f" avg is the mean of --reward {cfg.reward}, times 100." if cfg.reward else ""),
         markdown_table(["checkpoint", *(f"{name} ({results[labels[0]][name]['problems']})" for name in names)], main_rows),
         "Details:",
         markdown_table(
@@ -216,7 +220,7 @@ def main(cfg: Config) -> None:
         common.on_rank_0(lambda: runs.read_run(model))
     runs.check_writable(cfg.out)
 
-    with Verifier() as verifier:
+    with make_grader(cfg) as verifier:
         engines = Engines(cfg)
         results = {
             label: evaluate_model(model, label, cfg, datasets, verifier, engines) for label, model in models.items()

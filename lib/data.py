@@ -90,12 +90,7 @@ def load_problems(source: str, quiet: bool = False) -> list[Problem]:
 def _problem_from_row(row: dict) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"it is {row!r:.40}, not an object")
-    prompt = next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
-    if isinstance(prompt, list):
-        prompt = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), None)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("no prompt in it")
-    prompt = prompt.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
+    prompt = prompt_of_row(row)
     answer = (row.get("reward_model") or {}).get("ground_truth")
     for key in ("answer", "solution", "ground_truth"):
         answer = row.get(key) if answer is None else answer
@@ -104,7 +99,17 @@ def _problem_from_row(row: dict) -> Problem:
     if not isinstance(answer, str) or not answer.rsplit("####", 1)[-1].strip():
         raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r:.40}")
     answer.encode()  # raises for half of a surrogate pair, which JSON can express but no file can hold
-    return new_problem(prompt, answer.rsplit("####", 1)[-1].strip())
+    return Problem(problem_id(prompt), prompt, answer.rsplit("####", 1)[-1].strip(), row)
+
+
+def prompt_of_row(row: dict) -> str:
+    """The problem's text in a data set's row; ValueError, KeyError or TypeError if there is none."""
+    prompt = next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
+    if isinstance(prompt, list):
+        prompt = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), None)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("no prompt in it")
+    return prompt.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
 
 
 def _read_rows(source: str) -> Iterable[dict]:
@@ -188,8 +193,14 @@ def load_training_problems(data: str, half: str, split_seed: int, exclude: Seque
 def problem_batches(problems: Sequence[Problem], size: int, passes: int, seed: int) -> list[list[Problem]]:
     """`passes` shuffled passes over the problems, cut into batches of `size`.
 
-    The tail of a pass is filled from the next one, so every batch is full; the last batch of all may be cut short.
+    The tail of a pass is filled from the next one, so every batch is full; the last batch of all may be cut short. A
+    batch can therefore hold a problem more than once, and a message says so if `size` makes that the rule.
     """
+    if size > len(problems) and passes > 1:
+        print0(
+            f"--prompts-per-step {size} is more than the {len(problems)} problems there are, so a batch holds problems "
+            "several times, each time with other responses"
+        )
     order = []
     for number in range(passes):
         one_pass = list(problems)

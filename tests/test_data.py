@@ -10,7 +10,6 @@ from conftest import write_problems
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fkl_warmup
 import lib.data
 from common import InputError, Problem
 from experiments import toy
@@ -118,10 +117,6 @@ def test_every_pass_has_an_order_of_its_own():
     passes = lib.data.problem_batches(problems, 12, 3, seed=0)
     assert len({tuple(p.id for p in one) for one in passes}) == 3
     assert lib.data.problem_batches(problems, 12, 3, seed=1) != passes
-    order = fkl_warmup.rollout_order(range(12), 3, seed=0)
-    assert len({tuple(order[start : start + 12]) for start in (0, 12, 24)}) == 3
-    assert all(sorted(order[start : start + 12]) == list(range(12)) for start in (0, 12, 24))
-    assert fkl_warmup.rollout_order(range(12), 3, seed=1) != order
 
 
 BAD = {
