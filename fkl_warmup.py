@@ -60,9 +60,7 @@ from lib.texts import Texts, learns_from_texts
 class Config(TrainingConfig):
     model: str  # student to train: a directory, or a name on the hub
     teacher: str | None = None  # teacher to learn from, with the student's tokenizer; none if --rollouts is a file
-    rollouts: str | None = (
-        None  # directory of teacher rollouts, by default in --out; or a .jsonl file of texts, for sft
-    )
+    rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
     keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from those with a right answer
     passes: int = 1  # passes over the teacher rollouts (Table 9: 1 epoch)

@@ -88,8 +88,6 @@ def load_problems(source: str, quiet: bool = False) -> list[Problem]:
 
 
 def _problem_from_row(row: dict) -> Problem:
-    if not isinstance(row, dict):
-        raise ValueError(f"it is {row!r:.40}, not an object")
     prompt = prompt_of_row(row)
     answer = (row.get("reward_model") or {}).get("ground_truth")
     for key in ("answer", "solution", "ground_truth"):
@@ -103,7 +101,9 @@ def _problem_from_row(row: dict) -> Problem:
 
 
 def prompt_of_row(row: dict) -> str:
-    """The problem's text in a data set's row; ValueError, KeyError or TypeError if there is none."""
+    """The problem's text in a data set's row; ValueError, KeyError or TypeError if it has none."""
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {row!r:.40}, not an object")
     prompt = next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
     if isinstance(prompt, list):
         prompt = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), None)

@@ -86,7 +86,7 @@ class Texts:
                 if line.strip():
                     try:
                         row = json.loads(line)
-                        prompt, response = prompt_of_row(row), row["response"]
+                        prompt, response = prompt_of_row(row), row.get("response")
                         if not isinstance(response, str) or not response.strip():
                             raise ValueError("no text in its response")
                         response.encode()  # raises for half of a surrogate pair, which no tokenizer takes
@@ -117,7 +117,9 @@ class Texts:
                 "raise the limit"
             )
         if self.too_long:
-            print0(f"{self.path}: {self.too_long} responses longer than {self.max_response_tokens} tokens are left out")
+            print0(
+                f"{self.path}: left out responses longer than --max-response-tokens {self.max_response_tokens}: {self.too_long}"
+            )
 
     def _read(self, problems: Sequence[Problem]) -> list[Rollout | None]:
         rollouts: list[Rollout | None] = []
