@@ -97,7 +97,8 @@ def test_a_limited_warmup_samples_what_it_uses(
 ):
     """The same as the first steps of a longer one, which can go on with its rollouts."""
     grade_by_parity(monkeypatch)
-    settings = dict(keep=keep, loss="sft", mini_batch_prompts=2, max_sequences=2)  # one problem is sampled at a time
+    at_a_time = {"all": 512, "correct": 2}[keep]  # sequences: all problems, or one
+    settings = dict(keep=keep, loss="sft", mini_batch_prompts=2, max_sequences=at_a_time)
     whole = tmp_path / "whole_rollouts"
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "whole", **settings, rollouts=str(whole)))
     every = [[(r.problem.id, r.sample, r.response_ids) for r in update] for update in trained_on]
