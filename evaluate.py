@@ -36,6 +36,7 @@ from lib import data, runs
 from lib.engines import Sampling, check_engine, check_lengths, make_engine
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
+from lib.rewards import Reward, make_grader
 from lib.rollouts import grade, sample_rollouts
 from lib.samples import SampleFile, grading_key, prompts_key, sample_directories, write_whole
 from lib.scores import paired_difference, summarise
@@ -91,7 +92,12 @@ class Engines:
 
 
 def evaluate_model(
-    model: str, label: str, cfg: Config, datasets: dict[str, list[Problem]], verifier: Verifier, engines: Engines
+    model: str,
+    label: str,
+    cfg: Config,
+    datasets: dict[str, list[Problem]],
+    verifier: Verifier | Reward,
+    engines: Engines,
 ) -> dict:
     """Samples, grades and summarises one checkpoint on every data set; what is already on disk is not sampled again.
 
@@ -153,7 +159,8 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     ]
     parts = [
         f"avg@{cfg.k} in %, ± standard error over problems. Temperature {cfg.temperature}, top-p {cfg.top_p}, top-k "
-        f"{cfg.top_k}, at most {cfg.max_response_tokens} response tokens, seed {cfg.seed}.",
+        f"{cfg.top_k}, at most {cfg.max_response_tokens} response tokens, seed {cfg.seed}."
+        + (f" avg is the mean of --reward {cfg.reward}, times 100." if cfg.reward else ""),
         markdown_table(["checkpoint", *(f"{name} ({results[labels[0]][name]['problems']})" for name in names)], main_rows),
         "Details:",
         markdown_table(
@@ -212,7 +219,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
 def main(cfg: Config) -> None:
     models, datasets = prepare(cfg)
     engines, results = Engines(cfg, models.values()), {}
-    with Verifier() as verifier:
+    with make_grader(cfg) as verifier:
         for label, model in models.items():
             results[label] = evaluate_model(model, label, cfg, datasets, verifier, engines)
     common.on_rank_0(lambda: write_report(results, cfg))

@@ -13,29 +13,30 @@ What departs from the paper:
   its forward pass over the cached tokens is repeated instead, and the KL stays exact.
 
 Our choices where the paper is silent:
-- L_F is a mean over all tokens of an update, so long responses weigh more. The responses are shuffled one by one, so
-  that those of one prompt come in different updates.
-- "Mini-batch 64" in Table 9 counts prompts: an update has 64 times `rollouts_per_prompt` responses.
+- L_F is a mean over all tokens of an update, so long responses weigh more.
+- "Mini-batch 64" in Table 9 counts prompts: an update has 64 times `rollouts_per_prompt` responses. The problems are
+  shuffled, and all responses to one come together.
 
 The same script trains the controls that learn from the sampled tokens instead of the distributions:
 - `--loss sft` is teacher-sample SFT (Tables 2, 5 and 6): cross-entropy on the teacher's tokens.
 - `--loss sft --keep correct`, with the raw teacher (the one before Stage 1) as both model and teacher, makes an SFT'd
-  teacher (Tables 4 and 6). The paper trains its own on the responses of gpt-oss-120B. We do not have those, and use the
-  teacher's own correct responses.
+  teacher (Tables 4 and 6) from its own correct responses.
+- `--loss sft --rollouts FILE.jsonl` learns from texts that any model has written, with any tokenizer. The paper's SFT'd
+  teacher learnt from the responses of gpt-oss-120B in this way (App. B); we do not have those.
 
     One process:   python fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher --data dapo --half 1H \
                        --out runs/warmup
     Eight GPUs:    torchrun --nproc_per_node=8 fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher \
                        --data dapo --half 1H --out runs/warmup --activation-checkpointing
+    From texts:    python fkl_warmup.py --model Qwen/Qwen3-8B --loss sft --rollouts texts.jsonl --data dapo \
+                       --half 1H --out runs/sft_teacher
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,19 +47,20 @@ from torch import Tensor
 import common
 from common import Batch, InputError, Problem, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
-from lib import memory
+from lib import data, memory
 from lib.engines import Sampling, make_engine
 from lib.policy import Policy, load_policy
+from lib.rewards import make_grader, reward_sha256
 from lib.rollouts import RolloutCache, grade, sample_rollouts
 from lib.runs import Run, prepare
-from lib.verifier import Verifier
+from lib.texts import Texts, learns_from_texts
 
 
 @dataclass
 class Config(TrainingConfig):
     model: str  # student to train: a directory, or a name on the hub
-    teacher: str  # teacher to learn from, with the student's tokenizer
-    rollouts: str | None = None  # directory of teacher rollouts, made if there is none; by default a part of --out
+    teacher: str | None = None  # teacher to learn from, with the student's tokenizer; none if --rollouts is a file
+    rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
     keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from those with a right answer
     passes: int = 1  # passes over the teacher rollouts (Table 9: 1 epoch)
@@ -93,67 +95,83 @@ def sft_loss(student: Policy, batch: Batch) -> Tensor:
     return -logprobs.sum()
 
 
-def rollout_identity(cfg: Config, teacher_sha256: str, problems: Sequence[Problem]) -> dict:
-    """The settings that the teacher's rollouts follow from: a cache made with others is refused."""
-    names = ("data", "half", "split_seed", "rollouts_per_prompt", "temperature", "max_response_tokens", "instruction",
-             "system_prompt", "thinking", "seed")  # fmt: skip
-    digest = hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest()
-    return {"teacher_sha256": teacher_sha256, "problems": digest, **{name: getattr(cfg, name) for name in names}}
+def rollout_identity(cfg: Config, source_sha256: str, problems: Sequence[Problem]) -> dict:
+    """The settings that the teacher's rollouts follow from: a cache made with others is refused.
 
-
-def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
-    """Samples and grades what is missing from the cache, in parts, so that an interruption loses at most one of
-    them.
+    `source_sha256` is the hash of the teacher, or of the file of texts.
     """
-    missing = cache.missing
-    if not missing:
-        return
-    engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
-    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
+    names = ("data", "half", "split_seed", "rollouts_per_prompt", "temperature", "max_response_tokens", "instruction",
+             "system_prompt", "thinking", "reward", "seed")  # fmt: skip
+    digest = hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest()
+    identity = {"teacher_sha256": source_sha256, "problems": digest, "reward_sha256": reward_sha256(cfg)}
+    return identity | {name: getattr(cfg, name) for name in names}
+
+
+def fill_cache(cache: RolloutCache, order: list[Problem], texts: Texts | None, tokenizer, cfg: Config) -> None:
+    """Samples from the teacher, or reads from `texts`, what the updates need and the cache lacks, and grades it.
+
+    This goes along the order of training, so that a limited run samples only the beginning of a longer one, and in
+    parts, so that an interruption loses at most one of them. With `--keep correct` nobody knows beforehand how many
+    problems `--max-steps` updates need, so parts are sampled until there are enough right answers.
+    """
+    enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
+    missing = [problem for problem in dict.fromkeys(order) if problem.id not in cache.rows]
     at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
-    with Verifier() as verifier, common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
+    engine, sampling = None, Sampling(cfg.max_response_tokens, cfg.temperature)
+    with make_grader(cfg) as verifier, common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
         for start in range(0, len(missing), at_a_time):
             chosen = missing[start : start + at_a_time]
-            rollouts = sample_rollouts(
-                engine, chosen, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
-            )
+            if len(training_order(cache, order[: order.index(chosen[0])], cfg.keep)) >= enough:
+                break
+            if texts:
+                rollouts = texts.rollouts(chosen)
+            else:
+                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, alone=True)
+                rollouts = sample_rollouts(
+                    engine, chosen, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
+                )
             grade(rollouts, verifier)
             cache.append(rollouts)
             bar.update(len(chosen))
-    engine.sleep()
-    cache.read()
+    if engine:
+        engine.sleep()
 
 
-def rollout_order(chosen: Sequence[int], passes: int, seed: int) -> Iterator[int]:
-    """Indices of rollouts in the order of training: `passes` times all of them, each time shuffled again."""
-    chosen = list(chosen)
-    for number in range(passes):
-        random.Random(f"{seed}/{number}").shuffle(chosen)
-        yield from chosen
+def training_order(cache: RolloutCache, order: Sequence[Problem], keep: str) -> list[int]:
+    """The cache's rows in the order of training: each problem in turn, with all its responses to learn from."""
+    rows = (row for problem in order for row in cache.rows.get(problem.id, ()))
+    return [row for row in rows if keep == "all" or cache.correct[row]]
 
 
 def main(cfg: Config) -> None:
+    role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
     if cfg.dry_run:
         return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
 
-    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run:
+    with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run:
         torch.manual_seed(cfg.seed)
 
-        # 1. Sample from the teacher, once.
-        identity = rollout_identity(cfg, run.record["parents"]["teacher"]["sha256"], problems)
-        cache = RolloutCache(Path(cfg.rollouts or run.partial / "teacher_rollouts"), identity, problems, prompts)
-        sample_teacher(cache, tokenizer, cfg)
-        chosen = [index for index in range(len(cache)) if cfg.keep == "all" or cache.correct[index]]
-        common.print0(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {len(chosen)}")
-        if not chosen:
+        # 1. Sample from the teacher, once; or read what another model has written.
+        texts = Texts(cfg, problems, tokenizer, prompts) if role == "rollouts" else None
+        identity = rollout_identity(cfg, run.record["parents"][role]["sha256"], problems)
+        directory = run.partial / "teacher_rollouts" if texts or not cfg.rollouts else Path(cfg.rollouts)
+        cache = RolloutCache(directory, identity, problems, prompts, None if texts else cfg.rollouts_per_prompt)
+        # How many problems the updates need is known beforehand only if all have the same number of responses.
+        needed = cfg.max_steps * cfg.mini_batch_prompts if cfg.max_steps and cfg.keep == "all" and not texts else None
+        order = [problem for [problem] in data.problem_batches(problems, 1, cfg.passes, cfg.seed, needed)]
+        fill_cache(cache, order, texts, tokenizer, cfg)
+        if texts:
+            texts.report_too_long()
+        rows = training_order(cache, order, cfg.keep)
+        size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
+        mini_batches = [rows[start : start + size] for start in range(0, len(rows), size)][: cfg.max_steps]
+        used = len(set().union(*mini_batches))
+        common.print0(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {used}")
+        if not used:
             raise InputError(
                 "--keep correct leaves no rollout: the teacher answered no problem correctly; give --keep all"
             )
-        size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
-        order = rollout_order(chosen, cfg.passes, cfg.seed)
-        order = list(itertools.islice(order, cfg.max_steps and cfg.max_steps * size))
-        mini_batches = [order[start : start + size] for start in range(0, len(order), size)]
 
         teacher = None  # SFT needs the teacher's tokens only
         if cfg.loss == "fkl":
@@ -164,7 +182,7 @@ def main(cfg: Config) -> None:
 
         for step in run.steps(len(mini_batches)):
             # 2. Train the student on the teacher's responses: towards its distributions (fkl), or on its tokens (sft).
-            rollouts = [cache[index] for index in mini_batches[step]]
+            rollouts = [cache[row] for row in mini_batches[step]]
             num_tokens = common.count_tokens(rollouts)  # of all ranks and micro-batches
             lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             loss_sum = 0.0

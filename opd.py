@@ -51,9 +51,9 @@ from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data, memory, runs
 from lib.engines import Sampling, make_engine
 from lib.policy import Policy, load_policy, release
+from lib.rewards import make_grader
 from lib.rollouts import grade, sample_rollouts
 from lib.runs import Run, prepare
-from lib.verifier import Verifier
 
 
 @dataclass
@@ -160,10 +160,10 @@ def report_c1(teacher_record: dict) -> None:
     if stage is None:
         common.print0("C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is any good.")
     else:
-        first, last = (100 * stage[moment]["reward"] for moment in ("first", "last"))
+        first, last = (stage[moment]["reward"] for moment in ("first", "last"))
         common.print0(
-            f"C1: in the last RL on record behind the teacher, the mean reward went from {first:.0f} % in the first step "
-            f"to {last:.0f} % in the last."
+            f"C1: in the last RL on record behind the teacher, the mean reward went from {first:.2f} in the first step "
+            f"to {last:.2f} in the last."
         )
 
 
@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
 
-    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, Verifier() as verifier:
+    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as verifier:
         report_c1(run.record["parents"]["teacher"])
         torch.manual_seed(cfg.seed)
         teacher = load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)

@@ -44,9 +44,9 @@ from kernels import fused_linear_logprob
 from lib import data, memory
 from lib.engines import Sampling, make_engine
 from lib.policy import Policy, load_policy, release
+from lib.rewards import make_grader
 from lib.rollouts import grade, sample_rollouts
 from lib.runs import Run, prepare
-from lib.verifier import Verifier
 
 
 @dataclass
@@ -224,7 +224,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, frozen=cfg.model if cfg.kl_coef else None, in_loss=False)
 
-    with Run(cfg, parents={"model": cfg.model}) as run, Verifier() as verifier:
+    with Run(cfg, parents={"model": cfg.model}) as run, make_grader(cfg) as verifier:
         torch.manual_seed(cfg.seed)
         policy = load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
         reference = load_policy(cfg.model, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.kl_coef else None

@@ -90,7 +90,8 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
         facts.append({
             **settings, **parents, "stage": lineage.get("stage"), "steps": lineage.get("steps"),
             "labels": f"{len(labels)} (sha256 {hashlib.sha256(' '.join(labels).encode()).hexdigest()[:8]})",
-            "code": lineage.get("code"), **lineage.get("packages", {}), "ranks": lineage.get("ranks"),
+            "reward file": lineage.get("reward_sha256"), "code": lineage.get("code"), **lineage.get("packages", {}),
+            "ranks": lineage.get("ranks"),
         })  # fmt: skip
     names = dict.fromkeys([*facts[0], *facts[1]])
     pairs = {name: (facts[0].get(name), facts[1].get(name)) for name in names}

@@ -93,6 +93,24 @@ def load_problems(source: str, quiet: bool = False, argument: str = "--data") ->
 
 
 def _problem_from_row(row: dict) -> Problem:
+    prompt, name = prompt_and_id(row)
+    answer = (row.get("reward_model") or {}).get("ground_truth")
+    for key in ("answer", "solution", "ground_truth"):
+        answer = row.get(key) if answer is None else answer
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    final = _final_answer(answer) if isinstance(answer, str) else ""
+    if not final:
+        raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r:.40}")
+    answer.encode()  # raises for half of a surrogate pair, which JSON can express but no file can hold
+    return Problem(name, prompt, final, row)
+
+
+def prompt_and_id(row: dict) -> tuple[str, str]:
+    """The text of a row's problem, which is the user's last turn, and its id, which covers all turns.
+
+    Raises ValueError, KeyError or TypeError for a row that holds no prompt.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"it is {row!r:.40}, not an object")
     prompt = _prompt_of(row)
@@ -113,16 +131,7 @@ def _problem_from_row(row: dict) -> Problem:
     if len(turns) > 1:
         earlier = [(turn["role"], problem_id(turn["content"])) for turn in turns[:-1]]
         name = hashlib.sha256(json.dumps([*earlier, name]).encode()).hexdigest()[:16]
-    answer = (row.get("reward_model") or {}).get("ground_truth")
-    for key in ("answer", "solution", "ground_truth"):
-        answer = row.get(key) if answer is None else answer
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    final = _final_answer(answer) if isinstance(answer, str) else ""
-    if not final:
-        raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r:.40}")
-    answer.encode()  # raises for half of a surrogate pair, which JSON can express but no file can hold
-    return Problem(name, prompt, final, row)
+    return prompt, name
 
 
 def _final_answer(answer: str) -> str:
@@ -234,8 +243,14 @@ def problem_batches(
 ) -> list[list[Problem]]:
     """`passes` shuffled passes over the problems, cut into batches of `size`, of which the first `limit` are made.
 
-    The tail of a pass is filled from the next one, so every batch is full; the last batch of all may be cut short.
+    The tail of a pass is filled from the next one, so every batch is full; the last batch of all may be cut short. A
+    batch can therefore hold a problem more than once, and a message says so if `size` makes that the rule.
     """
+    if size > len(problems) and passes > 1:
+        print0(
+            f"--prompts-per-step {size} is more than the {len(problems)} problems there are, so a batch holds problems "
+            "several times, each time with other responses"
+        )
     order: list[Problem] = []
     if limit is not None:  # passes that are never reached would only take memory
         passes = min(passes, math.ceil(limit * size / len(problems)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common import InputError, Problem, Rollout, barrier, map_over_ranks, on_rank_0, request_seed
 from lib.engines import Completion, Sampling, TorchEngine, VLLMEngine
+from lib.rewards import Reward
 from lib.verifier import Verifier
 
 
@@ -23,15 +25,17 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """`n` rollouts of each problem, grouped by problem. `prompts` are token ids by problem id. Collective.
 
-    The seed of each response is made from `seed_key`, its problem and its index in the group, so that responses depend
-    neither on the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on
-    the batch). Responses are spread over ranks one by one and not by groups, so that a few problems keep all ranks
-    busy. Every rank gets all rollouts, and training then balances them over ranks by their lengths.
+    The seed of each response is made from `seed_key`, its problem and its number, so that responses depend neither on
+    the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on the batch).
+    The number is the index in the group. If a problem occurs again among `problems`, its numbers go on where they
+    stopped, because the same numbers would give the same responses again. Responses are spread over ranks one by one
+    and not by groups, so that a few problems keep all ranks busy. Every rank gets all rollouts, and training then
+    balances them over ranks by their lengths.
     """
 
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
         # The engine computes a prompt once for all its responses, so this rank's share is put into groups again.
-        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: request[0].id)]
+        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: (r[0].id, r[1] // n))]
         ids = [prompts[group[0][0].id] for group in groups]
         seeds = [[request_seed(*seed_key, problem.id, number) for problem, number in group] for group in groups]
         completions = [
@@ -39,11 +43,12 @@ def sample_rollouts(
         ]
         texts = engine.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         return [
-            Rollout(problem, number, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
+            Rollout(problem, number % n, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
             for (problem, number), c, text in zip(requests, completions, texts)
         ]
 
-    requests = [(problem, number) for problem in problems for number in range(n)]
+    numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)  # of the problem's responses in this batch
+    requests = [(problem, next(numbers[problem.id])) for problem in problems for _ in range(n)]
     return map_over_ranks(sample, requests, engine.tensor_parallel)
 
 
@@ -57,32 +62,58 @@ def known_tokens(completion: Completion, vocab_size: int) -> Completion:
     return completion if end is None else Completion(ids[:end], completion.logprobs[:end], "length")
 
 
-def grade(rollouts: Sequence[Rollout], verifier: Verifier) -> None:
-    """Grades every rollout: sets `correct` and `how`. Spread over ranks; collective."""
+def grade(rollouts: Sequence[Rollout], grader: Verifier | Reward) -> None:
+    """Grades every rollout: sets `correct` and `how`, and `reward` if the grader is one. Spread over ranks; collective.
 
-    def verdicts(share: Sequence[Rollout]) -> list[tuple[bool, str]]:
-        found = verifier.check([rollout.text for rollout in share], [rollout.problem.answer for rollout in share])
-        return [(verdict.correct, verdict.how) for verdict in found]
+    Raises InputError on every rank if the user's own reward fails on one.
+    """
+
+    def verdicts(share: Sequence[Rollout]) -> list[tuple[bool, str, float | None] | InputError]:
+        texts, problems = [rollout.text for rollout in share], [rollout.problem for rollout in share]
+        if isinstance(grader, Verifier):
+            found = grader.check(texts, [problem.answer for problem in problems])
+            return [(verdict.correct, verdict.how, None) for verdict in found]
+        try:
+            return [(value >= 1, "reward", value) for value in grader.check(texts, problems)]
+        except InputError as error:  # the other ranks wait for this one's verdicts, so they get to know it as one
+            return [error]
 
     # Each response is graded by one rank, and the verdict sent to all. If every rank graded all of them, a grading
     # might time out on one rank and not on another, and the ranks would disagree.
-    for rollout, (correct, how) in zip(rollouts, map_over_ranks(verdicts, rollouts)):
-        rollout.correct, rollout.how = correct, how
+    found = map_over_ranks(verdicts, rollouts)
+    failed = next((verdict for verdict in found if isinstance(verdict, InputError)), None)
+    if failed is not None:
+        raise failed
+    for rollout, (correct, how, reward) in zip(rollouts, found):
+        rollout.correct, rollout.how, rollout.reward = correct, how, reward
 
 
 class RolloutCache:
     """Graded rollouts in a directory, read from disk as they are needed, because at the paper's scale they fill memory.
 
     `identity.json` says what they are (teacher, problems, sampling), and a run that needs others is refused. Every
-    `shard-NNNNNN` is a data set with all rollouts of some problems, in the order of the problems. It is written whole
-    and then renamed, so an interrupted run goes on with the problems that are missing. Rank 0 writes, all ranks read.
+    `shard-NNNNNN` is a data set with all rollouts of some problems, in the order in which they were appended. Its number
+    is the place of its first problem among `problems`: a problem is in one shard only, so no other shard has that number,
+    whichever problems a run needs and in whichever order. It is written whole and then renamed, so an interrupted run
+    goes on with the problems that are missing. Rank 0 writes, all ranks read.
+
+    Rows are numbered 0 to `len` - 1 over all shards. `rows` has the numbers of each problem's rows by its id, and no
+    entry for a problem that is missing. `correct` says of each row whether the response is right. `per_problem` is the
+    number of responses that every problem has, None if they differ.
     """
 
-    def __init__(self, directory: Path, identity: dict, problems: Sequence[Problem], prompts: dict[str, list[int]]):
-        self.directory, self.identity, self.prompts = directory, identity, prompts
+    def __init__(
+        self,
+        directory: Path,
+        identity: dict,
+        problems: Sequence[Problem],
+        prompts: dict[str, list[int]],
+        per_problem: int | None,
+    ):
+        self.directory, self.identity, self.prompts, self.per_problem = directory, identity, prompts, per_problem
         self.problems = {problem.id: problem for problem in problems}
         on_rank_0(self._open)
-        self.read()
+        self._read()
 
     def _open(self) -> None:
         path = self.directory / "identity.json"
@@ -110,8 +141,8 @@ class RolloutCache:
                     f"run needs {value!r}); name another directory"
                 )
 
-    def read(self) -> None:
-        """Opens all shards, and lists the problems that are in none of them in `missing`. Collective."""
+    def _read(self) -> None:
+        """Opens all shards. Collective."""
         import datasets  # importing it takes a second
 
         barrier()  # wait until rank 0 has written its shards
@@ -120,21 +151,21 @@ class RolloutCache:
             try:
                 parts.append(datasets.load_from_disk(str(path)))
                 ids = parts[-1]["id"]
-                if not set(ids) <= self.problems.keys() or len(ids) % self.identity["rollouts_per_prompt"]:
+                if not set(ids) <= self.problems.keys() or len(ids) % (self.per_problem or 1):
                     raise ValueError
             except Exception:  # what is raised depends on which of the shard's files is damaged, and how
                 raise InputError(f"{path} is damaged; delete it, and its rollouts will be sampled again") from None
         self._rows = datasets.concatenate_datasets(parts) if parts else []
         self.correct: list[bool] = list(self._rows["correct"]) if parts else []
-        sampled = set(self._rows["id"]) if parts else set()
-        self.missing = [problem for problem in self.problems.values() if problem.id not in sampled]
+        self.rows: dict[str, list[int]] = {}
+        for number, problem in enumerate(self._rows["id"] if parts else ()):
+            self.rows.setdefault(problem, []).append(number)
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
-        """Writes a shard with all rollouts of some missing problems. Collective; InputError if it cannot be written.
-
-        `len`, indexing and `missing` do not change until `read` is called again.
-        """
-        on_rank_0(lambda: self._write(rollouts))
+        """Writes a shard with all rollouts of some missing problems. Collective; InputError if it cannot be written."""
+        if rollouts:
+            on_rank_0(lambda: self._write(rollouts))
+            self._read()
 
     def _write(self, rollouts: Sequence[Rollout]) -> None:
         import datasets
@@ -144,7 +175,7 @@ class RolloutCache:
              "response_ids": r.response_ids, "logprobs": r.logprobs, "text": r.text}
             for r in rollouts
         ]  # fmt: skip
-        number = list(self.problems).index(rollouts[0].problem.id)  # so that shards are in the order of the problems
+        number = list(self.problems).index(rollouts[0].problem.id)
         shard = self.directory / f"shard-{number:06d}"
         unfinished = shard.with_suffix(".tmp")
         datasets.disable_progress_bars()

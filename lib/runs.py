@@ -49,6 +49,7 @@ from lib.data import check_same_tokenizer, load_tokenizer, load_training_problem
 from lib.engines import check_engine, check_lengths
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, device_mesh, load_config, save_pretrained
+from lib.rewards import reward_sha256
 
 # In a lone process PyTorch's checkpoint library warns at every call that it assumes a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -89,8 +90,11 @@ def read_lineage(model: str) -> dict:
     """A checkpoint's path and a hash of its weights, with its `run.json` if a stage wrote it.
 
     The `sha256` is that of the weights in a directory; of a checkpoint on the hub it is the hub's hash of the commit.
+    A file of texts that a stage learnt from has a path and a hash, too.
     """
     directory = Path(model)
+    if directory.is_file():
+        return {"path": model, "sha256": _sha256(directory)}
     if not directory.is_dir():
         return {"path": model, "sha256": getattr(load_config(model), "_commit_hash", None)}
     weights = sorted(directory.glob("*.safetensors"))
@@ -249,6 +253,7 @@ class Run:
             "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
             "config": dataclasses.asdict(cfg),
             "parents": {role: read_lineage(model) for role, model in parents.items()},
+            "reward_sha256": reward_sha256(cfg),
             "consumed": [],
             "code": code_version(),
             "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
@@ -279,10 +284,16 @@ class Run:
                 )
         for role, parent in record["parents"].items():
             if saved["parents"][role]["sha256"] != parent["sha256"]:
+                content = "texts" if Path(parent["path"]).is_file() else "weights"
                 raise InputError(
-                    f"--resume: --{role} {parent['path']!r} has other weights than when the run was interrupted; put "
-                    f"the old weights back, or delete {self.partial}"
+                    f"--resume: --{role} {parent['path']!r} has other {content} than when the run was interrupted; put "
+                    f"the old {content} back, or delete {self.partial}"
                 )
+        if saved.get("reward_sha256") != record["reward_sha256"]:
+            raise InputError(
+                f"--resume: the file of --reward {config['reward']!r} is not what it was when the run was interrupted; "
+                f"put the old one back, or delete {self.partial}"
+            )
 
     def _newest_whole(self, states: list[tuple[Path, dict | None]]) -> tuple[Path | None, dict]:
         """The newest training state whose files have the hashes in its SHA256SUMS, and its record. Collective."""

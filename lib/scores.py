@@ -14,13 +14,18 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def summarise(samples: list[dict], k: int) -> dict:
-    """Statistics of one data set from its P*k samples: rates in [0, 1], lengths in tokens, the scores by problem id."""
+    """Statistics of one data set from its P*k samples: rates in [0, 1], lengths in tokens, the scores by problem id.
+
+    A sample's score is its `reward` if it has one, which need not lie in [0, 1]; otherwise 1 if it is correct, else 0.
+    """
     ids = list(dict.fromkeys(sample["id"] for sample in samples))
     row = {problem_id: index for index, problem_id in enumerate(ids)}
-    correct = np.zeros((len(ids), k))  # (P, k)
+    correct, scores = np.zeros((2, len(ids), k))  # (P, k) each
     for sample in samples:
-        correct[row[sample["id"]], sample["sample"]] = sample["correct"]
-    average, error = mean_and_error(correct.mean(axis=1))
+        place = row[sample["id"]], sample["sample"]
+        correct[place] = sample["correct"]
+        scores[place] = sample["correct"] if sample.get("reward") is None else sample["reward"]
+    average, error = mean_and_error(scores.mean(axis=1))
     return {
         "problems": len(ids),
         "avg": average,
@@ -28,7 +33,7 @@ def summarise(samples: list[dict], k: int) -> dict:
         "pass": float(correct.any(axis=1).mean()),
         "truncated": float(np.mean([sample["finish_reason"] == "length" for sample in samples])),
         "tokens": float(np.mean([sample["tokens"] for sample in samples])),
-        "scores": dict(zip(ids, correct.mean(axis=1).tolist())),
+        "scores": dict(zip(ids, scores.mean(axis=1).tolist())),
     }
 
 
