@@ -102,9 +102,10 @@ class InputError(ValueError):
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
     """Raises InputError for a number in a Config that is negative, not finite, or zero where it has to be positive."""
-    allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
+    allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", "validate_temperature", *may_be_zero}
+    may_be_minus_one = ("top_k", "validate_top_k")  # which means all tokens
     for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # which has -1 for all
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in may_be_minus_one:
             flag = f"--{name.replace('_', '-')} {value}"
             if not math.isfinite(value):
                 raise InputError(f"{flag} is not a finite number; give one")

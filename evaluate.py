@@ -34,7 +34,7 @@ from lib.engines import Sampling, check_engine, make_engine
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
 from lib.rollouts import grade, sample_rollouts
-from lib.scores import paired_difference, summarise
+from lib.scores import check_decoding, paired_difference, summarise
 from lib.verifier import Verifier
 
 
@@ -199,10 +199,7 @@ def main(cfg: Config) -> None:
         raise InputError(
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
         )
-    if cfg.top_p > 1:
-        raise InputError(f"--top-p {cfg.top_p} is more than all of the distribution; give 1 or less")
-    if cfg.top_k < 1 and cfg.top_k != -1:
-        raise InputError(f"--top-k {cfg.top_k} keeps no token; give 1 or more, or -1 for all")
+    check_decoding(cfg.top_p, cfg.top_k)
     datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")

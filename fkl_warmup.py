@@ -46,10 +46,11 @@ import common
 from common import Batch, InputError, Problem, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import memory
-from lib.engines import Sampling, make_engine
+from lib.engines import Sampling, chosen_engine, make_engine
 from lib.policy import Policy, load_policy
 from lib.rollouts import RolloutCache, grade, sample_rollouts
 from lib.runs import Run, prepare
+from lib.scores import Validation
 from lib.verifier import Verifier
 
 
@@ -100,17 +101,22 @@ def rollout_identity(cfg: Config, teacher_sha256: str, problems: Sequence[Proble
     return {"teacher_sha256": teacher_sha256, "problems": digest, **{name: getattr(cfg, name) for name in names}}
 
 
-def sample_teacher(cache: RolloutCache, tokenizer, cfg: Config) -> None:
+def sample_teacher(cache: RolloutCache, tokenizer, verifier: Verifier, cfg: Config) -> None:
     """Samples and grades what is missing from the cache, in parts, so that an interruption loses at most one of
     them.
     """
     missing = cache.missing
     if not missing:
         return
+    if cfg.validate and chosen_engine(cfg.engine) == "vllm":
+        raise InputError(
+            f"--validate {list(cfg.validate)} needs vLLM for the student, and a process that still has to sample the teacher's "
+            "rollouts has it for the teacher; make them first, without --validate and with --rollouts DIR --max-steps 1"
+        )
     engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
     at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
-    with Verifier() as verifier, common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
+    with common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
         for start in range(0, len(missing), at_a_time):
             chosen = missing[start : start + at_a_time]
             rollouts = sample_rollouts(
@@ -137,13 +143,13 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
 
-    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run:
+    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, Verifier() as verifier:
         torch.manual_seed(cfg.seed)
 
         # 1. Sample from the teacher, once.
         identity = rollout_identity(cfg, run.record["parents"]["teacher"]["sha256"], problems)
         cache = RolloutCache(Path(cfg.rollouts or run.partial / "teacher_rollouts"), identity, problems, prompts)
-        sample_teacher(cache, tokenizer, cfg)
+        sample_teacher(cache, tokenizer, verifier, cfg)
         chosen = [index for index in range(len(cache)) if cfg.keep == "all" or cache.correct[index]]
         common.print0(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {len(chosen)}")
         if not chosen:
@@ -160,8 +166,12 @@ def main(cfg: Config) -> None:
         policy = load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
+        engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
+        validation = Validation(cfg, tokenizer, engine, verifier, run)
 
         for step in run.steps(len(mini_batches)):
+            run.export(step, policy, tokenizer)
+            validation.score(step, policy)
             # 2. Train the student on the teacher's responses: towards its distributions (fkl), or on its tokens (sft).
             rollouts = [cache[index] for index in mini_batches[step]]
             num_tokens = common.count_tokens(rollouts)  # of all ranks and micro-batches
@@ -183,6 +193,7 @@ def main(cfg: Config) -> None:
             metrics = {name: loss, "lr": lr, "grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             run.log(step, metrics, rollouts, show=(name, "grad_norm"))
             run.save(step + 1, policy, optimizer, trained_on=(rollout.problem for rollout in rollouts))
+        validation.score(len(mini_batches), policy)
         run.finish(policy, tokenizer)
 
 

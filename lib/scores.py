@@ -1,10 +1,20 @@
-"""avg@k ± standard error over problems (App. F), pass@k, and paired differences between two checkpoints."""
+"""avg@k ± standard error over problems (App. F), pass@k, paired differences, and the validation while a stage trains."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-from common import InputError
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from common import InputError, Problem, TrainingConfig
+from lib.data import load_problems, tokenize_prompts
+from lib.engines import Sampling, TorchEngine, VLLMEngine
+from lib.policy import Policy
+from lib.rollouts import grade, sample_rollouts
+from lib.verifier import Verifier
+
+REPORTED = TrainingConfig.exclude  # the evaluation sets that the paper reports on
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -39,3 +49,104 @@ def paired_difference(first: dict[str, float], second: dict[str, float]) -> tupl
             "two checkpoints were evaluated on different problems and cannot be compared; evaluate both anew"
         )
     return mean_and_error(np.array([first[problem_id] - second[problem_id] for problem_id in first]))
+
+
+def check_decoding(top_p: float, top_k: int, prefix: str = "--") -> None:
+    """InputError for a top-p above 1 or a top-k that keeps no token. `prefix` is how the names of both arguments begin."""
+    if top_p > 1:
+        raise InputError(f"{prefix}top-p {top_p} is more than all of the distribution; give 1 or less")
+    if top_k < 1 and top_k != -1:
+        raise InputError(f"{prefix}top-k {top_k} keeps no token; give 1 or more, or -1 for all")
+
+
+# Validation
+
+
+def validation_sets(
+    cfg: TrainingConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, tuple[list[Problem], dict[str, list[int]]]]:
+    """Each set of `--validate` by its name: the problems, and their prompts' token ids by problem id.
+
+    InputError for a set that cannot be had or has the name of another one, for a prompt that is too long, for a wrong
+    decoding setting, and for a set by which `--keep-best` may not choose.
+    """
+    check_decoding(cfg.validate_top_p, cfg.validate_top_k, "--validate-")
+    if cfg.keep_best and not cfg.validate:
+        raise InputError("--keep-best has no scores to choose by; name a set with --validate, or leave --keep-best out")
+    sets = {}
+    for source in cfg.validate:
+        if cfg.keep_best and source in REPORTED:
+            _refuse_choice(source, "it is an evaluation set")
+        name = Path(source).stem
+        if name in sets:
+            raise InputError(
+                f"--validate {list(cfg.validate)}: two sets have one name, and their scores need two; rename a file"
+            )
+        try:
+            problems = load_problems(source, quiet=True)
+        except InputError as error:  # its sentence takes the set for the one of --data
+            raise InputError(str(error).replace("--data", "--validate")) from None
+        sets[name] = (
+            problems,
+            tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens),
+        )
+        for reported in set(REPORTED).intersection(cfg.exclude) if cfg.keep_best else ():
+            shared = {problem.id for problem in load_problems(reported, quiet=True)} & sets[name][1].keys()
+            if shared:
+                _refuse_choice(source, f"{len(shared)} of its {len(problems)} problems stand in {reported}")
+    return sets
+
+
+def _refuse_choice(source: str, reason: str) -> None:
+    raise InputError(
+        f"--keep-best would choose the weights by --validate {source!r}, and later scores on the same problems would be "
+        f"too good ({reason}); validate on other problems, or leave --keep-best out"
+    )
+
+
+class Validation:
+    """avg@k on the sets of `--validate` while a stage trains. Without any it does nothing.
+
+    `engine` samples the responses and `run`, the stage's lib.runs.Run, receives the scores. Successive validations use
+    the same random numbers, so that less of the difference between two of them is chance.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: TorchEngine | VLLMEngine | None,
+        verifier: Verifier,
+        run,
+    ):
+        self.cfg, self.tokenizer, self.engine, self.verifier, self.run = cfg, tokenizer, engine, verifier, run
+        self.sets = validation_sets(cfg, tokenizer)
+        self.sampling = Sampling(
+            cfg.max_response_tokens, cfg.validate_temperature, cfg.validate_top_p, cfg.validate_top_k
+        )
+
+    def score(self, steps: int, policy: Policy) -> None:
+        """Measures and logs the policy's scores if they are due: every `validate_every` steps, and after the last one.
+
+        `steps` counts the finished steps. With `--keep-best` the weights are kept if they are the best so far.
+        Collective.
+        """
+        if not self.sets or (steps % self.cfg.validate_every and steps != self.run.total_steps):
+            return
+        scores = {}
+        with self.run.phase("validation"):
+            self.engine.sync(policy)
+            for name, (problems, prompts) in self.sets.items():
+                rollouts = sample_rollouts(
+                    self.engine, problems, prompts, self.cfg.validate_k, self.sampling, (self.cfg.seed, "validate")
+                )
+                grade(rollouts, self.verifier)
+                samples = [
+                    {"id": r.problem.id, "sample": r.sample, "correct": r.correct, "finish_reason": r.finish_reason,
+                     "tokens": len(r.response_ids)}
+                    for r in rollouts
+                ]  # fmt: skip
+                scores[name] = summarise(samples, self.cfg.validate_k)
+            self.engine.sleep()
+        self.run.log_validation(steps, scores)
+        self.run.keep_if_best(steps, policy, self.tokenizer)
