@@ -576,7 +576,7 @@ class Run:
             if path.name != "run.json":
                 shutil.copyfile(path, self.partial / path.name)
         described = read_run(str(best))
-        print(f"{self.out}: kept the weights after step {described['steps']}, which scored best in validation")
+        print(f"{self.out}: kept the weights after {described['steps']} steps, which scored best in validation")
         own = {"steps": described["steps"], "consumed": described["consumed"]}
         return {**own, "kept_step": described["steps"], **{name: described.get(name, {}) for name in ("first", "last")}}
 

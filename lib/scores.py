@@ -84,8 +84,8 @@ def validation_sets(
             )
         try:
             problems = load_problems(source, quiet=True)
-        except InputError as error:  # its sentence takes the set for the one of --data
-            raise InputError(str(error).replace("--data", "--validate")) from None
+        except InputError as error:  # whose sentence may take the set for that of --data
+            raise InputError(f"--validate: {str(error).replace('--data', '--validate')}") from None
         sets[name] = (
             problems,
             tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens),
