@@ -110,8 +110,8 @@ def sample_teacher(cache: RolloutCache, tokenizer, verifier: Verifier, cfg: Conf
         return
     if cfg.validate and chosen_engine(cfg.engine) == "vllm":
         raise InputError(
-            f"--validate {list(cfg.validate)} needs vLLM for the student, and a process that still has to sample the teacher's "
-            "rollouts has it for the teacher; make them first, without --validate and with --rollouts DIR --max-steps 1"
+            f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the teacher's missing "
+            "rollouts; make those first, with --rollouts DIR --max-steps 1 and with --exclude in the place of --validate"
         )
     engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
@@ -172,6 +172,7 @@ def main(cfg: Config) -> None:
         for step in run.steps(len(mini_batches)):
             run.export(step, policy, tokenizer)
             validation.score(step, policy)
+
             # 2. Train the student on the teacher's responses: towards its distributions (fkl), or on its tokens (sft).
             rollouts = [cache[index] for index in mini_batches[step]]
             num_tokens = common.count_tokens(rollouts)  # of all ranks and micro-batches

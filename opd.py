@@ -188,6 +188,7 @@ def main(cfg: Config) -> None:
         for step in run.steps(len(batches)):
             run.export(step, policy, tokenizer)
             validation.score(step, policy)
+
             # 1. Sample from the student.
             with run.phase("rollout"):
                 engine.sync(policy)

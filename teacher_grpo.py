@@ -243,6 +243,7 @@ def main(cfg: Config) -> None:
         for step in run.steps(len(batches)):
             run.export(step, policy, tokenizer)
             validation.score(step, policy)
+
             # 1. Sample a group of responses to each prompt, reward them, and compare each with its group.
             with run.phase("rollout"):
                 engine.sync(policy)

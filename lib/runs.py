@@ -75,7 +75,7 @@ def prepare(
         check_checkpoint(model, len(tokenizer))
     prompts = tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
     if not cfg.dry_run:
-        for model in {sampled or cfg.model, *([cfg.model] if cfg.validate else [])}:
+        for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
             check_engine(cfg, model)
     return problems, tokenizer, prompts
 
@@ -312,9 +312,8 @@ class Run:
         path, lines = self.partial / "metrics.jsonl", []
         if path.exists():
             written = path.read_text(encoding="utf-8").splitlines(True)
-            whole = [
-                json.loads(line) for line in written if line.endswith("\n")
-            ]  # a kill may have cut the last one short
+            # A kill may have cut the last line short.
+            whole = [json.loads(line) for line in written if line.endswith("\n")]
             lines = [line for line in whole if line["step"] < self.steps_done]
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -86,12 +86,10 @@ def validation_sets(
             problems = load_problems(source, quiet=True)
         except InputError as error:  # whose sentence may take the set for that of --data
             raise InputError(f"--validate: {str(error).replace('--data', '--validate')}") from None
-        sets[name] = (
-            problems,
-            tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens),
-        )
-        for reported in set(REPORTED).intersection(cfg.exclude) if cfg.keep_best else ():
-            shared = {problem.id for problem in load_problems(reported, quiet=True)} & sets[name][1].keys()
+        prompts = tokenize_prompts(tokenizer, problems, cfg.instruction, cfg.thinking, cfg.max_prompt_tokens)
+        sets[name] = problems, prompts
+        for reported in (name for name in REPORTED if cfg.keep_best and name in cfg.exclude):
+            shared = {problem.id for problem in load_problems(reported, quiet=True)} & prompts.keys()
             if shared:
                 _refuse_choice(source, f"{len(shared)} of its {len(problems)} problems stand in {reported}")
     return sets

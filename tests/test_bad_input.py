@@ -287,7 +287,7 @@ CASES = {
     "chosen by what is reported": ("opd", "--validate math500 --keep-best", None,
         "--keep-best would choose the weights by --validate 'math500', and later scores on the same problems would be too good (it is an evaluation set); validate on other problems, or leave --keep-best out"),
     "a vLLM engine for teacher and student": ("fkl_warmup", "--validate {tmp}/data.jsonl --engine vllm", lines(ROW),
-        "--validate ['{tmp}/data.jsonl'] needs vLLM for the student, and a process that still has to sample the teacher's rollouts has it for the teacher; make them first, without --validate and with --rollouts DIR --max-steps 1"),
+        "--validate ['{tmp}/data.jsonl'] needs vLLM for the student, and this process needs it for the teacher's missing rollouts; make those first, with --rollouts DIR --max-steps 1 and with --exclude in the place of --validate"),
     # the output directory
     "out exists": ("teacher_grpo", "--out {tmp}", None,
         "--out '{tmp}' already exists; name another, or delete it"),

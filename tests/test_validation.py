@@ -261,14 +261,21 @@ def test_two_ranks_validate_export_and_keep_what_one_does(student, teacher, prob
         assert record(one / part)["consumed"] == record(two / part)["consumed"]
 
 
-def test_stage_2a_validates_with_vllm_once_the_teachers_rollouts_are_there(
-    student, teacher, problems, test_problems, tmp_path
-):
-    """The most likely responses, which do not depend on the sampler's random numbers, are those of the other sampler."""
+def test_stage_2a_validates_with_vllm_once_the_teachers_rollouts_are_there(student, teacher, problems, tmp_path):
+    """The most likely responses, which do not depend on the sampler's random numbers, are those of the other sampler.
+
+    The rollouts are made as the sentence says that refuses to validate while they are missing.
+    """
     pytest.importorskip("vllm")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(Path(problems).read_text().splitlines(True)[:5]))
+    rollouts = dict(rollouts=str(tmp_path / "rollouts"), engine="torch")
+    fkl_warmup.main(
+        warmup(student, teacher, problems, tmp_path / "first", exclude=(str(held_out),), max_steps=1, **rollouts)
+    )
     config = warmup(
-        student, teacher, problems, tmp_path / "torch", max_steps=2, rollouts=str(tmp_path / "rollouts"),
-        engine="torch", validate=(test_problems,), validate_temperature=0.0, validate_every=1, validate_k=1,
+        student, teacher, problems, tmp_path / "torch", max_steps=2, **rollouts,
+        validate=(str(held_out),), validate_temperature=0.0, validate_every=1, validate_k=1,
     )  # fmt: skip
     fkl_warmup.main(config)
     vllm = dataclasses.replace(config, engine="vllm", out=str(tmp_path / "vllm"))
