@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import textwrap
 from pathlib import Path
@@ -101,6 +102,11 @@ def test_a_validation_scores_as_the_evaluation_does_and_changes_nothing(
 def test_validation_problems_are_never_trained_on(stage, student, teacher, problems, tmp_path):
     every = Path(problems).read_text().splitlines(True)
     (tmp_path / "some.jsonl").write_text("".join(every[:4]))
+    if stage == "student":  # may have been trained on by a checkpoint before, and Stage 3 has then nothing to refuse
+        seen = [problem.id for problem in lib.data.load_problems(str(tmp_path / "some.jsonl"))]
+        student = shutil.copytree(student, tmp_path / "student")
+        (student / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "consumed": seen}))
+        student = str(student)
     script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", half="full")
     script.main(dataclasses.replace(config, validate=(str(tmp_path / "some.jsonl"),)))
     trained, held_out = (
@@ -162,7 +168,7 @@ def test_the_best_weights_are_kept_and_of_equals_the_earlier(teacher, problems, 
 
 
 def test_the_mean_over_the_sets_decides(teacher, problems, test_problems, tmp_path, monkeypatch):
-    scripted(monkeypatch, [0.5, 0.5, 1.0, 0.2, 0.0, 0.9])
+    scripted(monkeypatch, [0.0, 0.9, 0.6, 0.6, 0.9, 0.0])
     other = write_problems(tmp_path / "other.jsonl", 4, seed=2)
     settings = dict(validate=(test_problems, other), validate_every=1, validate_k=5, keep_best=True)
     teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", max_steps=2, **settings))
@@ -192,6 +198,30 @@ def test_weights_that_are_best_again_after_a_kill_are_kept(teacher, problems, te
     assert record(tmp_path / "out")["kept_step"] == 2
     assert_same_weights(tmp_path / "out", tmp_path / "out" / "step-000002")
     assert not list((tmp_path / "out").glob("best-*"))
+
+
+def test_validations_of_a_resumed_run_are_those_of_one_that_ran_through(
+    student, teacher, problems, test_problems, tmp_path, monkeypatch, graded
+):
+    """A kill comes after the validation before a step and before the step's own line; the step before was saved."""
+    more = dict(validate=(test_problems,), validate_every=1, validate_k=3)
+    opd.main(distill(student, teacher, problems, tmp_path / "straight", **more))
+    config = distill(student, teacher, problems, tmp_path / "cut", **more)
+    log = lib.runs.Run.log
+
+    def die(run, step, *arguments, **options):
+        if step == 2:
+            raise Killed
+        log(run, step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lib.runs.Run, "log", die)
+        with pytest.raises(Killed):
+            opd.main(config)
+    assert [line["step"] for line in metrics(tmp_path / "cut.partial")] == [0, 0, 1, 1, 2]
+    opd.main(dataclasses.replace(config, resume=True))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
+    assert record(tmp_path / "cut")["validation"] == record(tmp_path / "straight")["validation"]
 
 
 def test_the_best_is_not_chosen_by_problems_of_an_excluded_evaluation_set(
