@@ -104,9 +104,10 @@ class InputError(ValueError):
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
     """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive."""
-    allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
+    allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", "validate_temperature", *may_be_zero}
+    may_be_minus_one = ("top_k", "validate_top_k")  # which means all tokens
     for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # which has -1 for all
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in may_be_minus_one:
             flag = f"--{name.replace('_', '-')} {value}"
             if value < 0 or (value == 0 and name not in allowed):
                 least = "zero or more" if name in allowed else "a number above zero"

@@ -39,7 +39,7 @@ from lib.policy import check_checkpoint, load_config
 from lib.rewards import Reward, make_grader
 from lib.rollouts import grade, sample_rollouts
 from lib.samples import SampleFile, grading_key, prompts_key, sample_directories, write_whole
-from lib.scores import paired_difference, summarise
+from lib.scores import check_decoding, paired_difference, summarise
 from lib.verifier import Verifier
 
 
@@ -195,10 +195,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
     if len(set(labels)) != len(models) or len(labels) != len(models):
         raise InputError(f"--labels {list(labels)} must be one different name for each of the {len(models)} --models")
     sample_directories(cfg.out, labels)
-    if cfg.top_p > 1:
-        raise InputError(f"--top-p {cfg.top_p} is more than all of the distribution; give 1 or less")
-    if cfg.top_k < 1 and cfg.top_k != -1:
-        raise InputError(f"--top-k {cfg.top_k} keeps no token; give 1 or more, or -1 for all")
+    check_decoding(cfg.top_p, cfg.top_k)
     datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")

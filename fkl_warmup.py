@@ -48,12 +48,14 @@ import common
 from common import Batch, InputError, Problem, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data, memory
-from lib.engines import Sampling, make_engine
+from lib.engines import Sampling, chosen_engine, make_engine
 from lib.policy import Policy, load_policy
-from lib.rewards import make_grader, reward_sha256
+from lib.rewards import Reward, make_grader, reward_sha256
 from lib.rollouts import RolloutCache, grade, sample_rollouts
 from lib.runs import Run, prepare
+from lib.scores import Validation
 from lib.texts import Texts, learns_from_texts
+from lib.verifier import Verifier
 
 
 @dataclass
@@ -107,18 +109,26 @@ def rollout_identity(cfg: Config, source_sha256: str, problems: Sequence[Problem
     return identity | {name: getattr(cfg, name) for name in names}
 
 
-def fill_cache(cache: RolloutCache, order: list[Problem], texts: Texts | None, tokenizer, cfg: Config) -> None:
+def fill_cache(
+    cache: RolloutCache, order: list[Problem], texts: Texts | None, tokenizer, verifier: Verifier | Reward, cfg: Config
+) -> None:
     """Samples from the teacher, or reads from `texts`, what the updates need and the cache lacks, and grades it.
 
     This goes along the order of training, so that a limited run samples only the beginning of a longer one, and in
     parts, so that an interruption loses at most one of them. With `--keep correct` nobody knows beforehand how many
     problems `--max-steps` updates need, so parts are sampled until there are enough right answers.
     """
-    enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     missing = [problem for problem in dict.fromkeys(order) if problem.id not in cache.rows]
+    if missing and not texts and cfg.validate and chosen_engine(cfg.engine) == "vllm":
+        raise InputError(
+            f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the teacher's "
+            "missing rollouts; make those first, with --rollouts DIR --max-steps 1 and with --exclude in the place of "
+            "--validate"
+        )
+    enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
     engine, sampling = None, Sampling(cfg.max_response_tokens, cfg.temperature)
-    with make_grader(cfg) as verifier, common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
+    with common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
         for start in range(0, len(missing), at_a_time):
             chosen = missing[start : start + at_a_time]
             if len(training_order(cache, order[: order.index(chosen[0])], cfg.keep)) >= enough:
@@ -149,7 +159,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
 
-    with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run:
+    with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as verifier:
         torch.manual_seed(cfg.seed)
 
         # 1. Sample from the teacher, once; or read what another model has written.
@@ -160,7 +170,7 @@ def main(cfg: Config) -> None:
         # How many problems the updates need is known beforehand only if all have the same number of responses.
         needed = cfg.max_steps * cfg.mini_batch_prompts if cfg.max_steps and cfg.keep == "all" and not texts else None
         order = [problem for [problem] in data.problem_batches(problems, 1, cfg.passes, cfg.seed, needed)]
-        fill_cache(cache, order, texts, tokenizer, cfg)
+        fill_cache(cache, order, texts, tokenizer, verifier, cfg)
         if texts:
             texts.report_too_long()
         rows = training_order(cache, order, cfg.keep)
@@ -179,8 +189,13 @@ def main(cfg: Config) -> None:
         policy = load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
+        engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
+        validation = Validation(cfg, tokenizer, engine, verifier, run)
 
         for step in run.steps(len(mini_batches)):
+            run.export(step, policy, tokenizer)
+            validation.score(step, policy)
+
             # 2. Train the student on the teacher's responses: towards its distributions (fkl), or on its tokens (sft).
             rollouts = [cache[row] for row in mini_batches[step]]
             num_tokens = common.count_tokens(rollouts)  # of all ranks and micro-batches
@@ -202,6 +217,7 @@ def main(cfg: Config) -> None:
             metrics = {name: loss, "lr": lr, "grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             run.log(step, metrics, rollouts, show=(name, "grad_norm"))
             run.save(step + 1, policy, optimizer, trained_on=(rollout.problem for rollout in rollouts))
+        validation.score(len(mini_batches), policy)
         run.finish(policy, tokenizer)
 
 

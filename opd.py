@@ -54,6 +54,7 @@ from lib.policy import Policy, load_policy, release
 from lib.rewards import make_grader
 from lib.rollouts import grade, sample_rollouts
 from lib.runs import Run, prepare
+from lib.scores import Validation
 
 
 @dataclass
@@ -180,10 +181,14 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
+        validation = Validation(cfg, tokenizer, engine, verifier, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
+            run.export(step, policy, tokenizer)
+            validation.score(step, policy)
+
             # 1. Sample from the student.
             with run.phase("rollout"):
                 engine.sync(policy)
@@ -218,6 +223,7 @@ def main(cfg: Config) -> None:
                 common.print0(f"C2: the student starts {kl:.2f} nats a token from the teacher; warm it up (longer).")
             run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "response_tokens"))
             run.save(step + 1, policy, optimizer, trained_on=batches[step])
+        validation.score(len(batches), policy)
         run.finish(policy, tokenizer)
 
 

@@ -47,6 +47,7 @@ from lib.policy import Policy, load_policy, release
 from lib.rewards import make_grader
 from lib.rollouts import grade, sample_rollouts
 from lib.runs import Run, prepare
+from lib.scores import Validation
 
 
 @dataclass
@@ -231,6 +232,7 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
+        validation = Validation(cfg, tokenizer, engine, verifier, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
         common.print0(
@@ -239,6 +241,9 @@ def main(cfg: Config) -> None:
         )
 
         for step in run.steps(len(batches)):
+            run.export(step, policy, tokenizer)
+            validation.score(step, policy)
+
             # 1. Sample a group of responses to each prompt, reward them, and compare each with its group.
             with run.phase("rollout"):
                 engine.sync(policy)
@@ -263,6 +268,7 @@ def main(cfg: Config) -> None:
             metrics |= {"reward": rewards.mean().item(), "frac_reward_zero_std": zero_std.mean().item(), "lr": lr}
             run.log(step, metrics, rollouts, show=("reward", "response_tokens", "kl_to_reference", "loss"))
             run.save(step + 1, policy, optimizer, trained_on=batches[step])
+        validation.score(len(batches), policy)
         run.finish(policy, tokenizer)
 
 

@@ -176,7 +176,7 @@ def _read_rows(source: str, argument: str = "--data") -> Iterable[dict]:
             repository, configuration, split = HUB_SETS[source]
         elif repository.count("/") != 1:
             raise InputError(
-                f"data set {source!r} is unknown; give one of {', '.join(HUB_SETS)}, a .jsonl or .parquet file, or "
+                f"{argument} {source!r} is no known data set; give one of {', '.join(HUB_SETS)}, a .jsonl or .parquet file, or "
                 "owner/name:split on the hub"
             )
         import datasets

@@ -112,10 +112,10 @@ def plan(
     return {"sampling": {**always, **sampling}, "training": {**always, **training}}
 
 
-def disk_bytes(trained: Size) -> dict[str, float]:
+def disk_bytes(trained: Size, save_dtype: str = "float32") -> dict[str, float]:
     """What a stage writes, by item. A training state has float32 weights and both states of AdamW."""
-    state = 12 * trained.parameters
-    return {"training state": state, "the next one, until it is complete": state, "checkpoint": 4 * trained.parameters}
+    state, checkpoint = 12 * trained.parameters, {"float32": 4, "bfloat16": 2}[save_dtype] * trained.parameters
+    return {"training state": state, "the next one, until it is complete": state, "checkpoint": checkpoint}
 
 
 def peak(planned: dict[str, dict[str, float]]) -> float:
@@ -169,8 +169,8 @@ def report(cfg, frozen: str | None, in_loss: bool) -> None:
     )
     for gigabytes in CARDS:
         print(f"- GPUs of {gigabytes} GB: {verdict(planned, gigabytes)}")
-    state, another, checkpoint = disk_bytes(sizes[0]).values()
+    state, another, checkpoint = disk_bytes(sizes[0], cfg.save_dtype).values()
     print(
         f"\nOn disk: {(state + another) / 1e9:.0f} GB for training states, of which two stand side by side during a save, "
-        f"and {checkpoint / 1e9:.0f} GB for the checkpoint."
+        f"and {checkpoint / 1e9:.0f} GB for {'each' if cfg.export_every or cfg.keep_best else 'the'} checkpoint."
     )

@@ -12,10 +12,14 @@ from common import first_line
 
 
 def plot_metrics(lines: list[dict], picture: Path) -> None:
-    """Draws every number of a metrics.jsonl against its step, one small panel each."""
+    """Draws every number of a metrics.jsonl against its step, one small panel each.
+
+    A number called NAME_se is drawn as the error bars of NAME.
+    """
     from matplotlib.figure import Figure  # importing it takes a second, which a stage need not wait for at its start
 
-    names = [name for name in dict.fromkeys(key for line in lines for key in line) if name != "step"]
+    every = dict.fromkeys(key for line in lines for key in line)
+    names = [name for name in every if name != "step" and name.removesuffix("_se") not in every.keys() - {name}]
     if not names:
         return
     columns = min(4, len(names))
@@ -27,6 +31,9 @@ def plot_metrics(lines: list[dict], picture: Path) -> None:
     for axis, name in zip(axes.flat, names):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         axis.plot(*zip(*points), linewidth=1.2, marker="." if len(points) < 30 else None)
+        bars = [(line["step"], line[name], line[f"{name}_se"]) for line in lines if line.get(f"{name}_se") is not None]
+        if bars:
+            axis.errorbar(*zip(*bars), fmt="none", capsize=2)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.tick_params(labelsize=7)
         axis.locator_params(nbins=5)
@@ -88,10 +95,9 @@ def draw_curves(checkpoints: dict[str, str], picture: Path) -> bool:
         labels = "all labels" if half == "full" else f"labels {half}"
         for title, names in CURVES.items():
             for name in names:
-                if lines and name in lines[0]:
-                    curves[title].append(
-                        (f"{label}: {name.replace('_', ' ')}, {labels}", [line[name] for line in lines])
-                    )
+                values = [line[name] for line in lines if name in line]  # a line of a validation has none of them
+                if values:
+                    curves[title].append((f"{label}: {name.replace('_', ' ')}, {labels}", values))
     curves = {title: drawn for title, drawn in curves.items() if drawn}
     if not curves:
         return False

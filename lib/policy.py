@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import os
@@ -284,14 +285,18 @@ def checkpoint_weights(model: str, dtype: torch.dtype) -> Iterator[tuple[str, Te
                     yield synonym, value.to(dtype)
 
 
-def save_pretrained(policy: Policy, directory: Path) -> None:
-    """Writes config and safetensors, from rank 0; all ranks take part in gathering the weights."""
+def save_pretrained(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes config and safetensors, from rank 0, in `dtype` or else in the policy's own; gathering is collective."""
     weights, kept = {}, {}  # kept: a tied matrix is kept, and so written, once
-    for (name, value), source in zip(full_weights(policy), policy.model.state_dict(keep_vars=True).values()):
+    for (name, value), source in zip(full_weights(policy, dtype), policy.model.state_dict(keep_vars=True).values()):
         if rank() == 0:
             weights[name] = kept.setdefault(id(source), value.cpu())
     if rank() == 0:
         policy.model.save_pretrained(directory, state_dict=weights)
+        if dtype not in (None, policy.model.dtype):  # transformers has written the dtype of the policy into the config
+            config = copy.deepcopy(policy.model.config)
+            config.dtype = dtype
+            config.save_pretrained(directory)
 
 
 # Checkpoints as files

@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common import (
@@ -50,6 +51,7 @@ from lib.engines import check_engine, check_lengths
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, device_mesh, load_config, save_pretrained
 from lib.rewards import reward_sha256
+from lib.scores import validation_sets
 
 # In a lone process PyTorch's checkpoint library warns at every call that it assumes a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -68,6 +70,7 @@ def prepare(
         raise InputError(f"--passes {cfg.passes} is more than 1000; give fewer, or say with --max-steps when to stop")
     device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
     tokenizer = load_tokenizer(cfg.model)
+    validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
     problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     if teacher:
         check_same_tokenizer(cfg.model, teacher, problems, cfg.instruction, cfg.system_prompt, cfg.thinking)
@@ -79,7 +82,8 @@ def prepare(
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())
     if not cfg.dry_run:
-        check_engine(cfg, sampled or cfg.model)
+        for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
+            check_engine(cfg, model)
     return problems, tokenizer, prompts
 
 
@@ -194,9 +198,11 @@ STOP_AFTER_SKIPPED = 3
 class Run:
     """The output directory of a stage while it runs.
 
-    Everything is written to OUT.partial: `metrics.jsonl` (one line for each step) and, every `save_every` steps, the
-    training state from which `--resume` continues. Only a complete checkpoint is renamed to OUT. So a directory called
-    OUT is always whole, however the process ends, and a Makefile can use it as a target.
+    Everything is written to OUT.partial: `metrics.jsonl` (one line for each step and one for each validation) and, every
+    `save_every` steps, the training state from which `--resume` continues. Only a complete checkpoint is renamed to OUT.
+    So a directory called OUT is always whole, however the process ends, and a Makefile can use it as a target. Beside
+    them are checkpoints along the way: `step-NNNNNN` of `--export-every`, and until the end `best-NNNNNN` of
+    `--keep-best`.
 
     The files of a training state are hashed when it is saved, and a state is resumed from only if the hashes still fit.
 
@@ -210,7 +216,9 @@ class Run:
     def __init__(self, cfg, parents: dict[str, str]):
         self.out = Path(cfg.out)
         self.partial = Path(f"{self.out}.partial")  # of the Path, so that "runs/x/" becomes "runs/x.partial"
-        self.save_every = cfg.save_every
+        self.save_every, self.export_every, self.keep_best = cfg.save_every, cfg.export_every, cfg.keep_best
+        self.save_dtype = getattr(torch, cfg.save_dtype)
+        self.total_steps: int | None = None  # known once `steps` is called
         self._lock = self._metrics = self._bar = None
         try:
             # Rank 0 reads and writes the files; the other ranks learn what it found.
@@ -220,10 +228,12 @@ class Run:
                 self._compare_settings(saved, self.record)
             self.steps_done = saved.get("steps", 0)
             self.record.update({name: saved[name] for name in ("consumed", "seconds") if name in saved})
-            self._skipped_in_a_row = on_rank_0(self._open_metrics)
+            self.lines = on_rank_0(self._open_metrics)  # of metrics.jsonl
         except InputError as error:
             self.__exit__(InputError, error, None)
             raise
+        skipped = [bool(line["skipped_steps"]) for line in self.lines if _is_training(line)]
+        self._skipped_in_a_row = len(skipped) if all(skipped) else skipped[::-1].index(False)
         self._began = time.monotonic()
         self._phases: dict[str, float] = defaultdict(float)
 
@@ -311,24 +321,29 @@ class Run:
             )
         return None, {}
 
-    def _open_metrics(self) -> int:
-        """Removes the lines of steps that were not saved; returns the number of skipped steps at the end of the
-        rest.
+    def _open_metrics(self) -> list[dict]:
+        """Removes from metrics.jsonl what will be made again, the lines of all later steps, and returns the rest.
+
+        The validation before a step has the step's number, and is made again with it.
         """
         path, lines = self.partial / "metrics.jsonl", []
         if path.exists():
-            whole = path.read_text(encoding="utf-8").splitlines(True)[: self.steps_done]
-            lines = [line for line in whole if line.endswith("\n")]  # a kill may have cut the last one short
+            written = path.read_text(encoding="utf-8").splitlines(True)
+            # A kill may have cut the last line short.
+            whole = [json.loads(line) for line in written if line.endswith("\n")]
+            lines = [line for line in whole if line["step"] < self.steps_done]
         unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(lines), encoding="utf-8")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         unfinished.rename(path)  # so that a kill at this moment does not leave an empty file
         self._metrics = path.open("a", encoding="utf-8")
-        skipped = [bool(json.loads(line).get("skipped_steps")) for line in lines]
-        return len(skipped) if all(skipped) else skipped[::-1].index(False)
+        return lines
 
     def _holds_work(self) -> bool:
-        """Whether OUT.partial holds anything worth keeping: a training state, rollouts, or those of a skipped step."""
-        return any(any(self.partial.glob(pattern)) for pattern in ("state-??????", "*/shard-??????", "skipped-*"))
+        """Whether OUT.partial holds anything worth keeping: a training state, a checkpoint along the way, rollouts, or
+        those of a skipped step.
+        """
+        patterns = ("state-??????", "step-??????", "*/shard-??????", "skipped-*")
+        return any(any(self.partial.glob(pattern)) for pattern in patterns)
 
     def __enter__(self) -> Run:
         return self
@@ -367,6 +382,7 @@ class Run:
 
     def steps(self, total: int) -> Iterable[int]:
         """The numbers of the steps still to do, while a progress bar shows how many are done."""
+        self.total_steps = total
         self._bar = progress_bar(total, self.out.name, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
             yield step
@@ -392,19 +408,43 @@ class Run:
             **metrics,
             "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
             "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-            **{f"seconds_{name}": round(seconds, 4) for name, seconds in self._phases.items()},
         }
+        line = self._append(line)
+        if rank() == 0 and self._bar is not None:
+            self._bar.set_postfix({name: f"{line[name]:.4g}" for name in show if line.get(name) is not None})
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
+        if self._skipped_in_a_row == STOP_AFTER_SKIPPED:
+            self._stop(step, rollouts)
+
+    def _append(self, line: dict[str, float]) -> dict[str, float | None]:
+        """Appends a line to metrics.jsonl, with the seconds of each phase added; returns it as it is written."""
+        line |= {f"seconds_{name}": round(seconds, 4) for name, seconds in self._phases.items()}
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
         self._phases.clear()
+        self.lines.append(line)
         if rank() == 0:
             with self._writing("metrics.jsonl"):
                 self._metrics.write(json.dumps(line) + "\n")
                 self._metrics.flush()
-            if self._bar is not None:
-                self._bar.set_postfix({name: f"{line[name]:.4g}" for name in show if line.get(name) is not None})
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
-        if self._skipped_in_a_row == STOP_AFTER_SKIPPED:
-            self._stop(step, rollouts)
+        return line
+
+    def log_validation(self, steps: int, scores: dict[str, dict]) -> None:
+        """Appends a line of its own to metrics.jsonl for the validation after `steps` steps, and says what it found.
+
+        `scores` has what lib.scores.summarise says of each set.
+        """
+        line, said = {"step": steps}, []
+        for name, score in scores.items():
+            line |= {f"validation_{name}": score["avg"], f"validation_{name}_se": score["se"]}
+            line |= {f"validation_{name}_{key}": score[key] for key in ("truncated", "tokens")}
+            error = "" if math.isnan(score["se"]) else f" ± {100 * score['se']:.1f}"
+            said.append(
+                f"{name} {100 * score['avg']:.1f}{error} % ({100 * score['truncated']:.1f} % truncated, "
+                f"{score['tokens']:.1f} tokens on average)"
+            )
+        self._append(line)
+        if rank() == 0:
+            tqdm.write(f"Validation after {steps} steps: {', '.join(said)}.")  # above the progress bar
 
     def _stop(self, step: int, rollouts: Sequence[Rollout]) -> None:
         path = self.partial / f"skipped-{step:06d}.json"
@@ -456,34 +496,112 @@ class Run:
             (unfinished / "SHA256SUMS").write_text(lines, encoding="utf-8")
             shutil.rmtree(state, ignore_errors=True)  # an older, damaged state of the same step
             unfinished.rename(state)
-        for older in self.partial.glob("state-*"):
-            if older != state:
+        # Earlier best weights go only now. A run that was resumed from the state before might still have needed them.
+        best = self.partial / f"best-{self._best_step():06d}" if self.keep_best else None
+        for older in (*self.partial.glob("state-*"), *self.partial.glob("best-*")):
+            if older not in (state, best):
                 shutil.rmtree(older)
 
-    def _write_record(self, directory: Path) -> None:
+    def _write_record(self, directory: Path, **changes) -> None:
+        """Writes run.json: the record as it is after this step, with the first and last line of the metrics so far."""
         seconds = self.record["seconds"] + time.monotonic() - self._began
         record = {**self.record, "steps": self.steps_done, "seconds": round(seconds, 1)}
+        if trained := [line for line in self.lines if _is_training(line)]:
+            record |= {"first": trained[0], "last": trained[-1]}
+        if validated := [line for line in self.lines if not _is_training(line)]:
+            record["validation"] = [
+                {k: v for k, v in line.items() if not k.startswith("seconds")} for line in validated
+            ]
         with self._writing("run.json"):
-            (directory / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (directory / "run.json").write_text(json.dumps(record | changes, indent=1) + "\n", encoding="utf-8")
+
+    def export(self, steps: int, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes the checkpoint OUT/step-NNNNNN every `export_every` steps. Collective.
+
+        Call it before each step, with the number of steps that are finished. A run that is resumed from the state of
+        the same step then writes the checkpoint again, in case the kill came between the two.
+        """
+        if self.export_every and steps and steps % self.export_every == 0:
+            self._write_checkpoint(f"step-{steps:06d}", policy, tokenizer)
+
+    def keep_if_best(self, steps: int, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+        """With `--keep-best`, writes the weights to OUT.partial if their validation is the best so far. Collective."""
+        if self.keep_best and self._best_step() == steps:
+            self._write_checkpoint(f"best-{steps:06d}", policy, tokenizer)
+
+    def _best_step(self) -> int:
+        """The step before which the validation had the highest mean over its sets, the earlier one of equals."""
+
+        def mean(line: dict) -> float:
+            averages = [value for name, value in line.items() if f"{name}_se" in line]
+            return sum(averages) / len(averages)
+
+        return max((line for line in self.lines if not _is_training(line)), key=mean)["step"]
+
+    def _write_checkpoint(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes a checkpoint with its own run.json, and gives it its name once it is whole. Collective."""
+        unfinished = self.partial / f"{name}.tmp"
+        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        try:
+            with self._writing(f"the checkpoint {name}"):
+                save_pretrained(policy, unfinished, self.save_dtype)
+            on_rank_0(lambda: self._accept_checkpoint(unfinished, tokenizer))
+        except InputError:
+            if rank() == 0:  # an incomplete checkpoint only takes room
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _accept_checkpoint(self, unfinished: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        checkpoint = unfinished.with_suffix("")
+        with self._writing(f"the checkpoint {checkpoint.name}"):
+            tokenizer.save_pretrained(unfinished)
+            self._write_record(unfinished)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # the same one, of the run before it was resumed
+            unfinished.rename(checkpoint)
 
     def finish(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the checkpoint, its curves and its record, and gives the directory its final name. Collective."""
-        with self._writing("the checkpoint"):
-            save_pretrained(policy, self.partial)
+        """Writes the checkpoint, its curves and its record, and gives the directory its final name. Collective.
+
+        With `--keep-best` it has the weights that scored best in validation.
+        """
+        if not self.keep_best:
+            with self._writing("the checkpoint"):
+                save_pretrained(policy, self.partial, self.save_dtype)
+        else:  # then OUT is not the checkpoint after the last step, which may be due as one along the way
+            self.export(self.steps_done, policy, tokenizer)
         on_rank_0(lambda: self._complete(tokenizer))
 
     def _complete(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        changes = {}
         with self._writing("the checkpoint"):
             tokenizer.save_pretrained(self.partial)
             self._metrics.close()
-            lines = [json.loads(line) for line in (self.partial / "metrics.jsonl").read_text().splitlines()]
-            if lines:
-                self.record |= {"first": lines[0], "last": lines[-1]}
-            plot_metrics(lines, self.partial / "curves.png")
-        self._write_record(self.partial)
+            plot_metrics(self.lines, self.partial / "curves.png")
+            if self.keep_best:
+                changes = self._take_best()
+        self._write_record(self.partial, **changes)
         self.partial.rename(self.out)
         _tidy(self.out)  # last, because a run that is killed before the renaming continues from the training state
         print(f"wrote {self.out}")
+
+    def _take_best(self) -> dict:
+        """Copies the best weights to their place; returns what run.json has to say of them and not of the last ones.
+
+        The original stays until OUT has its name: a run that is killed before that has to finish once more.
+        """
+        best = self.partial / f"best-{self._best_step():06d}"
+        for path in best.iterdir():
+            if path.name != "run.json":
+                shutil.copyfile(path, self.partial / path.name)
+        described = read_run(str(best))
+        print(f"{self.out}: kept the weights after {described['steps']} steps, which scored best in validation")
+        own = {"steps": described["steps"], "consumed": described["consumed"]}
+        return {**own, "kept_step": described["steps"], **{name: described.get(name, {}) for name in ("first", "last")}}
+
+
+def _is_training(line: dict) -> bool:
+    """Whether a line of metrics.jsonl is that of a step, and not that of a validation."""
+    return "skipped_steps" in line
 
 
 def _read_record(state: Path) -> dict | None:
@@ -496,8 +614,8 @@ def _read_record(state: Path) -> dict | None:
 
 def _tidy(checkpoint: Path) -> None:
     """Removes what a finished run no longer needs."""
-    for state in checkpoint.glob("state-*"):
-        shutil.rmtree(state, ignore_errors=True)
+    for directory in (*checkpoint.glob("state-*"), *checkpoint.glob("best-*")):
+        shutil.rmtree(directory, ignore_errors=True)
     (checkpoint / "lock").unlink(missing_ok=True)
 
 

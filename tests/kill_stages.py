@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 import fkl_warmup
 import lib.runs
+import lib.scores
 import opd
 import student_grpo
 import teacher_grpo
@@ -46,14 +47,15 @@ SHARED = dict(exclude=(), max_prompt_tokens=64, max_response_tokens=8, lr=1e-2)
 GRPO = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, require_finished=False, **SHARED)
 
 
-def stages(student: str, teacher: str, data: str, engine: str) -> dict:
-    """Script and settings by name; some save in every step, some in every second."""
+def stages(student: str, teacher: str, data: str, engine: str, validation: str) -> dict:
+    """Script and settings by name; some save in every step, some in every second; one validates and keeps the best."""
     shared = dict(data=data, engine=engine)
     return {
         "teacher": (teacher_grpo, dict(model=teacher, passes=2, save_every=2, **GRPO, **shared)),
         "warmup": (fkl_warmup, dict(model=student, teacher=teacher, passes=2, mini_batch_prompts=4, max_sequences=6,
                                     rollouts_per_prompt=2, save_every=1, **SHARED, **shared)),
         "bridge": (opd, dict(model=student, teacher=teacher, prompts_per_step=3, rollouts_per_prompt=2, save_every=2,
+                             passes=2, validate=(validation,), validate_every=1, keep_best=True, export_every=2,
                              **SHARED, **shared)),
         "student": (student_grpo, dict(model=student, half="full", passes=1, save_every=1, **GRPO, **shared)),
     }  # fmt: skip
@@ -152,7 +154,7 @@ def child(script, settings: dict, out: Path, drawn, action, said: Path) -> None:
     tqdm.std.tqdm.set_lock(threading.RLock())
     status = 1
     try:
-        teacher_grpo.grade = fkl_warmup.grade = opd.grade = made_up_grades
+        teacher_grpo.grade = fkl_warmup.grade = opd.grade = lib.scores.grade = made_up_grades
         moments = Moments(out, drawn, action)
         instrument(moments)
         script.main(script.Config(out=str(out), resume=True, **settings))
@@ -197,7 +199,8 @@ def outcome(out: Path) -> dict:
     return {
         "weights": (out / "model.safetensors").read_bytes(),
         "metrics": [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines],
-        "record": [record["consumed"], record["steps"]],
+        "record": [record[name] for name in ("consumed", "steps", "validation", "kept_step") if name in record],
+        "exports": [path.read_bytes() for path in sorted(out.glob("step-??????/model.safetensors"))],
         "rollouts": [row for shard in sorted(out.glob("teacher_rollouts/shard-??????"))
                      for row in datasets.load_from_disk(str(shard)).to_list()],
         "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
@@ -282,7 +285,9 @@ def full_disk(script, settings: dict, directory: Path, straight: dict, kind: str
 def main(out: str, student: str, teacher: str, problems: str, kills: str, seed: str, engine: str = "torch") -> None:
     directory, rng, total = Path(out), random.Random(int(seed)), int(kills)
     directory.mkdir(parents=True, exist_ok=True)
-    every = stages(student, teacher, problems, engine)
+    validation = directory / "validation.jsonl"
+    validation.write_text("".join(Path(problems).read_text().splitlines(True)[:3]))  # less for that stage to train on
+    every = stages(student, teacher, problems, engine, str(validation))
     print("| stage | killed at |\n|---|---|")
     for index, (name, (script, settings)) in enumerate(every.items()):
         died = gauntlet(name, script, settings, directory, (total + len(every) - 1 - index) // len(every), rng)

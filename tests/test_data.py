@@ -265,7 +265,7 @@ def test_every_pass_has_an_order_of_its_own():
 
 BAD = {
     "no such file": ("nowhere.jsonl", "is not a readable .jsonl or .parquet file"),
-    "unknown name": ("no-such-set", "is unknown; give one of dapo,"),
+    "unknown name": ("no-such-set", "is no known data set; give one of dapo,"),
     "a directory": (".", "is not a readable .jsonl or .parquet file"),
     "not JSON": (["{'prompt': 1}"], "line 1 of"),
     "a bad line far down": (['{"prompt": "a", "answer": "1"}'] * 730 + ['{"prompt": "b", "ans'], "line 731 of"),

@@ -63,9 +63,11 @@ def test_dry_run_under_torchrun_plans_for_its_processes(student, problems, tmp_p
 
 def test_disk_of_an_8b_model():
     """About 98 GB for a training state in float32 with both states of AdamW, and two of them during a save."""
-    disk = lib.memory.disk_bytes(lib.memory.size_of(hours.MODELS["Qwen3-8B"]))
+    size = lib.memory.size_of(hours.MODELS["Qwen3-8B"])
+    disk = lib.memory.disk_bytes(size)
     assert disk["training state"] / 1e9 == pytest.approx(98, abs=1)
     assert sum(disk.values()) / 1e9 == pytest.approx(2 * 98 + 33, abs=2)
+    assert lib.memory.disk_bytes(size, "bfloat16")["checkpoint"] == disk["checkpoint"] / 2
 
 
 @cache
