@@ -100,6 +100,10 @@ class InputError(ValueError):
     """A fault that the user can mend: one sentence with what is wrong and the remedy, printed without a traceback."""
 
 
+class AlreadyFinished(InputError):
+    """With --resume there is nothing left to do, which is no fault: the sentence is printed, and the exit status is 0."""
+
+
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
     """Raises InputError for a number in a Config that is negative, not finite, or zero where it has to be positive."""
     allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
@@ -125,6 +129,8 @@ def cli(main: Callable, config: type) -> None:
     try:
         start_process()
         main(cfg)
+    except AlreadyFinished as finished:
+        print0(str(finished))
     except InputError as error:
         status = 2
         if rank():

@@ -146,6 +146,17 @@ def interrupted(*changes):
     return prepare
 
 
+def finished(place):
+    """{tmp}/out, the checkpoint of a run of `teacher_grpo` with the settings in RESUMED that has finished."""
+    interrupted()(place)
+    (place.tmp / "out.partial" / "state-000001" / "run.json").rename(place.tmp / "out.partial" / "run.json")
+    (place.tmp / "out.partial").rename(place.tmp / "out")
+    for left in ("state-000001", "lock"):
+        shutil.rmtree(place.tmp / "out" / left) if (place.tmp / "out" / left).is_dir() else (
+            place.tmp / "out" / left
+        ).unlink()
+
+
 RESUMED = "--save-every 1 --max-steps 2 --passes 1 --prompts-per-step 2 --resume"
 
 
@@ -275,9 +286,15 @@ CASES = {
     "interrupted run, not resumed": ("teacher_grpo", "", interrupted(),
         "{tmp}/out.partial holds an interrupted run; add --resume to continue it, or delete it"),
     "resumed with other settings": ("teacher_grpo", RESUMED + " --lr 0.5", interrupted(),
-        "--resume: the interrupted run had lr = 1e-06, now it is 0.5; give the same settings, or delete {tmp}/out.partial"),
+        "--resume: the run in {tmp}/out.partial had lr = 1e-06, now it is 0.5; give the same settings, name another --out, or delete {tmp}/out.partial"),
+    "finished, then resumed with other settings": ("teacher_grpo", RESUMED + " --lr 0.5", finished,
+        "--resume: the run in {tmp}/out had lr = 1e-06, now it is 0.5; give the same settings, name another --out, or delete {tmp}/out"),
+    "finished, then resumed by another stage": ("opd", RESUMED, finished,
+        "--resume: {tmp}/out holds a run of teacher_grpo.py, not of opd.py; name another --out, or delete it"),
+    "finished, and not resumed": ("teacher_grpo", RESUMED.removesuffix(" --resume"), finished,
+        "--out '{tmp}/out' already exists; name another, or delete it"),
     "resumed by another stage": ("opd", RESUMED, interrupted(),
-        "--resume: {tmp}/out.partial holds an interrupted run of teacher_grpo.py, not of opd.py; name another --out, or delete it"),
+        "--resume: {tmp}/out.partial holds a run of teacher_grpo.py, not of opd.py; name another --out, or delete it"),
     "resumed from a damaged state": ("teacher_grpo", RESUMED, interrupted(cut("__0_0.distcp", 5000)),
         "no training state in {tmp}/out.partial is whole, __0_0.distcp of state-000001 is not what was written; delete the directory to begin again"),
     # checkpoints
