@@ -164,7 +164,10 @@ def write_curves(cfg: Config) -> None:
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.curves)} --curves"
         )
     runs.check_writable(cfg.out)
-    if not draw_curves(dict(zip(labels, cfg.curves)), Path(cfg.out) / "curves.png"):
+    halves = [runs.read_run(directory).get("config", {}).get("half") for directory in cfg.curves]
+    on_labels = {"full": ", all labels", "1H": ", labels 1H", "2H": ", labels 2H"}
+    names = [label + on_labels.get(half, "") for label, half in zip(labels, halves)]
+    if not draw_curves(dict(zip(names, cfg.curves)), Path(cfg.out) / "curves.png"):
         raise InputError(
             f"--curves {list(cfg.curves)}: none of them has a metrics.jsonl; name checkpoints of the stages"
         )

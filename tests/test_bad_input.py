@@ -149,12 +149,11 @@ def interrupted(*changes):
 def finished(place):
     """{tmp}/out, the checkpoint of a run of `teacher_grpo` with the settings in RESUMED that has finished."""
     interrupted()(place)
-    (place.tmp / "out.partial" / "state-000001" / "run.json").rename(place.tmp / "out.partial" / "run.json")
-    (place.tmp / "out.partial").rename(place.tmp / "out")
-    for left in ("state-000001", "lock"):
-        shutil.rmtree(place.tmp / "out" / left) if (place.tmp / "out" / left).is_dir() else (
-            place.tmp / "out" / left
-        ).unlink()
+    partial = place.tmp / "out.partial"
+    (partial / "state-000001" / "run.json").rename(partial / "run.json")
+    shutil.rmtree(partial / "state-000001")
+    (partial / "lock").unlink()
+    partial.rename(place.tmp / "out")
 
 
 RESUMED = "--save-every 1 --max-steps 2 --passes 1 --prompts-per-step 2 --resume"
