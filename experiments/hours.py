@@ -27,9 +27,9 @@ MODELS = {
     "Qwen3-14B": Qwen3Config(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
                              tie_word_embeddings=False, **QWEN3),
     "Llama-3.1-8B": LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                                num_attention_heads=32, num_key_value_heads=8),
+                                num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072),
     "Llama-3.3-70B": LlamaConfig(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                                 num_attention_heads=64, num_key_value_heads=8),
+                                 num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131072),
 }  # fmt: skip
 PAIRS = [("Qwen3-1.7B", "Qwen3-8B"), ("Qwen3-1.7B", "Qwen3-14B"), ("Llama-3.1-8B", "Llama-3.3-70B")]
 
