@@ -282,13 +282,13 @@ demo: $(REPORT)/demo/results.json
 	@$(PY) -m experiments.audit --curves $(DEMO:%=$(S)/%) --labels $(DEMO_LABELS) --out $(<D) > /dev/null
 	@cat $(<D)/table.md
 	@echo
-	@echo "Each row of the first table is a checkpoint, and its number says how many of its answers to test problems are right."
+	@echo "Each row of the first table is a checkpoint, with the percentage of its answers to test problems that are right."
 	@echo "Direct GRPO spent all training labels on the student. The teacher, the warmup and the bridge used half of them, 1H:"
 	@echo "first the teacher learnt from the labels (Stage 1), and then the student from the teacher (Stages 2a and 2b)."
 	@echo "The last row trained on with the other half, 2H (Stage 3). The paper expects each of these steps to help, and the"
 	@echo "bridge to beat direct GRPO. A difference of less than two standard errors (±) may be chance."
-	@echo "Pictures: $(<D)/bars.png, and $(<D)/curves.png, whose curves are on training problems: where Stage 3 begins lower"
-	@echo "than the bridge ends, it is because its half is new to it."
+	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png. The curves are of training problems."
+	@echo "Stage 3 begins lower there than the bridge ends, because the problems of its half are new to it."
 
 # The chain of the four stages and its report, on one GPU. It has never run.
 one-gpu:
