@@ -37,3 +37,17 @@ def test_bad_response_files(tmp_path, lines, message):
     with pytest.raises(InputError, match=message):
         audit.main(audit.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
     assert not (tmp_path / "out").exists()
+
+
+def test_curves_say_which_labels_they_are_on(tmp_path, monkeypatch):
+    """Otherwise Stage 3, whose labels are new to the student, seems to begin by losing what the bridge had learnt."""
+    drawn = {}
+    monkeypatch.setattr(audit, "draw_curves", lambda curves, picture: drawn.update(curves) or True)
+    for name, half in (("direct", "full"), ("bridge", "1H"), ("student", "2H")):
+        (tmp_path / name).mkdir()
+        record = {"stage": "opd", "parents": {}, "consumed": [], "config": {"half": half}}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    (tmp_path / "raw").mkdir()
+    curves = [str(tmp_path / name) for name in ("direct", "bridge", "student", "raw")]
+    audit.main(audit.Config(curves=tuple(curves), out=str(tmp_path)))
+    assert drawn == dict(zip(["direct, all labels", "bridge, labels 1H", "student, labels 2H", "raw"], curves))
