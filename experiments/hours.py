@@ -5,6 +5,7 @@ python -m experiments.hours
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,9 @@ MODELS = {
     "Qwen3-14B": Qwen3Config(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
                              tie_word_embeddings=False, **QWEN3),
     "Llama-3.1-8B": LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                                num_attention_heads=32, num_key_value_heads=8),
+                                num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072),
     "Llama-3.3-70B": LlamaConfig(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                                 num_attention_heads=64, num_key_value_heads=8),
+                                 num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131072),
 }  # fmt: skip
 PAIRS = [("Qwen3-1.7B", "Qwen3-8B"), ("Qwen3-1.7B", "Qwen3-14B"), ("Llama-3.1-8B", "Llama-3.3-70B")]
 
@@ -103,37 +104,63 @@ GROUP = 8  # rollouts of a prompt, in every stage
 STREAMED = 512  # sequences of a GPU at a time where responses need not wait for one another (--max-sequences)
 
 
-def read_seconds(size: Size, sequences: np.ndarray | float, cached_tokens: np.ndarray | float) -> np.ndarray | float:
+@dataclass(frozen=True)
+class Assumed:
+    """What an estimate of time rests on; by default that for the paper's scale."""
+
+    gpus: int = GPUS
+    flops: float = FLOPS * UTILISATION  # of each GPU in a second, in training
+    bandwidth: float = BANDWIDTH * OF_BANDWIDTH  # bytes that each GPU reads in a second, in sampling
+    pass_seconds: float = 0.0  # what a token takes at least; a small model waits for the CPU, not for its weights
+    response: int = RESPONSE  # mean tokens
+    longest: int = LONGEST
+    streamed: int = STREAMED
+
+
+PAPER = Assumed()
+# GSM8K on one GPU: an RTX 4090 (165 TFLOP/s, 1.01 TB/s) and an H100, which small models use less well than large ones do.
+SHORT = dict(gpus=1, pass_seconds=0.005, response=250, longest=1024)
+ONE_GPU = {
+    24: ("Qwen3-0.6B", "Qwen3-0.6B", Assumed(flops=165e12 * 0.3, bandwidth=1.01e12 * 0.6, streamed=128, **SHORT)),
+    80: ("Qwen3-0.6B", "Qwen3-1.7B", Assumed(flops=989e12 * 0.3, bandwidth=3.35e12 * 0.6, **SHORT)),
+}  # CARD -> student, teacher, assumptions
+GSM8K, GSM8K_TEST = 7_473, 1_319
+
+
+def read_seconds(
+    size: Size, sequences: np.ndarray | float, cached_tokens: np.ndarray | float, assumed: Assumed = PAPER
+) -> np.ndarray | float:
     """Time in which a GPU reads the weights once, and the cache of so many sequences: that of sampling a token of each.
 
     A model too large for a GPU is split over 8 (`--tensor-parallel 8`), each of which reads its part.
     """
     weights = 2 * size.parameters / (8 if size.parameters > 30e9 else 1)
     cache = sequences * size.layers * 2 * size.key_value * 2 * cached_tokens
-    return (weights + cache) / (OF_BANDWIDTH * BANDWIDTH)
+    return np.maximum((weights + cache) / assumed.bandwidth, assumed.pass_seconds)
 
 
-def batch_seconds(size: Size, rollouts: int) -> float:
+def batch_seconds(size: Size, rollouts: int, assumed: Assumed = PAPER) -> float:
     """Time in which all GPUs sample a batch of rollouts, the last of which everyone waits for.
 
-    Lengths are taken to be exponential with mean RESPONSE, cut at LONGEST. While a few long responses are still being
+    Lengths are taken to be exponential around their mean, cut at the longest. While a few long responses are still being
     sampled, every token of theirs costs a whole pass over the weights.
     """
-    token = np.arange(LONGEST)
-    running = np.exp(-token / RESPONSE)  # probability that a response is at least so long
+    token = np.arange(assumed.longest)
+    running = np.exp(-token / assumed.response)  # probability that a response is at least so long
     anyone = 1 - (1 - running) ** rollouts
-    return float((anyone * read_seconds(size, rollouts / GPUS * running, PROMPT + token)).sum())
+    return float((anyone * read_seconds(size, rollouts / assumed.gpus * running, PROMPT + token, assumed)).sum())
 
 
-def stream_seconds(size: Size, rollouts: int) -> float:
+def stream_seconds(size: Size, rollouts: int, assumed: Assumed = PAPER) -> float:
     """Time in which all GPUs sample rollouts that need not wait for one another (teacher rollouts, evaluation)."""
-    return rollouts / GPUS * RESPONSE / STREAMED * read_seconds(size, STREAMED, PROMPT + RESPONSE / 2)
+    tokens, at_a_time = rollouts / assumed.gpus * assumed.response, assumed.streamed
+    return tokens / at_a_time * read_seconds(size, at_a_time, PROMPT + assumed.response / 2, assumed)
 
 
-def train_seconds(rollouts: int, trained: Size, passes: list[Size]) -> float:
+def train_seconds(rollouts: int, trained: Size, passes: list[Size], assumed: Assumed = PAPER) -> float:
     """Time in which all GPUs train on rollouts, activations computed twice; `passes` are forward passes besides."""
     flops = 8 * trained.parameters + sum(2 * size.parameters for size in passes)
-    return rollouts * (PROMPT + RESPONSE) * flops / (FLOPS * UTILISATION * GPUS)
+    return rollouts * (PROMPT + assumed.response) * flops / (assumed.flops * assumed.gpus)
 
 
 def stage_hours(student: Size, teacher: Size, labels: int = LABELS) -> dict[str, float]:
@@ -200,9 +227,49 @@ def hours() -> str:
     return "\n".join(lines) + "\n"
 
 
+def one_gpu_hours() -> str:
+    """Markdown: hours of `make one-gpu` by stage, for both cards, with the Makefile's numbers of passes."""
+    columns: dict[str, dict[str, float]] = {}
+    for card, (student_name, teacher_name, assumed) in ONE_GPU.items():
+        student, teacher = size_of(MODELS[student_name]), size_of(MODELS[teacher_name])
+
+        def grpo(model: Size, labels: float, passes: int = 2) -> float:  # 32 prompts at a time
+            once = labels * GROUP
+            update = train_seconds(once, model, [model, model], assumed)
+            return passes * (once / 256 * batch_seconds(model, 256, assumed) + update)
+
+        half = GSM8K // 2 * GROUP
+        distil = train_seconds(half, student, [teacher], assumed)
+        seconds = {
+            "direct GRPO, all labels": grpo(student, GSM8K),
+            "1 teacher, 1H": grpo(teacher, GSM8K // 2),
+            "2a warmup, 1H": stream_seconds(teacher, half, assumed) + distil,
+            "2b OPD, 1H": half / 256 * batch_seconds(student, 256, assumed) + distil,
+            "3 GRPO, 2H": grpo(student, GSM8K // 2),
+            "evaluation of all, 4 samples": 4 * GSM8K_TEST * sum(
+                stream_seconds(size, 1, assumed) for size in (*[student] * 5, teacher, teacher)
+            ),
+        }  # fmt: skip
+        columns[f"{card} GB: {student_name} <- {teacher_name}"] = {
+            **{stage: value / 3600 for stage, value in seconds.items()}, "**sum**": sum(seconds.values()) / 3600
+        }  # fmt: skip
+    lines = [
+        "Hours of `make one-gpu CARD=24` (on an RTX 4090) and `CARD=80` (on an H100), estimated, not measured: GSM8K, "
+        f"{PROMPT} prompt and {SHORT['response']} response tokens on average, at most {SHORT['longest']}, no token quicker "
+        f"than {1000 * SHORT['pass_seconds']:.0f} ms. Training reaches 30 % of the GPU's FLOP/s, sampling 60 % of its "
+        "bandwidth. Loading of models, grading and installation are not in it.",
+        "",
+        "| stage | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for stage in next(iter(columns.values())):
+        lines.append(f"| {stage} | " + " | ".join(f"{column[stage]:.1f}" for column in columns.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     directory = Path("results/memory")
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in (("pairs", pairs()), ("one_gpu", one_gpu()), ("hours", hours())):
+    for name, text in (("pairs", pairs()), ("one_gpu", one_gpu() + "\n" + one_gpu_hours()), ("hours", hours())):
         (directory / f"{name}.md").write_text(text)
         print(text)

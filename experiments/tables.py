@@ -1,7 +1,7 @@
 """The paper's tables (arXiv 2605.12483, v4) with ours beside its figures, and its predictions as paired differences.
 
     python -m experiments.tables --runs runs/toy/seed0 runs/toy/seed1 --out runs/toy/tables   (make paper-toy does it)
-    python -m experiments.tables --runs runs/qwen3-8b --out runs/qwen3-8b/tables --pair qwen3-8b
+    python -m experiments.tables --runs runs/qwen3-8b/seed0 --out runs/qwen3-8b/tables --pair qwen3-8b
 
 Each run is a directory of checkpoints HALF/TEACHER/WHAT, as the Makefile builds them, with its evaluations in
 report-test/. HALF says which labels a checkpoint may use (full: all of them; 1H: the first of two random halves),

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common import (
+    AlreadyFinished,
     InputError,
     Problem,
     Rollout,
@@ -211,6 +212,7 @@ class Run:
     run before there was anything to keep, OUT.partial is removed.
 
     Raises InputError when OUT exists, is in use by another run, or holds an interrupted run that cannot be continued.
+    With `resume`, an OUT that the same settings have made raises AlreadyFinished, on which a stage ends as a success.
     """
 
     def __init__(self, cfg, parents: dict[str, str]):
@@ -225,7 +227,7 @@ class Run:
             self.record, states = on_rank_0(lambda: self._open(cfg, parents))
             self.state, saved = self._newest_whole(states)
             if saved:
-                self._compare_settings(saved, self.record)
+                self._compare_settings(saved, self.record, self.partial)
             self.steps_done = saved.get("steps", 0)
             self.record.update({name: saved[name] for name in ("consumed", "seconds") if name in saved})
             self.lines = on_rank_0(self._open_metrics)  # of metrics.jsonl
@@ -240,8 +242,14 @@ class Run:
     def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict | None]]]:
         """Locks the directory; returns this run's record, and the training states with their records, newest first."""
         if os.path.lexists(self.out):  # also a link to nothing, in whose place the finished run could not be put
-            if (self.out / "run.json").exists() and (self.out / "lock").exists():
+            finished = read_run(cfg.out)
+            if finished:
                 _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
+            if finished and cfg.resume:
+                self._compare_settings(finished, _new_record(cfg, parents), self.out)
+                raise AlreadyFinished(
+                    f"{self.out} is already finished, with these settings; there is nothing to resume"
+                )
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -259,50 +267,39 @@ class Run:
         paths = self._states()[::-1]
         if (paths or self._holds_work()) and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
-        record = {
-            "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
-            "config": dataclasses.asdict(cfg),
-            "parents": {role: read_lineage(model) for role, model in parents.items()},
-            "reward_sha256": reward_sha256(cfg),
-            "consumed": [],
-            "code": code_version(),
-            "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
-            "hardware": hardware(),
-            "ranks": world_size(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": 0.0,
-        }
         states = [(path, _read_record(path)) for path in paths]
-        return record, states
+        return _new_record(cfg, parents), states
 
     def _states(self) -> list[Path]:
         """The training states, oldest first."""
         return sorted(self.partial.glob("state-??????"))
 
-    def _compare_settings(self, saved: dict, record: dict) -> None:
+    def _compare_settings(self, saved: dict, record: dict, directory: Path) -> None:
+        """InputError unless `saved`, the record of the run in `directory`, is of the settings and parents in `record`."""
         if saved["stage"] != record["stage"]:
             raise InputError(
-                f"--resume: {self.partial} holds an interrupted run of {saved['stage']}.py, not of {record['stage']}.py; "
+                f"--resume: {directory} holds a run of {saved['stage']}.py, not of {record['stage']}.py; "
                 "name another --out, or delete it"
             )
         config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
         for name, value in config.items():
-            if name not in ("resume", "out") and saved["config"].get(name) != value:
+            before = saved.get("config", {}).get(name)
+            if name not in ("resume", "out") and before != value:
                 raise InputError(
-                    f"--resume: the interrupted run had {name} = {saved['config'].get(name)!r}, now it is {value!r}; "
-                    f"give the same settings, or delete {self.partial}"
+                    f"--resume: the run in {directory} had {name} = {before!r}, now it is {value!r}; "
+                    f"give the same settings, name another --out, or delete {directory}"
                 )
         for role, parent in record["parents"].items():
-            if saved["parents"][role]["sha256"] != parent["sha256"]:
+            if saved["parents"].get(role, {}).get("sha256") != parent["sha256"]:
                 content = "texts" if Path(parent["path"]).is_file() else "weights"
                 raise InputError(
-                    f"--resume: --{role} {parent['path']!r} has other {content} than when the run was interrupted; put "
-                    f"the old {content} back, or delete {self.partial}"
+                    f"--resume: --{role} {parent['path']!r} has other {content} than in the run in {directory}; put "
+                    f"the old {content} back, or delete {directory}"
                 )
         if saved.get("reward_sha256") != record["reward_sha256"]:
             raise InputError(
-                f"--resume: the file of --reward {config['reward']!r} is not what it was when the run was interrupted; "
-                f"put the old one back, or delete {self.partial}"
+                f"--resume: the file of --reward {config['reward']!r} is not what it was in the run in {directory}; put "
+                f"the old one back, or delete {directory}"
             )
 
     def _newest_whole(self, states: list[tuple[Path, dict | None]]) -> tuple[Path | None, dict]:
@@ -383,7 +380,8 @@ class Run:
     def steps(self, total: int) -> Iterable[int]:
         """The numbers of the steps still to do, while a progress bar shows how many are done."""
         self.total_steps = total
-        self._bar = progress_bar(total, self.out.name, "step", initial=self.steps_done)
+        route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
+        self._bar = progress_bar(total, route, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
             yield step
             self._bar.update()
@@ -602,6 +600,23 @@ class Run:
 def _is_training(line: dict) -> bool:
     """Whether a line of metrics.jsonl is that of a step, and not that of a validation."""
     return "skipped_steps" in line
+
+
+def _new_record(cfg, parents: dict[str, str]) -> dict:
+    """What `run.json` says of a run that begins; the weights of `parents` are hashed for it."""
+    return {
+        "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
+        "config": dataclasses.asdict(cfg),
+        "parents": {role: read_lineage(model) for role, model in parents.items()},
+        "reward_sha256": reward_sha256(cfg),
+        "consumed": [],
+        "code": code_version(),
+        "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
+        "hardware": hardware(),
+        "ranks": world_size(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": 0.0,
+    }
 
 
 def _read_record(state: Path) -> dict | None:

@@ -155,6 +155,16 @@ def interrupted(*changes):
     return prepare
 
 
+def finished(place):
+    """{tmp}/out, the checkpoint of a run of `teacher_grpo` with the settings in RESUMED that has finished."""
+    interrupted()(place)
+    partial = place.tmp / "out.partial"
+    (partial / "state-000001" / "run.json").rename(partial / "run.json")
+    shutil.rmtree(partial / "state-000001")
+    (partial / "lock").unlink()
+    partial.rename(place.tmp / "out")
+
+
 RESUMED = "--save-every 1 --max-steps 2 --passes 1 --prompts-per-step 2 --resume"
 
 
@@ -372,9 +382,15 @@ CASES = {
     "interrupted run, not resumed": ("teacher_grpo", "", interrupted(),
         "{tmp}/out.partial holds an interrupted run; add --resume to continue it, or delete it"),
     "resumed with other settings": ("teacher_grpo", RESUMED + " --lr 0.5", interrupted(),
-        "--resume: the interrupted run had lr = 1e-06, now it is 0.5; give the same settings, or delete {tmp}/out.partial"),
+        "--resume: the run in {tmp}/out.partial had lr = 1e-06, now it is 0.5; give the same settings, name another --out, or delete {tmp}/out.partial"),
+    "finished, then resumed with other settings": ("teacher_grpo", RESUMED + " --lr 0.5", finished,
+        "--resume: the run in {tmp}/out had lr = 1e-06, now it is 0.5; give the same settings, name another --out, or delete {tmp}/out"),
+    "finished, then resumed by another stage": ("opd", RESUMED, finished,
+        "--resume: {tmp}/out holds a run of teacher_grpo.py, not of opd.py; name another --out, or delete it"),
+    "finished, and not resumed": ("teacher_grpo", RESUMED.removesuffix(" --resume"), finished,
+        "--out '{tmp}/out' already exists; name another, or delete it"),
     "resumed by another stage": ("opd", RESUMED, interrupted(),
-        "--resume: {tmp}/out.partial holds an interrupted run of teacher_grpo.py, not of opd.py; name another --out, or delete it"),
+        "--resume: {tmp}/out.partial holds a run of teacher_grpo.py, not of opd.py; name another --out, or delete it"),
     "resumed from a damaged state": ("teacher_grpo", RESUMED, interrupted(cut("__0_0.distcp", 5000)),
         "no training state in {tmp}/out.partial is whole, __0_0.distcp of state-000001 is not what was written; delete the directory to begin again"),
     # checkpoints

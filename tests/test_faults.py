@@ -141,11 +141,9 @@ def test_other_weights_under_the_old_name_are_not_resumed_with(cut_short, studen
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib.runs, "read_lineage", changed)
-        with pytest.raises(
-            InputError, match="--resume: --model .* has other weights than when the run was interrupted"
-        ):
+        with pytest.raises(InputError, match="--resume: --model .* has other weights than in the run in "):
             lib.runs.Run(config, {"model": config.model})
-    with pytest.raises(InputError, match="holds an interrupted run of teacher_grpo.py, not of fkl_warmup.py"):
+    with pytest.raises(InputError, match="holds a run of teacher_grpo.py, not of fkl_warmup.py"):
         lib.runs.Run(warmup(student, config.model, config.data, config.out, resume=True), {"model": config.model})
 
 

@@ -66,10 +66,14 @@ def test_all_tables_need_each_checkpoint_once():
         options["out"] for script, options in commands if script != "evaluate" and not script.startswith("experiments")
     ]
     assert len(written) == len(set(written)) == 30
-    llama = [options["out"] for script, options in plan("tables", SCALE="paper", PAIR="llama") if "half" in options]
-    assert len(llama) == 6 and all(path.startswith("runs/llama/full/") for path in llama)
+    llama = [
+        options["out"]
+        for script, options in plan("tables", SCALE="paper", PAIR="llama", FIRST_NODE="n1")
+        if "half" in options
+    ]
+    assert len(llama) == 6 and all(path.startswith("runs/llama/seed0/full/") for path in llama)
     rows = {row.checkpoint for rows in tables.TABLES.values() for row in rows} - {"student", "teacher"}
-    assert {f"runs/qwen3-8b/{row}" for row in rows} <= set(written)
+    assert {f"runs/qwen3-8b/seed0/{row}" for row in rows} <= set(written)
 
 
 @pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("paper", "passes")])

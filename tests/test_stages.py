@@ -28,7 +28,7 @@ import lib.runs
 import opd
 import student_grpo
 import teacher_grpo
-from common import InputError
+from common import AlreadyFinished, InputError
 from experiments import toy
 
 ROOT = Path(__file__).parent.parent
@@ -387,6 +387,39 @@ def test_sigkill_leaves_a_state_that_the_command_line_resumes(teacher, problems,
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resuming_a_finished_run_is_a_success_that_loads_nothing(chain, teacher, problems, ranks):
+    """So a script may give --resume to every stage of its chain, whichever of them are finished."""
+    cfg = grpo(teacher, problems, chain / "teacher", half="1H", resume=True)
+    words = command_line(teacher_grpo, cfg)
+    if ranks > 1:
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    before = {path: path.stat().st_mtime_ns for path in (chain / "teacher").rglob("*")}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("teacher is already finished, with these settings; there is nothing to resume\n") == 1
+    assert "error" not in done.stderr and "Loading" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (chain / "teacher").rglob("*")} == before
+
+
+def test_every_stage_knows_that_it_is_finished(chain, student, teacher, problems, monkeypatch):
+    first, bridge = str(chain / "teacher"), str(chain / "bridge")
+    finished = [
+        (teacher_grpo, grpo(teacher, problems, first, half="1H", resume=True)),
+        (fkl_warmup, warmup(student, first, problems, chain / "warmup", half="1H", resume=True)),
+        (opd, distill(str(chain / "warmup"), first, problems, bridge, half="1H", resume=True)),
+        (student_grpo, grpo(bridge, problems, chain / "student", student_grpo.Config, resume=True)),
+    ]
+    for script in (teacher_grpo, fkl_warmup, opd):
+        monkeypatch.setattr(script, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    for script, cfg in finished:
+        with pytest.raises(AlreadyFinished):
+            script.main(cfg)
+        with pytest.raises(InputError, match="had lr = 0.01, now it is 0.5; give the same settings") as error:
+            script.main(dataclasses.replace(cfg, lr=0.5))
+        assert not isinstance(error.value, AlreadyFinished)
+
+
 # Bad input
 
 
@@ -425,7 +458,7 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
         (opd, distill(student, vocabulary, problems, out), "have different vocabularies .26 and 27 tokens, .*'new'"),
         (fkl_warmup, warmup(student, vocabulary, problems, out), "have different vocabularies"),
         (opd, distill(student, template, problems, out), "render prompts differently"),
-        (teacher_grpo, grpo(student, "dapoo", out), "data set 'dapoo' is unknown"),
+        (teacher_grpo, grpo(student, "dapoo", out), "--data 'dapoo' is no known data set"),
         (teacher_grpo, grpo(student, one, out, half="2H"), "--half 2H needs at least two problems"),
         (teacher_grpo, grpo(student, problems, out, max_prompt_tokens=5), "more than --max-prompt-tokens 5"),
         (teacher_grpo, grpo(student, problems, taken), "--out .*taken' already exists"),

@@ -1,0 +1,172 @@
+"""The Makefile as a newcomer meets it: its plans with every check that the stages make, a launcher that fails, and .venv."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rehearsal import MODELS, rehearse, write_models
+
+from common import InputError
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+
+
+def plan(target: str, **variables) -> str:
+    """What `make -n` prints where nothing has been made, without the installation."""
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    command = ["make", "-n", "-o", ".venv/installed", target, *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_models(list(MODELS))
+    return tmp_path
+
+
+PLANS = {  # target, variables of make, GB of a GPU that every stage must fit, stages and evaluations in the plan
+    "8B": ("tables", {}, None, 32),
+    "14B": ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, None, 32),
+    "Llama on two nodes": ("tables", {"PAIR": "llama", "FIRST_NODE": "node1"}, 141, 7),
+    "8B on two nodes": ("R7", {"NODES": 2, "FIRST_NODE": "node1"}, 80, 4),
+    "14B on 80 GB": ("R5-half", {"PAIR": "qwen3-14b"}, 80, 4),
+    "one GPU": ("R8", {"GPUS": 1}, None, 3),
+    "24 GB": ("one-gpu", {"CARD": 24}, 24, 6),
+    "80 GB": ("one-gpu", {"CARD": 80}, 80, 6),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_command_of_a_plan_would_be_accepted(name, place):
+    target, variables, card, count = PLANS[name]
+    text = plan(target, SCALE="paper" if target != "one-gpu" else "toy", **variables)
+    assert rehearse(text, card) == count
+    if target == "tables":
+        [tables] = Path("runs").glob("*/seed*/report-test/tables.md")
+        assert tables.parts[2] == f"seed{variables.get('SEED', 0)}"
+
+
+def test_seeds_do_not_meet(place):
+    for seed in (0, 1):
+        assert rehearse(plan("R5-half", SCALE="paper", SEED=seed)) == 4
+    assert sorted(path.name for path in Path("runs/qwen3-8b").iterdir()) == ["seed0", "seed1"]
+
+
+def drop(script: str):
+    return lambda text: "\n".join(line for line in text.splitlines() if f" {script} " not in line)
+
+
+def replace(old: str, new: str):
+    return lambda text: text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (drop("teacher_grpo.py"), "--teacher '.*/1H/rl/teacher' is not a checkpoint directory"),
+        (replace("--half 2H", "--half 1H"), "--half 1H: on 10 of its 10 problems .* already trained"),
+        (replace("--seed 0", "--seed 0 --tensor-parallel 3"), "--tensor-parallel 3 must divide .* processes .8."),
+        (replace("--seed 0", "--seed 0 --max-response-tokens 40000"), "'Qwen/Qwen3-8B' has 40960 positions"),
+        (replace("--seed 0", "--seed 0 --max-prompt-tokens 50"), "more than --max-prompt-tokens 50"),
+        (replace("--passes 1\n", "--passes 0\n"), "--passes 0 is too small"),
+        (replace("--data dapo", "--data dapo --shard-nodes 2"), "--shard-nodes 2: 8 processes cannot be grouped by 16"),
+        (replace("Qwen/Qwen3-1.7B", "Qwen3-1.7B"), "--model 'Qwen3-1.7B' is not a checkpoint directory"),
+    ],
+)
+def test_the_rehearsal_finds_what_would_be_refused(change, sentence, place):
+    """Otherwise the tests above would pass whatever the Makefile says."""
+    with pytest.raises(InputError, match=sentence):
+        rehearse(change(plan("R5-half", SCALE="paper")))
+
+
+LAUNCHER = """
+echo "$@" >> commands
+case "$*" in *"$FAIL"*) status=1;; *) status=0;; esac
+out=$(echo "$*" | sed 's/.*--out \\([^ ]*\\).*/\\1/')
+mkdir -p $out && touch $out/run.json
+exit $status
+"""
+
+
+def test_a_finished_checkpoint_outlives_a_stage_that_fails_in_its_last_moment(tmp_path):
+    """Make would otherwise delete its run.json, and with it what the checkpoint was trained on; then it is used again."""
+    (tmp_path / "launcher").write_text(LAUNCHER)
+    command = ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/installed", "R7", "SCALE=paper", "RUN=sh launcher"]
+    everything = ["teacher", "warmup", "bridge", "bridge-replay"]
+    for failing in everything:
+        environment = {**os.environ, "FAIL": f"--out runs/qwen3-8b/seed0/1H/rl/{failing} "}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode != 0 and len(list(tmp_path.rglob("run.json"))) == everything.index(failing) + 1
+    assert subprocess.run([*command, "-q"], cwd=tmp_path, env=environment, timeout=60).returncode == 0
+    outs = re.findall(r"--out \S+/(\S+)", (tmp_path / "commands").read_text())
+    assert outs == everything  # each of them once
+
+
+def test_two_nodes_need_a_place_to_meet():
+    command = ["make", "-n", "tables", "SCALE=paper", "PAIR=llama"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "give FIRST_NODE, the host name of the first of them" in done.stderr
+
+
+def test_each_stage_says_what_begins_and_where_it_ends_up():
+    said = [line for line in plan("R5-half", SCALE="paper").splitlines() if line.startswith("echo ")]
+    assert [re.match(r'echo "(.+?):', line)[1] for line in said] == ["Stage 1", "Stage 2a", "Stage 2b", "Stage 3"]
+    assert said[0].endswith('so that the student learns from a good one -> runs/qwen3-8b/seed0/1H/rl/teacher"')
+
+
+PYTHON = """
+[ "$2" = venv ] || exec {python} "$@"
+for directory; do :; done
+[ "$3" = --clear ] && rm -r $directory
+mkdir -p $directory/bin
+ln -sf {python} $directory/bin/python
+ln -sf {true} $directory/bin/pip
+"""  # makes an environment in no time, with a pip that does nothing
+
+
+def test_a_broken_environment_is_said_to_be_so_and_mended(tmp_path):
+    (tmp_path / "python").write_text(PYTHON.format(python=sys.executable, true=shutil.which("true")))
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "requirements-cpu.txt"):
+        (tmp_path / name).touch()
+    venv = tmp_path / ".venv"
+
+    def make(python: str = "sh python") -> subprocess.CompletedProcess:
+        command = ["make", "setup", f"PYTHON={python}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "sitecustomize.py").write_text("import sys; sys.version_info = (3, 9, 1)\n")
+    old = make(f"env PYTHONPATH={tmp_path}/old {sys.executable}")
+    assert old.returncode != 0 and "is Python 3.9, and 3.11 or newer is needed; name one" in old.stderr
+    assert not venv.exists()
+
+    assert make().returncode == 0 and "Nothing to be done" in make().stdout
+    installed = (venv / "installed").read_text()
+    assert installed.startswith(f"{sys.version_info[0]}.{sys.version_info[1]}-requirements")
+
+    (venv / "installed").unlink()  # as after an interruption: what is there is kept and completed
+    (venv / "marker").touch()
+    done = make()
+    assert done.returncode == 0 and "from nothing" not in done.stdout and (venv / "marker").exists()
+
+    for damage in ("no Python", "another Python"):
+        (venv / "marker").touch()
+        if damage == "no Python":
+            for name in venv.glob("bin/python*"):
+                name.unlink()
+            (venv / "bin" / "python").symlink_to(tmp_path / "nowhere")
+        else:
+            (venv / "installed").write_text("3.10-requirements.txt\n")
+        done = make()
+        assert done.returncode == 0, done.stderr
+        assert "from nothing because what is there is broken or was made for something else" in done.stdout
+        assert not (venv / "marker").exists() and (venv / "installed").read_text() == installed
