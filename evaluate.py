@@ -35,6 +35,7 @@ from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
 from lib.rollouts import grade, sample_rollouts
 from lib.scores import paired_difference, summarise
+from lib.stopping import Stopping
 from lib.verifier import Verifier
 
 
@@ -216,7 +217,7 @@ def main(cfg: Config) -> None:
         common.on_rank_0(lambda: runs.read_run(model))
     runs.check_writable(cfg.out)
 
-    with Verifier() as verifier:
+    with Stopping(f"the same command goes on from what {cfg.out} holds"), Verifier() as verifier:
         engines = Engines(cfg)
         results = {
             label: evaluate_model(model, label, cfg, datasets, verifier, engines) for label, model in models.items()

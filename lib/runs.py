@@ -30,14 +30,18 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common import (
     InputError,
     Problem,
     Rollout,
+    all_max,
     check_settings,
+    exit_process,
     first_line,
+    last_words,
     map_over_ranks,
     on_rank_0,
     print0,
@@ -49,6 +53,8 @@ from lib.data import check_same_tokenizer, load_tokenizer, load_training_problem
 from lib.engines import check_engine
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, device_mesh, load_config, save_pretrained
+from lib.stopping import Stopping, signal_name
+from lib.watch import drop_steps, find_warnings, one_sample, sample_lines, whole_lines
 
 # In a lone process PyTorch's checkpoint library warns at every call that it assumes a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -180,12 +186,20 @@ def _saved_hashes(state: Path) -> dict[str, str]:
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
 
+# What metrics are called beside the progress bar, where there is little room.
+SHORT_NAMES = {
+    "frac_reward_zero_std": "no_spread",
+    "kl_to_reference": "kl",
+    "response_tokens": "tokens",
+    "truncated": "cut",
+}
+
 
 class Run:
     """The output directory of a stage while it runs.
 
-    Everything is written to OUT.partial: `metrics.jsonl` (one line for each step) and, every `save_every` steps, the
-    training state from which `--resume` continues. Only a complete checkpoint is renamed to OUT. So a directory called
+    Everything is written to OUT.partial: `metrics.jsonl` (one line for each step), `samples.jsonl` (a few responses of
+    each step), `run.json` and, every `save_every` steps, the training state from which `--resume` continues. Only a complete checkpoint is renamed to OUT. So a directory called
     OUT is always whole, however the process ends, and a Makefile can use it as a target.
 
     The files of a training state are hashed when it is saved, and a state is resumed from only if the hashes still fit.
@@ -201,6 +215,7 @@ class Run:
         self.out = Path(cfg.out)
         self.partial = Path(f"{self.out}.partial")  # of the Path, so that "runs/x/" becomes "runs/x.partial"
         self.save_every = cfg.save_every
+        self._require_finished = getattr(cfg, "require_finished", False)
         self._lock = self._metrics = self._bar = None
         try:
             # Rank 0 reads and writes the files; the other ranks learn what it found.
@@ -209,11 +224,14 @@ class Run:
             if saved:
                 self._compare_settings(saved, self.record)
             self.steps_done = saved.get("steps", 0)
-            self.record.update({name: saved[name] for name in ("consumed", "seconds") if name in saved})
+            self.record.update({name: saved[name] for name in ("consumed", "seconds", "warnings") if name in saved})
             self._skipped_in_a_row = on_rank_0(self._open_metrics)
+            on_rank_0(lambda: drop_steps(self.partial / "samples.jsonl", self.steps_done))
+            self._lines = on_rank_0(lambda: whole_lines(self.partial / "metrics.jsonl"))
         except InputError as error:
             self.__exit__(InputError, error, None)
             raise
+        self._stopping = Stopping(f"the same command with --resume continues from what {self.partial} holds")
         self._began = time.monotonic()
         self._phases: dict[str, float] = defaultdict(float)
 
@@ -244,6 +262,7 @@ class Run:
             "config": dataclasses.asdict(cfg),
             "parents": {role: read_lineage(model) for role, model in parents.items()},
             "consumed": [],
+            "warnings": {},
             "code": code_version(),
             "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
             "hardware": hardware(),
@@ -314,9 +333,11 @@ class Run:
         return any(any(self.partial.glob(pattern)) for pattern in ("state-??????", "*/shard-??????", "skipped-*"))
 
     def __enter__(self) -> Run:
+        self._stopping.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._stopping.__exit__()
         if self._bar is not None:
             self._bar.close()  # so that the next message begins on a new line
         if self._metrics is not None:
@@ -349,7 +370,12 @@ class Run:
             print0(f"{self.out}: continuing after step {self.steps_done}")
 
     def steps(self, total: int) -> Iterable[int]:
-        """The numbers of the steps still to do, while a progress bar shows how many are done."""
+        """The numbers of the steps still to do, while a progress bar shows how many are done. Collective.
+
+        From here on a signal to stop waits for the end of the step, which `save` is told of.
+        """
+        on_rank_0(lambda: self._write_record(self.partial))  # for those who follow the run, as experiments.track does
+        self._stopping.patient = True
         self._bar = progress_bar(total, self.out.name, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
             yield step
@@ -366,7 +392,9 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], rollouts: Sequence[Rollout], show: Sequence[str] = ()) -> None:
         """Appends a line to metrics.jsonl, and shows the metrics named in `show` beside the progress bar.
 
-        The line also holds the rollouts' mean length in tokens and the share that was cut at the length limit.
+        The line also holds the rollouts' mean length in tokens, the share that was cut at the length limit, and, if they
+        have just been graded, the share in which no answer was found. A few of them are written to samples.jsonl, and
+        every `save_every` steps one is printed. Warnings (lib.watch) are printed once in a run.
         `metrics` must have `skipped_steps`, the number of optimizer steps that were skipped. After STOP_AFTER_SKIPPED
         steps in a row with any, the rollouts of the last are written to a file and the run ends with an InputError.
         """
@@ -377,17 +405,37 @@ class Run:
             "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
             **{f"seconds_{name}": round(seconds, 4) for name, seconds in self._phases.items()},
         }
+        if all(rollout.how for rollout in rollouts):  # those that Stage 2a reads from its cache do not have it
+            line["no_answer"] = sum(rollout.how == "no_answer" for rollout in rollouts) / len(rollouts)
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
         self._phases.clear()
         if rank() == 0:
             with self._writing("metrics.jsonl"):
                 self._metrics.write(json.dumps(line) + "\n")
                 self._metrics.flush()
+            self._show_samples(step, rollouts)
+            self._warn(line)
             if self._bar is not None:
-                self._bar.set_postfix({name: f"{line[name]:.4g}" for name in show if line.get(name) is not None})
+                shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
+                self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
         if self._skipped_in_a_row == STOP_AFTER_SKIPPED:
             self._stop(step, rollouts)
+
+    def _show_samples(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        lines = sample_lines(step, rollouts, self._require_finished)
+        with self._writing("samples.jsonl"), (self.partial / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        if step % self.save_every == 0:
+            tqdm.write(one_sample(lines[0], chars=400))
+
+    def _warn(self, line: dict) -> None:
+        """Prints the warnings that this step's line gives reason to, and records them."""
+        self._lines.append(line)
+        for kind, sentence in find_warnings(self._lines).items():
+            if kind not in self.record["warnings"]:
+                self.record["warnings"][kind] = sentence
+                tqdm.write(f"warning: {sentence}")
 
     def _stop(self, step: int, rollouts: Sequence[Rollout]) -> None:
         path = self.partial / f"skipped-{step:06d}.json"
@@ -404,7 +452,7 @@ class Run:
 
     def save(self, steps: int, policy: Policy, optimizer: torch.optim.Optimizer, trained_on: Iterable[Problem]) -> None:
         """Call it after every step: it records the step's problems, and saves the training state every `save_every`
-        steps.
+        steps. If a signal has asked any rank to stop, it saves the state, too, and then ends the process.
 
         `steps` counts the finished steps. `trained_on` are problems that the weights have been trained on, whether or
         not their answers were used; Stage 3 refuses them. The previous state is removed once the new one is complete.
@@ -413,7 +461,8 @@ class Run:
         """
         self.steps_done = steps
         self.record["consumed"] = sorted({*self.record["consumed"], *(problem.id for problem in trained_on)})
-        if steps % self.save_every:
+        stop = int(all_max({"signal": self._stopping.number})["signal"])
+        if steps % self.save_every and not stop:
             return
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
@@ -429,6 +478,18 @@ class Run:
             if rank() == 0:  # an incomplete state only takes room
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
+        if stop:
+            self._leave(stop)
+
+    def _leave(self, number: int) -> None:
+        """Ends the process in a sentence, after a signal and once the state is saved."""
+        if rank() == 0:
+            self._bar.close()
+            last_words(
+                f"stopped by {signal_name(number)} after step {self.steps_done}, which is saved; the same command with "
+                "--resume continues"
+            )
+        exit_process(128 + number)
 
     def _accept_state(self, unfinished: Path, hashes: dict[str, str]) -> None:
         state = unfinished.with_suffix("")
