@@ -197,7 +197,8 @@ def outcome(out: Path) -> dict:
     return {
         "weights": (out / "model.safetensors").read_bytes(),
         "metrics": [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines],
-        "record": [record["consumed"], record["steps"]],
+        "samples": (out / "samples.jsonl").read_text(),
+        "record": [record["consumed"], record["steps"], record["warnings"]],
         "rollouts": [row for shard in sorted(out.glob("teacher_rollouts/shard-??????"))
                      for row in datasets.load_from_disk(str(shard)).to_list()],
         "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
