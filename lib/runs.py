@@ -427,7 +427,7 @@ class Run:
         with self._writing("samples.jsonl"), (self.partial / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         if step % self.save_every == 0:
-            tqdm.write(one_sample(lines[0], chars=400))
+            tqdm.write(one_sample(lines[step // self.save_every % len(lines)], chars=400))  # a good one, a bad one, ...
 
     def _warn(self, line: dict) -> None:
         """Prints the warnings that this step's line gives reason to, and records them."""
