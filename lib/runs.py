@@ -215,6 +215,7 @@ class Run:
         self.out = Path(cfg.out)
         self.partial = Path(f"{self.out}.partial")  # of the Path, so that "runs/x/" becomes "runs/x.partial"
         self.save_every = cfg.save_every
+        self._stopping = Stopping(f"the same command with --resume continues from what {self.partial} holds")
         self._require_finished = getattr(cfg, "require_finished", False)
         self._lock = self._metrics = self._bar = None
         try:
@@ -231,7 +232,6 @@ class Run:
         except InputError as error:
             self.__exit__(InputError, error, None)
             raise
-        self._stopping = Stopping(f"the same command with --resume continues from what {self.partial} holds")
         self._began = time.monotonic()
         self._phases: dict[str, float] = defaultdict(float)
 

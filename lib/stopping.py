@@ -47,6 +47,7 @@ class Stopping:
         self.number = 0
         self.patient = False
         self._handlers: dict[int, object] = {}
+        self._writer: int | None = None
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
@@ -60,7 +61,7 @@ class Stopping:
         return self
 
     def __exit__(self, *_) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if self._writer is not None:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._wakeup)
