@@ -326,8 +326,7 @@ def exit_process(status: int) -> None:
 def last_words(sentence: str) -> None:
     """Prints the sentence in which this process ends, on standard error.
 
-    When workers end, torchrun prints a traceback of its own. So under torchrun a small process outlives this one, waits
-    until torchrun has ended as well, and says the sentence again, as the last thing on the screen.
+    torchrun then prints a traceback. So a small process waits until torchrun has ended, and says the sentence again.
     """
     print(sentence, file=sys.stderr, flush=True)
     if os.environ.get("TORCHELASTIC_ERROR_FILE") and hasattr(os, "pidfd_open"):  # torchrun sets it; Linux has pidfd
