@@ -324,9 +324,8 @@ def exit_process(status: int) -> None:
 
 
 def last_words(sentence: str) -> None:
-    """Prints the sentence in which this process ends, on standard error.
-
-    torchrun then prints a traceback. So a small process waits until torchrun has ended, and says the sentence again.
+    """Prints the sentence in which this process ends on standard error. torchrun then prints a traceback. So under
+    torchrun a small process waits until that has been printed, and says the sentence again.
     """
     print(sentence, file=sys.stderr, flush=True)
     if os.environ.get("TORCHELASTIC_ERROR_FILE") and hasattr(os, "pidfd_open"):  # torchrun sets it; Linux has pidfd
