@@ -23,6 +23,7 @@ import heapq
 import math
 import os
 import re
+import subprocess
 import sys
 import textwrap
 import time
@@ -121,7 +122,8 @@ def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
 
 
 def cli(main: Callable, config: type) -> None:
-    """Runs `main` with the settings of the command line. The exit status is 2 after an `InputError`, 1 after a failure.
+    """Runs `main` with the settings of the command line. The exit status is 2 after an `InputError`, 1 after a failure,
+    and 128 + the signal's number after a signal (lib.stopping).
 
     Under torchrun every process runs `main` and finds the same fault in the input. Rank 0 reports it and exits, and
     torchrun then ends the others.
@@ -144,7 +146,10 @@ def cli(main: Callable, config: type) -> None:
         status = 2
         if rank():
             time.sleep(10)  # Rank 0 reports what all ranks find, and torchrun ends this one meanwhile.
-        print(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}", file=sys.stderr)
+        last_words(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}")
+    except KeyboardInterrupt:
+        status = 130
+        last_words("stopped by Ctrl-C")
     except BaseException:
         if not dist.is_initialized():
             raise
@@ -331,6 +336,17 @@ def exit_process(status: int) -> None:
         os._exit(status)
     if status:
         sys.exit(status)
+
+
+def last_words(sentence: str) -> None:
+    """Prints the sentence in which this process ends on standard error. torchrun then prints a traceback. So under
+    torchrun a small process waits until that has been printed, and says the sentence again.
+    """
+    print(sentence, file=sys.stderr, flush=True)
+    if os.environ.get("TORCHELASTIC_ERROR_FILE") and hasattr(os, "pidfd_open"):  # torchrun sets it; Linux has pidfd
+        fd = os.pidfd_open(os.getppid())
+        wait = f"import select, sys; select.select([{fd}], [], [], 60)[0] and print(sys.argv[1], file=sys.stderr)"
+        subprocess.Popen([sys.executable, "-ISc", wait, sentence], pass_fds=[fd], start_new_session=True)
 
 
 def rank() -> int:

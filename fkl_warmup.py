@@ -215,7 +215,7 @@ def main(cfg: Config) -> None:
             name = {"fkl": "forward_kl", "sft": "cross_entropy"}[cfg.loss]
             loss = common.all_sum({"loss": loss_sum})["loss"] / num_tokens
             metrics = {name: loss, "lr": lr, "grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
-            run.log(step, metrics, rollouts, show=(name, "grad_norm"))
+            run.log(step, metrics, rollouts, show=(name, "grad_norm", "truncated"))
             run.save(step + 1, policy, optimizer, trained_on=(rollout.problem for rollout in rollouts))
         validation.score(len(mini_batches), policy)
         run.finish(policy, tokenizer)

@@ -221,7 +221,7 @@ def main(cfg: Config) -> None:
             metrics |= {"grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             if step == 0 and (kl := metrics["reverse_kl"]) > FAR_KL:
                 common.print0(f"C2: the student starts {kl:.2f} nats a token from the teacher; warm it up (longer).")
-            run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "response_tokens"))
+            run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "truncated", "response_tokens"))
             run.save(step + 1, policy, optimizer, trained_on=batches[step])
         validation.score(len(batches), policy)
         run.finish(policy, tokenizer)

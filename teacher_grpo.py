@@ -115,7 +115,8 @@ def grpo_loss(
 
     It is to be minimised. `importance_weights` w are the ratios of trainer to sampler, cut off at a largest value; they
     carry no gradient. At a token that is not clipped, the gradient with respect to log pi is -w rho A + beta (1 -
-    exp(log pi_ref - log pi)).
+    exp(log pi_ref - log pi)). The gradient is what counts: the loss is no measure of progress, because a group's
+    advantages sum to zero, and what is left says little more than whether right answers are longer than wrong ones.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # (N,)
     unclipped = -ratio * advantages
@@ -235,10 +236,6 @@ def main(cfg: Config) -> None:
         validation = Validation(cfg, tokenizer, engine, verifier, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
-        common.print0(
-            "The loss below is no measure of progress: a group's advantages sum to zero, so what is left of it says little "
-            "more than whether right answers are longer than wrong ones. Its gradient is what counts. Watch the reward."
-        )
 
         for step in run.steps(len(batches)):
             run.export(step, policy, tokenizer)
@@ -266,7 +263,8 @@ def main(cfg: Config) -> None:
             # 3. Log and save.
             zero_std = (rewards.std(dim=1, correction=0) == 0).float()  # (P,) groups whose advantages are all 0
             metrics |= {"reward": rewards.mean().item(), "frac_reward_zero_std": zero_std.mean().item(), "lr": lr}
-            run.log(step, metrics, rollouts, show=("reward", "response_tokens", "kl_to_reference", "loss"))
+            shown = ("reward", "frac_reward_zero_std", "truncated", "response_tokens", "kl_to_reference")
+            run.log(step, metrics, rollouts, show=shown)
             run.save(step + 1, policy, optimizer, trained_on=batches[step])
         validation.score(len(batches), policy)
         run.finish(policy, tokenizer)

@@ -9,6 +9,7 @@ nothing is different: a command is a process of its own, sees its own arguments,
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
@@ -29,7 +30,12 @@ def run(words: list[str]) -> int:
         return subprocess.run(words).returncode
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        handler = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches the child, too, which ends in its own way
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        signal.signal(signal.SIGINT, handler)
+        return status
     status = 0
     try:
         if module:

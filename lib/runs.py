@@ -38,8 +38,11 @@ from common import (
     InputError,
     Problem,
     Rollout,
+    all_max,
     check_settings,
+    exit_process,
     first_line,
+    last_words,
     map_over_ranks,
     on_rank_0,
     print0,
@@ -53,6 +56,8 @@ from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, device_mesh, load_config, save_pretrained
 from lib.rewards import reward_sha256
 from lib.scores import validation_sets
+from lib.stopping import Stopping, signal_name
+from lib.watch import drop_steps, find_warnings, one_sample, sample_lines
 
 # In a lone process PyTorch's checkpoint library warns at every call that it assumes a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -195,15 +200,23 @@ def _saved_hashes(state: Path) -> dict[str, str]:
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
 
+# What metrics are called beside the progress bar, where there is little room.
+SHORT_NAMES = {
+    "frac_reward_zero_std": "no_spread",
+    "kl_to_reference": "kl",
+    "response_tokens": "tokens",
+    "truncated": "cut",
+}
+
 
 class Run:
     """The output directory of a stage while it runs.
 
-    Everything is written to OUT.partial: `metrics.jsonl` (one line for each step and one for each validation) and, every
-    `save_every` steps, the training state from which `--resume` continues. Only a complete checkpoint is renamed to OUT.
-    So a directory called OUT is always whole, however the process ends, and a Makefile can use it as a target. Beside
-    them are checkpoints along the way: `step-NNNNNN` of `--export-every`, and until the end `best-NNNNNN` of
-    `--keep-best`.
+    Everything is written to OUT.partial: `metrics.jsonl` (one line for each step and one for each validation),
+    `samples.jsonl` (a few responses of each step), `run.json` and, every `save_every` steps, the training state from
+    which `--resume` continues. Only a complete checkpoint is renamed to OUT. So a directory called OUT is always whole,
+    however the process ends, and a Makefile can use it as a target. Beside them are checkpoints along the way:
+    `step-NNNNNN` of `--export-every`, and until the end `best-NNNNNN` of `--keep-best`.
 
     The files of a training state are hashed when it is saved, and a state is resumed from only if the hashes still fit.
 
@@ -221,6 +234,8 @@ class Run:
         self.save_every, self.export_every, self.keep_best = cfg.save_every, cfg.export_every, cfg.keep_best
         self.save_dtype = getattr(torch, cfg.save_dtype)
         self.total_steps: int | None = None  # known once `steps` is called
+        self._stopping = Stopping(f"the same command with --resume continues from what {self.partial} holds")
+        self._require_finished = getattr(cfg, "require_finished", False)
         self._lock = self._metrics = self._bar = None
         try:
             # Rank 0 reads and writes the files; the other ranks learn what it found.
@@ -229,8 +244,9 @@ class Run:
             if saved:
                 self._compare_settings(saved, self.record, self.partial)
             self.steps_done = saved.get("steps", 0)
-            self.record.update({name: saved[name] for name in ("consumed", "seconds") if name in saved})
+            self.record.update({name: saved[name] for name in ("consumed", "seconds", "warnings") if name in saved})
             self.lines = on_rank_0(self._open_metrics)  # of metrics.jsonl
+            on_rank_0(lambda: drop_steps(self.partial / "samples.jsonl", self.steps_done))
         except InputError as error:
             self.__exit__(InputError, error, None)
             raise
@@ -343,9 +359,11 @@ class Run:
         return any(any(self.partial.glob(pattern)) for pattern in patterns)
 
     def __enter__(self) -> Run:
+        self._stopping.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._stopping.__exit__()
         if self._bar is not None:
             self._bar.close()  # so that the next message begins on a new line
         if self._metrics is not None:
@@ -378,8 +396,13 @@ class Run:
             print0(f"{self.out}: continuing after step {self.steps_done}")
 
     def steps(self, total: int) -> Iterable[int]:
-        """The numbers of the steps still to do, while a progress bar shows how many are done."""
+        """The numbers of the steps still to do, while a progress bar shows how many are done. Collective.
+
+        From here on a signal to stop waits for the end of the step, which `save` is told of.
+        """
         self.total_steps = total
+        on_rank_0(lambda: self._write_record(self.partial))  # for those who follow the run, as experiments.track does
+        self._stopping.patient = True
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
         self._bar = progress_bar(total, route, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
@@ -397,7 +420,9 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], rollouts: Sequence[Rollout], show: Sequence[str] = ()) -> None:
         """Appends a line to metrics.jsonl, and shows the metrics named in `show` beside the progress bar.
 
-        The line also holds the rollouts' mean length in tokens and the share that was cut at the length limit.
+        The line also holds the rollouts' mean length in tokens, the share that was cut at the length limit, and, if they
+        have just been graded, the share in which no answer was found. A few of them are written to samples.jsonl, and
+        every `save_every` steps one is printed. Warnings (lib.watch) are printed once in a run.
         `metrics` must have `skipped_steps`, the number of optimizer steps that were skipped. After STOP_AFTER_SKIPPED
         steps in a row with any, the rollouts of the last are written to a file and the run ends with an InputError.
         """
@@ -407,9 +432,15 @@ class Run:
             "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
             "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         }
+        if all(rollout.how for rollout in rollouts):  # those that Stage 2a reads from its cache do not have it
+            line["no_answer"] = sum(rollout.how == "no_answer" for rollout in rollouts) / len(rollouts)
         line = self._append(line)
-        if rank() == 0 and self._bar is not None:
-            self._bar.set_postfix({name: f"{line[name]:.4g}" for name in show if line.get(name) is not None})
+        if rank() == 0:
+            self._show_samples(step, rollouts)
+            self._warn()
+            if self._bar is not None:
+                shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
+                self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
         if self._skipped_in_a_row == STOP_AFTER_SKIPPED:
             self._stop(step, rollouts)
@@ -444,6 +475,20 @@ class Run:
         if rank() == 0:
             tqdm.write(f"Validation after {steps} steps: {', '.join(said)}.")  # above the progress bar
 
+    def _show_samples(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        lines = sample_lines(step, rollouts, self._require_finished)
+        with self._writing("samples.jsonl"), (self.partial / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        if step % self.save_every == 0:
+            tqdm.write(one_sample(lines[step // self.save_every % len(lines)], chars=400))  # a good one, a bad one, ...
+
+    def _warn(self) -> None:
+        """Prints the warnings that the metrics so far give reason to, and records them."""
+        for kind, sentence in find_warnings(self.lines).items():
+            if kind not in self.record["warnings"]:
+                self.record["warnings"][kind] = sentence
+                tqdm.write(f"warning: {sentence}")
+
     def _stop(self, step: int, rollouts: Sequence[Rollout]) -> None:
         path = self.partial / f"skipped-{step:06d}.json"
 
@@ -461,7 +506,7 @@ class Run:
 
     def save(self, steps: int, policy: Policy, optimizer: torch.optim.Optimizer, trained_on: Iterable[Problem]) -> None:
         """Call it after every step: it records the step's problems, and saves the training state every `save_every`
-        steps.
+        steps. If a signal has asked any rank to stop, it saves the state, too, and then ends the process.
 
         `steps` counts the finished steps. `trained_on` are problems that the weights have been trained on, whether or
         not their answers were used; Stage 3 refuses them. The previous state is removed once the new one is complete.
@@ -470,7 +515,8 @@ class Run:
         """
         self.steps_done = steps
         self.record["consumed"] = sorted({*self.record["consumed"], *(problem.id for problem in trained_on)})
-        if steps % self.save_every:
+        stop = int(all_max({"signal": self._stopping.number})["signal"])
+        if steps % self.save_every and not stop:
             return
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
@@ -486,6 +532,18 @@ class Run:
             if rank() == 0:  # an incomplete state only takes room
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
+        if stop:
+            self._leave(stop)
+
+    def _leave(self, number: int) -> None:
+        """Ends the process in a sentence, after a signal and once the state is saved."""
+        if rank() == 0:
+            self._bar.close()
+            last_words(
+                f"stopped by {signal_name(number)} after step {self.steps_done}, which is saved; the same command with "
+                "--resume continues"
+            )
+        exit_process(128 + number)
 
     def _accept_state(self, unfinished: Path, hashes: dict[str, str]) -> None:
         state = unfinished.with_suffix("")
@@ -610,6 +668,7 @@ def _new_record(cfg, parents: dict[str, str]) -> dict:
         "parents": {role: read_lineage(model) for role, model in parents.items()},
         "reward_sha256": reward_sha256(cfg),
         "consumed": [],
+        "warnings": {},
         "code": code_version(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
         "hardware": hardware(),

@@ -178,7 +178,9 @@ def lock_down() -> None:
 
 def main(deadline: float, memory_bytes: int) -> None:
     """Answer questions until the parent closes stdin or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # If Ctrl-C ended a worker, its pair would be asked again.
+    # torchrun and the terminal send signals to the whole group. If one ended a worker, its pair would be asked again.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)

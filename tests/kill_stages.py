@@ -199,8 +199,9 @@ def outcome(out: Path) -> dict:
     return {
         "weights": (out / "model.safetensors").read_bytes(),
         "metrics": [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines],
-        "record": [record[name] for name in ("consumed", "steps", "validation", "kept_step") if name in record],
+        "record": [record[name] for name in ("consumed", "steps", "validation", "kept_step", "warnings") if name in record],
         "exports": [path.read_bytes() for path in sorted(out.glob("step-??????/model.safetensors"))],
+        "samples": (out / "samples.jsonl").read_text(),
         "rollouts": [row for shard in sorted(out.glob("teacher_rollouts/shard-??????"))
                      for row in datasets.load_from_disk(str(shard)).to_list()],
         "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),

@@ -34,6 +34,8 @@ GOOD = "--exclude --max-prompt-tokens 64 --max-response-tokens 8"
 SCRIPTS = {
     "experiments.audit": "--out {tmp}/out",
     "experiments.toy": "--out {tmp}/out",
+    "experiments.samples": "{tmp}/run",
+    "experiments.track": "{tmp}/run",
     "teacher_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
     "student_grpo": f"--model {{student}} --data {{problems}} --out {{tmp}}/out {GOOD}",
     "fkl_warmup": f"--model {{student}} --teacher {{teacher}} --data {{problems}} --out {{tmp}}/out {GOOD}",
@@ -598,6 +600,15 @@ CASES = {
         "--reports '{tmp}/a': its results.json is not a report of an evaluation; evaluate it anew"),
     "scores from something else": ("experiments.audit", "--lineage {student} --reports {tmp}/a", report("a", {"averages": {}}),
         "--reports '{tmp}/a': its results.json is not a report of an evaluation; evaluate it anew"),
+    # watching a run
+    "samples of no run": ("experiments.samples", "", None,
+        "'{tmp}/run' holds no samples.jsonl; name the --out of a stage that has made a step"),
+    "samples that there are not": ("experiments.samples", "--step 7", both(lines({"step": 0}, name="run/metrics.jsonl"), lines({"step": 0}, name="run/samples.jsonl")),
+        "{tmp}/run has no such samples; leave out --step or --only"),
+    "no samples to print": ("experiments.samples", "--last 0", both(lines(name="run/metrics.jsonl"), lines(name="run/samples.jsonl")),
+        "--last 0 prints nothing; give 1 or more"),
+    "tracker that is not installed": ("experiments.track", "--to wandb", lambda place: place.hide("wandb"),
+        "--to wandb: it is not installed; run pip install wandb, or name the other one"),
 }  # fmt: skip
 
 
