@@ -47,6 +47,7 @@ from common import Batch, InputError, Problem, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import memory
 from lib.engines import Sampling, make_engine
+from lib.packing import make_batches
 from lib.policy import Policy, load_policy
 from lib.rollouts import RolloutCache, grade, sample_rollouts
 from lib.runs import Run, prepare
@@ -168,7 +169,7 @@ def main(cfg: Config) -> None:
             lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             loss_sum = 0.0
             with run.phase("update"):
-                for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
+                for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts):
                     if cfg.loss == "fkl":
                         loss = forward_kl_loss(policy, teacher, batch, len(tokenizer)).loss
                     else:

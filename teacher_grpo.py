@@ -43,6 +43,7 @@ from common import Batch, InputError, Rollout, TrainingConfig
 from kernels import fused_linear_logprob
 from lib import data, memory
 from lib.engines import Sampling, make_engine
+from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
 from lib.rollouts import grade, sample_rollouts
 from lib.runs import Run, prepare
@@ -183,7 +184,7 @@ def update(
     mini_batches = []
     for start in range(0, len(rollouts), size):
         chosen = rollouts[start : start + size]
-        batches = common.make_batches(chosen, cfg.micro_batch_tokens, common.this_device())
+        batches = make_batches(chosen, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts)
         mini_batches.append((batches, common.count_tokens(chosen)))
 
     # The ratio rho is relative to the trainer's own policy before the first update of this rollout batch. The first

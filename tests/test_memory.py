@@ -15,7 +15,7 @@ from experiments import hours
 
 
 def test_counts_are_those_of_real_models_and_of_the_published_sizes():
-    for options in (dict(), dict(tied=False), dict(llama=True)):
+    for options in (dict(), dict(tied=False), dict(family="Llama")):
         model = tiny_model(**options)
         assert lib.memory.size_of(model.config).parameters == sum(p.numel() for p in model.parameters())
     billions = {name: lib.memory.size_of(config).parameters / 1e9 for name, config in hours.MODELS.items()}
