@@ -34,6 +34,16 @@ def tiny_model(
     ).eval()
 
 
+def double_model(**options):
+    """A tiny model in float64 throughout: transformers' norms compute in float32 otherwise, whatever the model's type."""
+    model = tiny_model(**options).double()
+    for norm in model.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            scale = lambda x, norm=norm: torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+            norm.forward = lambda x, norm=norm, scale=scale: norm.weight * x * scale(x)
+    return model
+
+
 def write_checkpoint(directory: Path, **options) -> str:
     model = tiny_model(**options)
     model.generation_config.eos_token_id = [1, 0]  # two tokens end a response, as in Qwen3's checkpoints

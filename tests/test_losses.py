@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import double_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ def make_rollouts(count: int = 6, seed: int = 0, group: int = 2, shortest: int =
 
 
 def double_policy(**options) -> Policy:
-    return Policy(tiny_model(**options).double())
+    return Policy(double_model(**options))
 
 
 def naive_logits(model: torch.nn.Module, rollout: Rollout) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
         for name, value in vars(batch).items():
             if value is not None:
                 same = getattr(before, name)
-                    assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
+                assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
     assert_same_gradients(student, loss, expected)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -268,5 +268,5 @@ def test_token_counts_and_layout():
         assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
         assert sum(len(batch.targets) for batch in batches) == common.count_tokens(rollouts)
         for batch in batches:
-            assert len(batch.rollout_index.unique()) == 1 or batch.input_ids.numel() <= micro_batch_tokens
+            assert len(batch.rollout_index.unique()) <= 1 or batch.input_ids.numel() <= micro_batch_tokens
             assert len(batch.predicted_at) == len(batch.targets) == len(batch.sampler_logprobs)
