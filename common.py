@@ -77,7 +77,7 @@ class TrainingConfig(SamplerConfig):
     warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code; not in this paper)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (Table 8; Table 9 does not say)
-    micro_batch_tokens: int = 16384  # positions in one forward and backward pass; lower it when memory runs out
+    micro_batch_tokens: int | None = None  # positions in one forward and backward pass; by default as memory allows
     share_prompts: bool | None = None  # compute a prompt once for all its responses; by default on a CPU only
     activation_checkpointing: bool = False  # compute activations again in the backward pass, which saves memory
     shard_nodes: int = 1  # nodes that share one copy of the weights, for a model too large for one node

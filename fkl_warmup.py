@@ -135,8 +135,8 @@ def rollout_order(chosen: Sequence[int], passes: int, seed: int) -> list[int]:
 
 def main(cfg: Config) -> None:
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
-    if cfg.dry_run:
-        return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
+    if not memory.fit(cfg, frozen=cfg.teacher, in_loss=True):
+        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run:
         torch.manual_seed(cfg.seed)

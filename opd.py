@@ -170,8 +170,8 @@ def report_c1(teacher_record: dict) -> None:
 
 def main(cfg: Config) -> None:
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
-    if cfg.dry_run:
-        return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
+    if not memory.fit(cfg, frozen=cfg.teacher, in_loss=True):
+        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, Verifier() as verifier:
         report_c1(run.record["parents"]["teacher"])

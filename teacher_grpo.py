@@ -231,8 +231,8 @@ def main(cfg: Config) -> None:
             f"--rollouts-per-prompt {cfg.rollouts_per_prompt} leaves nothing to compare a response with; give 2 or more"
         )
     problems, tokenizer, prompts = prepare(cfg)
-    if cfg.dry_run:
-        return memory.report(cfg, frozen=cfg.model if cfg.kl_coef else None, in_loss=False)
+    if not memory.fit(cfg, frozen=cfg.model if cfg.kl_coef else None, in_loss=False):
+        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model}) as run, Verifier() as verifier:
         torch.manual_seed(cfg.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,9 +13,9 @@ from common import Batch, Rollout, Span, rank, world_size
 
 
 def make_batches(
-    rollouts: Sequence[Rollout], max_tokens: int, device: torch.device, share_prompts: bool | None
+    rollouts: Sequence[Rollout], max_tokens: int | None, device: torch.device, share_prompts: bool | None
 ) -> list[Batch]:
-    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions.
+    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions; None is no limit.
 
     A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to exactly one
     micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of micro-batches,
@@ -25,6 +26,7 @@ def make_batches(
     """
     if share_prompts is None:
         share_prompts = device.type == "cpu"
+    max_tokens = max_tokens or sys.maxsize
     shares = balance_groups(rollouts, world_size(), share_prompts)
     shares = [split_micro_batches(rollouts, share, max_tokens) for share in shares]
     micro_batches = shares[rank()]

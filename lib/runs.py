@@ -266,7 +266,8 @@ class Run:
             )
         config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
         for name, value in config.items():
-            if name not in ("resume", "out") and saved["config"].get(name) != value:
+            # The size of micro-batches changes nothing but rounding, and may have to be lowered to go on.
+            if name not in ("resume", "out", "micro_batch_tokens") and saved["config"].get(name) != value:
                 raise InputError(
                     f"--resume: the interrupted run had {name} = {saved['config'].get(name)!r}, now it is {value!r}; "
                     f"give the same settings, or delete {self.partial}"
