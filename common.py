@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import heapq
 import math
 import os
 import re
@@ -81,7 +80,8 @@ class TrainingConfig(SamplerConfig):
     warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code; not in this paper)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (Table 8; Table 9 does not say)
-    micro_batch_tokens: int = 16384  # positions in one forward and backward pass; lower it when memory runs out
+    micro_batch_tokens: int | None = None  # positions in one forward and backward pass; by default as memory allows
+    share_prompts: bool | None = None  # compute a prompt once for all its responses; by default on a CPU only
     activation_checkpointing: bool = False  # compute activations again in the backward pass, which saves memory
     shard_nodes: int = 1  # nodes that share one copy of the weights, for a model too large for one node
     save_every: int = 20  # steps between saved training states, from which --resume continues
@@ -186,97 +186,38 @@ class Rollout:
     advantage: float = 0.0  # its reward relative to its group, which GRPO gives to each of its tokens
 
 
+@dataclass(frozen=True)
+class Span:
+    """Successive positions of a pack. They attend to the prefix, which is another stretch of it, and, causally, to each
+    other.
+    """
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0  # 0 without a prefix
+
+
 @dataclass
 class Batch:
     """Rollouts packed one after another without padding: what one forward and backward pass works on.
 
-    Positions start again at 0 with each sequence, and attention never crosses from one sequence to another. The mask is
-    made from the lengths of prompts and responses, not by looking for padding tokens, so that an end-of-sequence token
-    is trained like any other.
+    Responses to one prompt may share it: the prompt is packed once, and each response after it is a span that has the
+    prompt as its prefix. Positions of a response continue those of its prompt, and nothing else is attended to. Which
+    positions are trained follows from the lengths of prompts and responses, not from looking for padding tokens, so
+    that an end-of-sequence token is trained like any other.
     """
 
     input_ids: Tensor  # (1, T) prompts and responses, without a response's last token: nothing after it is predicted
     position_ids: Tensor  # (1, T)
-    lengths: list[int]  # of the sequences, longest first; they sum to T
-    response_mask: Tensor  # (1, T) bool, True at the N positions that predict a response token
-    targets: Tensor  # (N,) int64, the response tokens predicted there
+    spans: list[Span]  # they cover the T positions in order
+    predicted_at: Tensor  # (N,) int64, the position at which each response token is predicted
+    targets: Tensor  # (N,) int64, the response tokens
     sampler_logprobs: Tensor  # (N,) float32, the sampler's log-probability of each target
     advantages: Tensor  # (N,) float32, the advantage of each target's rollout
     rollout_index: Tensor  # (N,) which of the rollouts given to `make_batches` each target belongs to
     old_logprobs: Tensor | None = None  # (N,) under the policy before this rollout batch's first update (GRPO)
     ref_logprobs: Tensor | None = None  # (N,) under the reference policy (GRPO)
-
-
-def make_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[Batch]:
-    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions.
-
-    A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to exactly one
-    micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of micro-batches,
-    some perhaps empty, because every forward and backward pass of a sharded model needs all ranks. None of this changes
-    a loss: a loss is a sum over tokens divided by one global count, and gradients are summed over ranks
-    (lib.policy.shard).
-    """
-    lengths = [len(rollout.prompt_ids) + max(len(rollout.response_ids) - 1, 0) for rollout in rollouts]
-    shares = [split_micro_batches(share, lengths, max_tokens) for share in balance_by_length(lengths, world_size())]
-    groups = shares[rank()]
-    groups += [[]] * (max(map(len, shares)) - len(groups))
-    return [pack(rollouts, group, device) for group in groups]
-
-
-def balance_by_length(lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Indices split into shares of about equal total length, each from long to short.
-
-    The longest sequence that is left goes to the share that is shortest so far.
-    """
-    result: list[list[int]] = [[] for _ in range(shares)]
-    totals = [(0, share) for share in range(shares)]
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total, share = heapq.heappop(totals)
-        result[share].append(index)
-        heapq.heappush(totals, (total + lengths[index], share))
-    return result
-
-
-def split_micro_batches(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cuts indices, in their order, into groups of at most `max_tokens` positions."""
-    groups: list[list[int]] = []
-    total = 0
-    for index in indices:
-        total += lengths[index]
-        if not groups or total > max_tokens:
-            groups.append([])
-            total = lengths[index]
-        groups[-1].append(index)
-    return groups
-
-
-def pack(rollouts: Sequence[Rollout], group: Sequence[int], device: torch.device) -> Batch:
-    """The Batch of the rollouts whose indices are in `group`."""
-    input_ids, position_ids, lengths, response_mask, targets, sampler_logprobs = [], [], [], [], [], []
-    for rollout in (rollouts[index] for index in group):
-        ids = rollout.prompt_ids + rollout.response_ids[:-1]
-        input_ids += ids
-        position_ids += range(len(ids))
-        lengths.append(len(ids))
-        # The prompt's last token predicts the first response token, if there is one.
-        first = len(rollout.prompt_ids) - 1 if rollout.response_ids else len(ids)
-        response_mask += [False] * first + [True] * (len(ids) - first)
-        targets += rollout.response_ids
-        sampler_logprobs += rollout.logprobs
-    if not group:  # an empty micro-batch has one position, which predicts nothing
-        input_ids, position_ids, lengths, response_mask = [0], [0], [1], [False]
-    counts = torch.tensor([len(rollouts[index].response_ids) for index in group], dtype=torch.long)
-    advantages = torch.tensor([rollouts[index].advantage for index in group], dtype=torch.float32)
-    return Batch(
-        input_ids=torch.tensor([input_ids], device=device),
-        position_ids=torch.tensor([position_ids], device=device),
-        lengths=lengths,
-        response_mask=torch.tensor([response_mask], device=device),
-        targets=torch.tensor(targets, dtype=torch.long, device=device),
-        sampler_logprobs=torch.tensor(sampler_logprobs, dtype=torch.float32, device=device),
-        advantages=advantages.repeat_interleave(counts).to(device),
-        rollout_index=torch.tensor(group, dtype=torch.long).repeat_interleave(counts).to(device),
-    )
 
 
 def count_tokens(rollouts: Sequence[Rollout]) -> int:

@@ -49,6 +49,7 @@ from common import Batch, InputError, Problem, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data, memory
 from lib.engines import Sampling, chosen_engine, make_engine
+from lib.packing import make_batches
 from lib.policy import Policy, load_policy
 from lib.rewards import Reward, make_grader, reward_sha256
 from lib.rollouts import RolloutCache, grade, sample_rollouts
@@ -156,8 +157,8 @@ def training_order(cache: RolloutCache, order: Sequence[Problem], keep: str) -> 
 def main(cfg: Config) -> None:
     role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
-    if cfg.dry_run:
-        return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
+    if not memory.fit(cfg, frozen=cfg.teacher, in_loss=True):
+        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as verifier:
         torch.manual_seed(cfg.seed)
@@ -202,7 +203,7 @@ def main(cfg: Config) -> None:
             lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             loss_sum = 0.0
             with run.phase("update"):
-                for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
+                for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts):
                     if cfg.loss == "fkl":
                         loss = forward_kl_loss(policy, teacher, batch, len(tokenizer)).loss
                     else:

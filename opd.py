@@ -50,6 +50,7 @@ from common import Batch, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data, memory, runs
 from lib.engines import Sampling, make_engine
+from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
 from lib.rewards import make_grader
 from lib.rollouts import grade, sample_rollouts
@@ -170,8 +171,8 @@ def report_c1(teacher_record: dict) -> None:
 
 def main(cfg: Config) -> None:
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
-    if cfg.dry_run:
-        return memory.report(cfg, frozen=cfg.teacher, in_loss=True)
+    if not memory.fit(cfg, frozen=cfg.teacher, in_loss=True):
+        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as verifier:
         report_c1(run.record["parents"]["teacher"])
@@ -204,7 +205,7 @@ def main(cfg: Config) -> None:
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             loss_sum, statistics = 0.0, []  # of this rank; the sum only shows whether the loss is finite
             with run.phase("update"):
-                for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
+                for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts):
                     if cfg.estimator == "full":
                         result = exact_kl_loss(policy, teacher, batch, len(tokenizer))
                     else:

@@ -43,6 +43,7 @@ from common import Batch, InputError, Rollout, TrainingConfig
 from kernels import fused_linear_logprob
 from lib import data, memory
 from lib.engines import Sampling, make_engine
+from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
 from lib.rewards import make_grader
 from lib.rollouts import grade, sample_rollouts
@@ -160,6 +161,7 @@ def train_mini_batch(
         logged["entropy"] = entropy.sum()
         logged["sampler_mismatch"] = mismatch.abs().sum()
         logged["importance_clipped"] = (ratio > cfg.importance_cap).sum()
+        logged["tokens_trained"] = torch.tensor(len(ratio))
         for name, value in logged.items():
             sums[name] += value.item()
         worst_mismatch = max(worst_mismatch, mismatch.abs().max().item() if len(mismatch) else 0.0)
@@ -177,15 +179,19 @@ def update(
 ) -> dict[str, float]:
     """`inner_epochs` passes over the mini-batches of one rollout batch.
 
-    `rollouts` are those of all ranks, grouped by prompt, with their advantages. Returns what is logged: means over
-    response tokens, the largest sampler mismatch, the mean norm of the gradient, and the number of skipped optimizer
-    steps.
+    `rollouts` are those of all ranks, grouped by prompt, with their advantages. Without a KL term, an advantage of 0
+    leaves nothing to learn from a rollout: it costs no pass, though its tokens count in the loss's denominator.
+
+    Returns what is logged: the loss per response token; means over the tokens that had a pass, and their share of all
+    (`frac_tokens_trained`); the largest sampler mismatch, the mean norm of the gradient, and the number of skipped
+    optimizer steps.
     """
     size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     mini_batches = []
     for start in range(0, len(rollouts), size):
         chosen = rollouts[start : start + size]
-        batches = common.make_batches(chosen, cfg.micro_batch_tokens, common.this_device())
+        learnt_from = [rollout for rollout in chosen if rollout.advantage or reference is not None]
+        batches = make_batches(learnt_from, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts)
         mini_batches.append((batches, common.count_tokens(chosen)))
 
     # The ratio rho is relative to the trainer's own policy before the first update of this rollout batch. The first
@@ -200,7 +206,7 @@ def update(
     release(reference)  # its output matrix, which stays gathered after a forward pass without a backward
 
     totals: dict[str, float] = defaultdict(float)
-    norms, worst_mismatch, num_tokens = [], 0.0, 0
+    norms, worst_mismatch, num_tokens = [], 0.0, 0  # num_tokens: of all rollouts
     for _ in range(cfg.inner_epochs):
         for batches, tokens in mini_batches:
             sums, worst, grad_norm = train_mini_batch(policy, optimizer, batches, tokens, lr, cfg)
@@ -209,8 +215,12 @@ def update(
             worst_mismatch, num_tokens = max(worst_mismatch, worst), num_tokens + tokens
             norms.append(grad_norm)
     taken = [norm for norm in norms if math.isfinite(norm)]
+    totals = common.all_sum(totals)
+    loss, trained = totals.pop("loss"), totals.pop("tokens_trained")
     return {
-        **{name: total / num_tokens for name, total in common.all_sum(totals).items()},
+        "loss": loss / num_tokens,
+        "frac_tokens_trained": trained / num_tokens,
+        **{name: total / max(trained, 1) for name, total in totals.items()},
         **common.all_max({"sampler_mismatch_max": worst_mismatch}),
         "grad_norm": sum(taken) / len(taken) if taken else math.nan,
         "skipped_steps": len(norms) - len(taken),
@@ -223,8 +233,8 @@ def main(cfg: Config) -> None:
             f"--rollouts-per-prompt {cfg.rollouts_per_prompt} leaves nothing to compare a response with; give 2 or more"
         )
     problems, tokenizer, prompts = prepare(cfg)
-    if cfg.dry_run:
-        return memory.report(cfg, frozen=cfg.model if cfg.kl_coef else None, in_loss=False)
+    if not memory.fit(cfg, frozen=cfg.model if cfg.kl_coef else None, in_loss=False):
+        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model}) as run, make_grader(cfg) as verifier:
         torch.manual_seed(cfg.seed)

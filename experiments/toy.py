@@ -42,6 +42,7 @@ from common import INSTRUCTION, Problem, Rollout
 from kernels import fused_linear_logprob
 from lib.data import new_problem, tokenize_prompts
 from lib.engines import Sampling, TorchEngine
+from lib.packing import make_batches
 from lib.policy import Policy
 from lib.rollouts import sample_rollouts
 from lib.verifier import extract_answer
@@ -189,7 +190,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
                 rollout.response_ids[1:],
             )
             rollout.logprobs = rollout.logprobs[1:]
-        [batch] = common.make_batches(rollouts, 1 << 20, torch.device("cpu"))
+        [batch] = make_batches(rollouts, 1 << 20, torch.device("cpu"), share_prompts=False)
         logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
         loss = -logprobs.mean()
         loss.backward()

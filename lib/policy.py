@@ -7,7 +7,7 @@ import inspect
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
 
 # If a package called `kernels` is installed, transformers imports from it, and would find our kernels.py in its place.
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
@@ -35,7 +36,7 @@ from transformers import (  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
-from common import TIMEOUT, Batch, InputError, first_line, rank, start_process, this_device, world_size  # noqa: E402
+from common import TIMEOUT, Batch, InputError, Span, first_line, rank, start_process, this_device, world_size  # noqa: E402
 
 # FSDP2 warns that a module returns a view of its input, which matters only where somebody writes into it. Nobody does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -63,31 +64,108 @@ class Policy(nn.Module):
         for layer in self.recomputed_layers:
             layer.training = True
         hidden = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed_lengths(batch)
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=Packing(batch)
         ).last_hidden_state  # (1, T, D)
         for layer in self.recomputed_layers:
             layer.training = False
-        return head(hidden[batch.response_mask], self.model.get_output_embeddings().weight)
+        return head(hidden[0].index_select(0, batch.predicted_at), self.model.get_output_embeddings().weight)
 
 
-# Attention inside each packed sequence
+# Attention within a pack
+
+PADDING = 0.5  # padding is cheaper than many small attention calls, up to about this share
 
 
-def packed_lengths(batch: Batch) -> dict:
-    """Where each packed sequence begins and ends, under the names that transformers passes on to the attention."""
-    bounds = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32, device=batch.input_ids.device)
-    longest = max(batch.lengths)
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+class Packing:
+    """What attention needs to know of a pack, worked out once for all layers of a pass.
+
+    On a GPU: where each span's queries and keys begin, and, if any span has a prefix, which positions the keys come
+    from. On a CPU: spans of similar size are padded to one, and each such `Block` is a batch for the usual attention.
+    """
+
+    def __init__(self, batch: Batch):
+        device = batch.input_ids.device
+        self.block_order, self.blocks, self.keys = None, [], None
+        if batch.input_ids.is_cuda and varlen_attn is not None:
+            queries = [span.length for span in batch.spans]
+            keys = [span.prefix_length + span.length for span in batch.spans]
+            self.query_bounds = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32, device=device)
+            self.key_bounds = torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32, device=device)
+            self.longest_query, self.longest_key = max(queries), max(keys)
+            if keys != queries:
+                self.keys = torch.cat([seen_by(span) for span in batch.spans]).to(device)  # (sum of keys,)
+            return
+        self.blocks = [Block(spans, device) for spans in similar_spans(batch.spans)]
+        rows = torch.cat([block.positions for block in self.blocks])  # (T,) the position of each row that is no padding
+        self.block_order = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=device))
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """Attention within each packed sequence, at a cost that follows the sequences' lengths and not their sum.
+def seen_by(span: Span) -> Tensor:
+    """The positions that a span attends to, (prefix_length + length,)."""
+    prefix = torch.arange(span.prefix_start, span.prefix_start + span.prefix_length)
+    return torch.cat([prefix, torch.arange(span.start, span.start + span.length)])
+
+
+def similar_spans(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans in lists whose padding to one size adds at most a share PADDING to the products of queries and keys."""
+    lists: list[list[Span]] = []
+    keys, queries, products = 0, 0, 0  # of the last list: most keys, most queries, products without padding
+    for span in sorted(spans, key=lambda span: (span.prefix_length + span.length, span.length), reverse=True):
+        seen = span.prefix_length + span.length
+        queries, products = max(queries, span.length), products + span.length * seen
+        if not lists or (len(lists[-1]) + 1) * queries * keys > (1 + PADDING) * products:
+            lists.append([])
+            keys, queries, products = seen, span.length, span.length * seen
+        lists[-1].append(span)
+    return lists
+
+
+class Block:
+    """Spans side by side as a batch of C, padded on the right to n queries and m keys."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device):
+        lengths = torch.tensor([span.length for span in spans])
+        prefixes = torch.tensor([span.prefix_length for span in spans])
+        n, m = int(lengths.max()), int((prefixes + lengths).max())
+        own = torch.arange(n).expand(len(spans), n)
+        starts = torch.tensor([span.start for span in spans])
+        real = own < lengths[:, None]  # (C, n) False at padding
+        queries = torch.where(real, starts[:, None] + own, 0)
+        keys = torch.zeros(len(spans), m, dtype=torch.long)
+        for row, span in zip(keys, spans):
+            row[: span.prefix_length + span.length] = seen_by(span)
+        self.shape = len(spans), n, m
+        self.queries, self.keys = queries.flatten().to(device), keys.flatten().to(device)
+        self.rows = None if real.all() else real.flatten().nonzero()[:, 0].to(device)
+        self.positions = queries[real].to(device)
+        # Query i of a span is the key number prefix + i of those that it sees.
+        self.last_key = (prefixes[:, None] + own).to(device) if prefixes.any() else None  # (C, n)
+        self.masks: dict[int | None, Tensor | None] = {}
+
+    def mask(self, sliding_window: int | None) -> Tensor | None:
+        """(C or 1, 1, n, m) bool, or None if causal attention over as many keys as queries is all that is needed."""
+        if sliding_window not in self.masks:
+            count, n, m = self.shape
+            if self.last_key is None and (sliding_window is None or sliding_window >= m):
+                return None
+            last = torch.arange(n, device=self.queries.device)[None] if self.last_key is None else self.last_key
+            key = torch.arange(m, device=last.device)
+            mask = key <= last[..., None]
+            if sliding_window is not None:
+                mask &= key > last[..., None] - sliding_window
+            self.masks[sliding_window] = mask[:, None]
+        return self.masks[sliding_window]
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, packing=None, **kwargs
+):
+    """Attention within each span of a pack and to its prefix, at a cost that follows their lengths and not their sum.
 
     query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU this is PyTorch's flash attention for
-    sequences of different lengths. Elsewhere `make_batches` has put sequences of equal length side by side, and each
-    such run is a batch for the usual attention. Without `cu_seq_lens_q` (when a sampler calls the model) it is
-    transformers' own attention. Raises InputError for a model whose attention has an additional term, which these
-    kernels would leave out.
+    sequences of different lengths, elsewhere the usual attention for blocks of similar spans. Without `packing` (when a
+    sampler calls the model) it is transformers' own attention. Raises InputError for a model whose attention has an
+    additional term, which these kernels would leave out.
     """
     additional = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if additional:
@@ -95,32 +173,38 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, sl
             f"the attention of model {module.config.name_or_path!r} has a {additional[0]}, which packed attention leaves "
             "out; use another model"
         )
-    if "cu_seq_lens_q" not in kwargs:
+    if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if query.is_cuda and varlen_attn is not None:
-        return varlen_attention(query, key, value, scaling, sliding_window, **kwargs)
-    lengths = kwargs["cu_seq_lens_q"].diff().tolist()
-    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
-    parts = [x[0].transpose(0, 1).split([length * count for length, count in runs]) for x in (query, key, value)]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or K, d)
+    attend = attend_varlen if packing.block_order is None else attend_in_blocks
+    return attend(query, key, value, packing, scaling, sliding_window)[None], None
+
+
+def attend_in_blocks(query, key, value, packing: Packing, scaling, sliding_window) -> Tensor:
+    """(T, H, d) with PyTorch's usual attention."""
     attended = []
-    for (length, count), *qkv in zip(runs, *parts):
-        qkv = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]  # (count, H or K, length, d)
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
-        attended.append(sdpa_attention_forward(module, *qkv, mask, scaling=scaling)[0].flatten(0, 1))
-    return torch.cat(attended)[None], None
+    for block in packing.blocks:
+        count, n, m = block.shape
+        q = query.index_select(0, block.queries).unflatten(0, (count, n)).transpose(1, 2)  # (C, H, n, d)
+        k, v = (x.index_select(0, block.keys).unflatten(0, (count, m)).transpose(1, 2) for x in (key, value))
+        mask = block.mask(sliding_window)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        ).transpose(1, 2).flatten(0, 1)  # (C n, H, d)  # fmt: skip
+        attended.append(mixed if block.rows is None else mixed.index_select(0, block.rows))
+    return torch.cat(attended).index_select(0, packing.block_order)
 
 
-def varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q, **kwargs):
-    """The same with PyTorch's kernel for bfloat16 on a GPU, whose options differ between versions of PyTorch."""
+def attend_varlen(query, key, value, packing: Packing, scaling, sliding_window) -> Tensor:
+    """(T, H, d) with PyTorch's kernel for bfloat16 on a GPU, whose options differ between versions of PyTorch."""
     grouped = query.shape[1] // key.shape[1]
     if "enable_gqa" in VARLEN_OPTIONS:
         options = {"enable_gqa": grouped > 1}
     else:
         options, key, value = {}, key.repeat_interleave(grouped, dim=1), value.repeat_interleave(grouped, dim=1)
     if "window_size" in VARLEN_OPTIONS:
-        # How many tokens a position sees to its left, -1 for all of them, and to its right.
+        # How many tokens a position sees to its left, -1 for all of them, and to its right. With more keys than queries
+        # the last query is aligned to the last key.
         options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
     elif sliding_window is None:
         options["is_causal"] = True
@@ -129,9 +213,10 @@ def varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, 
             f"a model with sliding windows needs torch 2.13 for packed sequences on a GPU, and this is {torch.__version__}; "
             "upgrade it"
         )
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-    lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
-    return varlen_attn(query, key, value, *lengths, scale=scaling, **options)[None], None
+    if packing.keys is not None:
+        key, value = key.index_select(0, packing.keys), value.index_select(0, packing.keys)
+    bounds = packing.query_bounds, packing.key_bounds, packing.longest_query, packing.longest_key
+    return varlen_attn(query, key, value, *bounds, scale=scaling, **options)
 
 
 def packed_mask(*arguments, attention_mask=None, **options):

@@ -300,7 +300,8 @@ class Run:
         config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
         for name, value in config.items():
             before = saved.get("config", {}).get(name)
-            if name not in ("resume", "out") and before != value:
+            # The size of micro-batches changes nothing but rounding, and may have to be lowered to go on.
+            if name not in ("resume", "out", "micro_batch_tokens") and before != value:
                 raise InputError(
                     f"--resume: the run in {directory} had {name} = {before!r}, now it is {value!r}; "
                     f"give the same settings, name another --out, or delete {directory}"

@@ -35,6 +35,7 @@ import lib.policy  # noqa: E402
 import opd  # noqa: E402
 import teacher_grpo  # noqa: E402
 from experiments import hours  # noqa: E402
+from lib.packing import make_batches  # noqa: E402
 
 STUDENT = Qwen3Config(
     hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True,
@@ -77,7 +78,7 @@ def random_rollouts(count: int, shortest: int, longest: int, vocab_size: int) ->
 def opd_update(policy, teacher, optimizer, rollouts, cfg) -> None:
     """An update as in opd.py's main."""
     loss_sum = 0.0
-    for batch in common.make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
+    for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts):
         kl = opd.exact_kl_loss(policy, teacher, batch, policy.model.config.vocab_size)
         (kl.loss / common.count_tokens(rollouts)).backward()
         loss_sum += kl.loss.item()

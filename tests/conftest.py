@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+import transformers
 
 from experiments import toy
 
@@ -24,14 +24,24 @@ SIZES = dict(
 
 
 def tiny_model(
-    seed: int = 0, hidden_size: int = 16, layers: int = 2, tied: bool = True, llama: bool = False, **changes
+    seed: int = 0, hidden_size: int = 16, layers: int = 2, tied: bool = True, family: str = "Qwen3", **changes
 ):
     """A random model with the toy's vocabulary; its wide initialisation makes its distributions far from uniform."""
     torch.manual_seed(seed)
-    config, model = (LlamaConfig, LlamaForCausalLM) if llama else (Qwen3Config, Qwen3ForCausalLM)
+    config, model = (getattr(transformers, family + name) for name in ("Config", "ForCausalLM"))
     return model(
         config(hidden_size=hidden_size, num_hidden_layers=layers, tie_word_embeddings=tied, **{**SIZES, **changes})
     ).eval()
+
+
+def double_model(**options):
+    """A tiny model in float64 throughout: transformers' norms compute in float32 otherwise, whatever the model's type."""
+    model = tiny_model(**options).double()
+    for norm in model.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            scale = lambda x, norm=norm: torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+            norm.forward = lambda x, norm=norm, scale=scale: norm.weight * x * scale(x)
+    return model
 
 
 def write_checkpoint(directory: Path, **options) -> str:

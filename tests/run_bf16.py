@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import common
 import fkl_warmup
+import lib.packing
 import lib.policy
 import opd
 import student_grpo
@@ -59,7 +60,8 @@ def watched_batches(*arguments):
     return batches
 
 
-make_batches, common.make_batches = common.make_batches, watched_batches
+make_batches = lib.packing.make_batches
+teacher_grpo.make_batches = fkl_warmup.make_batches = opd.make_batches = watched_batches
 lib.policy.shard, common.optimizer_step = shard_in, recorded_step
 teacher_grpo.grade = fkl_warmup.grade = opd.grade = made_up_grades
 common.start_process()

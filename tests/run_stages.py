@@ -25,6 +25,7 @@ import lib.runs
 import opd
 import student_grpo
 import teacher_grpo
+from lib.packing import make_batches
 
 out, student, teacher, problems, engine = sys.argv[1:6]
 sampler = dict(engine=engine, tensor_parallel=int(sys.argv[6]))
@@ -97,7 +98,7 @@ rollouts = [common.Rollout(None, 0, [2, 4, 3], [5 + i, 6, 1], [0.0] * 3, "stop",
 
 
 def step(loss: float, spoil: bool) -> tuple[float, list[torch.Tensor]]:
-    for batch in common.make_batches(rollouts, 8, common.this_device()):
+    for batch in make_batches(rollouts, 8, common.this_device(), None):
         fkl_warmup.sft_loss(policy, batch).backward()
     if spoil:
         gradient = next(parameter.grad for parameter in policy.parameters())
@@ -119,7 +120,7 @@ if lib.policy.is_sharded(policy):
     frozen = lib.policy.load_policy(student, trainable=False)
     head = lambda: frozen.model.get_output_embeddings().weight
     with torch.no_grad():
-        frozen(common.make_batches(rollouts, 100, common.this_device())[0], lambda hidden, weight: None)
+        frozen(make_batches(rollouts, 100, common.this_device(), None)[0], lambda hidden, weight: None)
     assert not isinstance(head(), DTensor)
     lib.policy.release(frozen)
     assert isinstance(head(), DTensor)

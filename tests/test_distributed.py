@@ -15,6 +15,7 @@ from test_losses import make_rollouts
 import common
 import lib.policy
 import teacher_grpo
+from lib import packing
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["teacher", "warmup", "bridge", "student"]
@@ -163,11 +164,11 @@ def test_bad_input_ends_all_ranks_and_is_said_last(problems, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_micro_batches_are_dealt_out_once_evenly_and_equally_many(monkeypatch, ranks):
     rollouts = make_rollouts(11, group=1)
-    monkeypatch.setattr(common, "world_size", lambda: ranks)
+    monkeypatch.setattr(packing, "world_size", lambda: ranks)
     shares = []
     for rank in range(ranks):
-        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-        shares.append(common.make_batches(rollouts, 16, torch.device("cpu")))
+        monkeypatch.setattr(packing, "rank", lambda rank=rank: rank)
+        shares.append(packing.make_batches(rollouts, 16, torch.device("cpu"), None))
     assert len({len(share) for share in shares}) == 1
     seen = [index for share in shares for batch in share for index in batch.rollout_index.unique().tolist()]
     assert sorted(seen) == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]

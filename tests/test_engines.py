@@ -25,9 +25,9 @@ GROUPED = dict(num_attention_heads=4, num_key_value_heads=2)
 MODELS = {
     "qwen3": dict(),
     "qwen3-untied": dict(tied=False, **GROUPED),
-    "llama": dict(llama=True, **GROUPED),
+    "llama": dict(family="Llama", **GROUPED),
     "llama-long-context": dict(
-        llama=True,
+        family="Llama",
         tied=False,
         rope_parameters=dict(
             rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import double_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ import fkl_warmup
 import opd
 import teacher_grpo
 from common import Problem, Rollout
+from lib.packing import make_batches
 from lib.policy import Policy
 
 CPU = torch.device("cpu")
@@ -24,7 +25,8 @@ def make_rollouts(count: int = 6, seed: int = 0, group: int = 2, shortest: int =
     rng = random.Random(seed)
     rollouts = []
     for index in range(count):
-        prompt = [rng.randrange(2, 20) for _ in range(rng.randint(1, 6))]
+        if index % group == 0:  # the prompt of a group
+            prompt = [rng.randrange(2, 20) for _ in range(rng.randint(1, 6))]
         response = [rng.randrange(2, 20) for _ in range(rng.randint(shortest, 7))]
         logprobs = [-rng.random() * 3 for _ in response]
         problem = Problem(str(index // group), "", "1")
@@ -34,7 +36,7 @@ def make_rollouts(count: int = 6, seed: int = 0, group: int = 2, shortest: int =
 
 
 def double_policy(**options) -> Policy:
-    return Policy(tiny_model(**options).double())
+    return Policy(double_model(**options))
 
 
 def naive_logits(model: torch.nn.Module, rollout: Rollout) -> torch.Tensor:
@@ -71,7 +73,7 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
             p = naive_logits(teacher.model, rollout).log_softmax(-1).detach()  # pi_T
             expected = expected + ((p.exp() * (p - q)).sum() if direction == "forward" else (q.exp() * (q - p)).sum())
     loss = 0.0
-    for batch in common.make_batches(rollouts, micro_batch_tokens, CPU):
+    for batch in make_batches(rollouts, micro_batch_tokens, CPU, share_prompts=True):
         before = copy.deepcopy(batch)
         if direction == "forward":
             kl = fkl_warmup.forward_kl_loss(student, teacher, batch, 26)
@@ -82,7 +84,8 @@ def test_distillation_losses_are_the_equations(direction, micro_batch_tokens):
         loss = loss + kl.loss
         for name, value in vars(batch).items():
             if value is not None:
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(before, name)))
+                same = getattr(before, name)
+                assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
     assert_same_gradients(student, loss, expected)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -95,7 +98,7 @@ def test_sft_loss_is_cross_entropy_on_response_tokens(micro_batch_tokens):
         for r in rollouts
         if r.response_ids
     )
-    batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
+    batches = make_batches(rollouts, micro_batch_tokens, CPU, share_prompts=True)
     assert_same_gradients(student, sum(fkl_warmup.sft_loss(student, batch) for batch in batches), expected)
 
 
@@ -110,12 +113,12 @@ def test_sampled_estimator_has_the_exact_gradient_on_average():
     total = None
     for token in range(vocabulary):
         rollout = Rollout(problem, 0, prompt, [token], [logprobs[token].item()], "stop", "")
-        [batch] = common.make_batches([rollout], 100, CPU)
+        [batch] = make_batches([rollout], 100, CPU, share_prompts=True)
         batch.sampler_logprobs = logprobs[token : token + 1]  # in float64, so that the weights are exactly 1
         loss = opd.sampled_kl_loss(student, teacher, batch, 26, importance_cap=2.0).loss
         weighted = [logprobs[token].exp() * gradient for gradient in gradients(student, loss)]
         total = weighted if total is None else [a + b for a, b in zip(total, weighted)]
-    [batch] = common.make_batches([Rollout(problem, 0, prompt, [7], [0.0], "stop", "")], 100, CPU)
+    [batch] = make_batches([Rollout(problem, 0, prompt, [7], [0.0], "stop", "")], 100, CPU, share_prompts=True)
     exact = gradients(student, opd.exact_kl_loss(student, teacher, batch, 26).loss)
     for ours, theirs in zip(total, exact):  # the model's norms compute in float32
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
@@ -260,10 +263,10 @@ def test_groups_without_spread_move_nothing_but_the_kl():
 def test_token_counts_and_layout():
     rollouts = make_rollouts(9, group=3)
     for micro_batch_tokens in SPLITS:
-        batches = common.make_batches(rollouts, micro_batch_tokens, CPU)
+        batches = make_batches(rollouts, micro_batch_tokens, CPU, share_prompts=True)
         seen = sorted(index for batch in batches for index in set(batch.rollout_index.tolist()))
         assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
         assert sum(len(batch.targets) for batch in batches) == common.count_tokens(rollouts)
         for batch in batches:
-            assert len(batch.lengths) == 1 or batch.input_ids.numel() <= micro_batch_tokens
-            assert int(batch.response_mask.sum()) == len(batch.targets) == len(batch.sampler_logprobs)
+            assert len(batch.rollout_index.unique()) <= 1 or batch.input_ids.numel() <= micro_batch_tokens
+            assert len(batch.predicted_at) == len(batch.targets) == len(batch.sampler_logprobs)

@@ -1,21 +1,28 @@
 """The memory plan: parameter counts against real models, sums against hand arithmetic, and --dry-run."""
 
 import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model
-from test_distributed import launch
+from test_distributed import ROOT, launch
 
 import lib.engines
 import lib.memory
 import teacher_grpo
+from common import InputError
 from experiments import hours
 
 
 def test_counts_are_those_of_real_models_and_of_the_published_sizes():
-    for options in (dict(), dict(tied=False), dict(llama=True)):
+    for options in (dict(), dict(tied=False), dict(family="Llama")):
         model = tiny_model(**options)
         assert lib.memory.size_of(model.config).parameters == sum(p.numel() for p in model.parameters())
     billions = {name: lib.memory.size_of(config).parameters / 1e9 for name, config in hours.MODELS.items()}
@@ -129,3 +136,63 @@ def test_a_batch_waits_for_its_longest_response():
     per_response = [hours.batch_seconds(size, n) / n for n in (1, 32, 256, 2048)]
     assert per_response == sorted(per_response, reverse=True)
     assert hours.stream_seconds(size, 2048) < hours.batch_seconds(size, 2048)
+
+
+def limited_run(gib: float, *words) -> subprocess.CompletedProcess:
+    """A stage in a process whose address space is limited, as by `ulimit -v`."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (int(gib * lib.memory.GIB),) * 2)
+    return subprocess.run(
+        [sys.executable, "teacher_grpo.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_micro_batch_fits_the_memory_that_a_process_may_take(student, problems, tmp_path, monkeypatch):
+    """Less memory gives smaller micro-batches, a number that is given stays, and a run that cannot fit is refused."""
+    settings = dict(data=problems, out=str(tmp_path / "out"), exclude=(), max_prompt_tokens=64, max_response_tokens=64)
+    size = lib.memory.size_of(lib.memory.load_config(student))
+    chosen = []
+    for share in (2.0, 0.4, 0.1, 0.05):
+        room = lib.memory.peak(lib.memory.plan_on_cpu(size, size, 1, int(share * lib.memory.LARGEST), False))
+        monkeypatch.setattr(lib.memory, "available_memory", lambda room=room: room / lib.memory.CPU_SHARE)
+        cfg = teacher_grpo.Config(student, **settings)
+        assert lib.memory.fit(cfg, student, in_loss=False)
+        chosen.append(cfg.micro_batch_tokens)
+    assert chosen == [16384, 4096, 1024, 512]
+    assert lib.memory.fit(cfg := teacher_grpo.Config(student, micro_batch_tokens=300, **settings), student, False)
+    assert cfg.micro_batch_tokens == 300
+    monkeypatch.setattr(lib.memory, "available_memory", lambda: 1 << 20)
+    with pytest.raises(
+        InputError, match="sequences of up to 128 tokens need about .* GiB in each process, and 0.0 can"
+    ):
+        lib.memory.fit(teacher_grpo.Config(student, **settings), student, in_loss=False)
+
+
+def test_a_run_that_the_system_would_kill_is_refused_in_one_sentence(student, problems, tmp_path):
+    """3 GiB of weights, gradients and optimizer states in an address space of 4; no weight is read before."""
+    large = tmp_path / "large"
+    shutil.copytree(student, large)
+    config = tiny_model(hidden_size=1024, layers=1, intermediate_size=65536, family="Llama").config
+    config.save_pretrained(large)
+    words = ["--data", problems, "--exclude", "--max-response-tokens", "16", "--max-prompt-tokens", "64",
+             "--out", str(tmp_path / "out")]  # fmt: skip
+    refused = limited_run(4, "--model", str(large), *words)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "error: --micro-batch-tokens 512 and sequences of up to 80 tokens need about" in refused.stderr
+    fits = limited_run(4, "--model", student, *words, "--max-steps", "1")
+    assert fits.returncode == 0, fits.stderr[-2000:]
+
+
+def test_a_resumed_run_keeps_its_micro_batches_unless_told_otherwise(student, problems, tmp_path, monkeypatch):
+    settings = dict(data=problems, out=str(tmp_path / "out"), exclude=(), resume=True)
+    state = tmp_path / "out.partial/state-000002"
+    state.mkdir(parents=True)
+    (state / "run.json").write_text(json.dumps({"config": {"micro_batch_tokens": 2048}}))
+    for given, expected in ((None, 2048), (700, 700)):
+        cfg = teacher_grpo.Config(student, micro_batch_tokens=given, **settings)
+        lib.memory.fit(cfg, student, in_loss=False)
+        assert cfg.micro_batch_tokens == expected

@@ -13,13 +13,14 @@ import kernels
 import lib.data
 import teacher_grpo
 from common import Problem, Rollout
+from lib import packing
 
 CPU = torch.device("cpu")
 checked = settings(max_examples=60, deadline=None)
 
 tokens = st.integers(2, 99)
 rollout_lists = st.lists(
-    st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=7)), min_size=1, max_size=9
+    st.tuples(st.lists(st.integers(2, 3), min_size=1, max_size=2), st.lists(tokens, max_size=7)), min_size=1, max_size=9
 ).map(
     lambda pairs: [
         Rollout(
@@ -32,18 +33,21 @@ rollout_lists = st.lists(
 
 def predictions(batch: common.Batch) -> list[tuple]:
     """(rollout, its tokens before a target, target, sampler's logprob) for each target, as the attention would see them."""
-    ids, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
-    places = batch.response_mask[0].nonzero().flatten().tolist()
-    per_target = (x.tolist() for x in (batch.rollout_index, batch.targets, batch.sampler_logprobs))
+    ids, seen = batch.input_ids[0].tolist(), []
+    for span in batch.spans:
+        assert span.start == len(seen)
+        prefix = ids[span.prefix_start : span.prefix_start + span.prefix_length]
+        seen += [(*prefix, *ids[span.start : span.start + count + 1]) for count in range(span.length)]
+    assert batch.position_ids[0].tolist() == [len(before) - 1 for before in seen]
+    per_target = (x.tolist() for x in (batch.predicted_at, batch.rollout_index, batch.targets, batch.sampler_logprobs))
     return [
-        (rollout, tuple(ids[place - positions[place] : place + 1]), target, logprob)
-        for place, rollout, target, logprob in zip(places, *per_target, strict=True)
+        (rollout, seen[place], target, logprob) for place, rollout, target, logprob in zip(*per_target, strict=True)
     ]
 
 
 @checked
-@given(rollout_lists, st.integers(1, 60), st.integers(1, 3))
-def test_packed_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks):
+@given(rollout_lists, st.sampled_from([1, 5, 9, 17, 60]), st.integers(1, 3), st.booleans())
+def test_packed_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks, share_prompts):
     expected = sorted(
         (index, tuple((r.prompt_ids + r.response_ids)[: len(r.prompt_ids) + t]), r.response_ids[t], r.logprobs[t])
         for index, r in enumerate(rollouts)
@@ -51,14 +55,17 @@ def test_packed_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks
     )
     shares = []
     for rank in range(ranks):
-        with mock.patch.object(common, "world_size", lambda: ranks), mock.patch.object(common, "rank", lambda: rank):
-            shares.append(common.make_batches(rollouts, max_tokens, CPU))
+        with mock.patch.object(packing, "world_size", lambda: ranks), mock.patch.object(packing, "rank", lambda: rank):
+            shares.append(packing.make_batches(rollouts, max_tokens, CPU, share_prompts))
     assert len({len(share) for share in shares}) == 1
     batches = [batch for share in shares for batch in share]
     assert sorted(p for batch in batches for p in predictions(batch)) == expected
     for batch in batches:
-        assert batch.position_ids[0].tolist() == [p for length in batch.lengths for p in range(length)]
-        assert sum(batch.lengths) <= max_tokens or len(batch.lengths) == 1
+        assert batch.input_ids.numel() <= max_tokens or len(batch.rollout_index.unique()) <= 1
+    if share_prompts and ranks == 1 and max_tokens == 60:  # room for whole groups: no prompt is computed twice
+        assert sum(batch.input_ids.numel() for batch in batches) <= sum(
+            len(prompt) for prompt in {tuple(r.prompt_ids) for r in rollouts}
+        ) + sum(max(len(r.response_ids) - 1, 0) for r in rollouts)
 
 
 @checked

@@ -26,6 +26,7 @@ import lib.policy  # noqa: E402
 import opd  # noqa: E402
 import teacher_grpo  # noqa: E402
 from experiments.hours import MODELS  # noqa: E402
+from lib.packing import make_batches  # noqa: E402
 
 STUDENT_AND_TEACHER = "Qwen3-1.7B", "Qwen3-8B"
 N, V = 16384, MODELS["Qwen3-8B"].vocab_size
@@ -54,13 +55,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, device="cuda", dtype=dtype)
 
 
-def packed_forward(name: str) -> str:
+def packed_forward(name: str, share_prompts: bool) -> str:
     """Two layers of a model over a full pack: PyTorch's attention for variable lengths is called, and gives what is due."""
     config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": 2, "layer_types": None})
     with torch.device("cuda"):
         policy = lib.policy.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
     rollouts = [common.Rollout(None, 0, [1] * 100, [2] * length, [0.0] * length, "stop", "") for length in (9000, 7000)]
-    [batch] = common.make_batches(rollouts, N, torch.device("cuda"))
+    [batch] = make_batches(rollouts, N, torch.device("cuda"), share_prompts)
     calls = []
     with mock.patch.object(lib.policy, "varlen_attn", lambda *a, **k: calls.append(k) or attention(*a, **k)):
         attention = torch.nn.attention.varlen.varlen_attn
@@ -102,15 +103,6 @@ def update(stage: str, student: str, teacher: str) -> str:
 
     PyTorch's backward pass wants a real device, so the tensors are on "meta", and say that they are on a GPU.
     """
-    make_batches = common.make_batches
-
-    def known_positions(*arguments):
-        """Micro-batches that name the predicting positions by number: how many a mask has is not known without values."""
-        batches = make_batches(*arguments)
-        for batch in batches:
-            places = torch.arange(len(batch.targets), device="meta")
-            batch.response_mask = torch.zeros_like(places), places
-        return batches
 
     def make_policy(name: str, trainable: bool) -> lib.policy.Policy:
         config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": 3, "layer_types": None})
@@ -122,14 +114,15 @@ def update(stage: str, student: str, teacher: str) -> str:
         common.Rollout(None, number, [1] * 100, [2] * length, [0.0] * length, "stop", "", advantage=number - 0.5)
         for number, length in enumerate((9000, 7000))
     ]
-    settings = dict(data="", out="", micro_batch_tokens=N, rollouts_per_prompt=2, mini_batch_prompts=1)
+    settings = dict(
+        data="", out="", share_prompts=True, micro_batch_tokens=N, rollouts_per_prompt=2, mini_batch_prompts=1
+    )
     trained = make_policy(teacher if stage == "1" else student, True)
     frozen = make_policy(teacher if stage[0] == "2" else student, False)
     optimizer = torch.optim.SGD(trained.parameters())  # AdamW's fused kernel is PyTorch's own
     all_rows = lambda x: torch.arange(len(x), device=x.device)[:, None]
     with (
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: True)),
-        mock.patch.object(common, "make_batches", known_positions),
         mock.patch.object(common, "this_device", lambda: torch.device("meta")),
         mock.patch.object(torch.Tensor, "nonzero", all_rows),
         mock.patch.object(torch.Tensor, "item", lambda x: 1.0),
@@ -139,7 +132,7 @@ def update(stage: str, student: str, teacher: str) -> str:
         if stage in ("1", "3"):
             found = teacher_grpo.update(trained, frozen, optimizer, rollouts, 1e-6, teacher_grpo.Config("", **settings))
             assert {"loss", "entropy", "kl_to_reference", "sampler_mismatch_max"} <= found.keys()
-        for batch in common.make_batches(rollouts, N, torch.device("meta")) if stage[0] == "2" else ():
+        for batch in make_batches(rollouts, N, torch.device("meta"), True) if stage[0] == "2" else ():
             if stage == "2a":
                 result = fkl_warmup.forward_kl_loss(trained, frozen, batch, 151669)
             elif stage == "2b":
@@ -157,7 +150,7 @@ def update(stage: str, student: str, teacher: str) -> str:
 def main() -> None:
     if torch.version.cuda is None:
         raise SystemExit("this PyTorch has no CUDA in it: install the build that pip takes on Linux by default")
-    checks = [(packed_forward, name) for name in MODELS]
+    checks = [(packed_forward, name, share_prompts) for name in MODELS for share_prompts in (False, True)]
     for dtype in (torch.bfloat16, torch.float32):
         for vocab_size in (V, 151669):  # the head's rows; the tokenizer's tokens, an odd number
             checks += [
