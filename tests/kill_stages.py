@@ -38,7 +38,7 @@ import lib.scores
 import opd
 import student_grpo
 import teacher_grpo
-from common import InputError
+from common import AlreadyFinished, InputError
 from lib.rollouts import RolloutCache
 
 torch.set_num_threads(1)
@@ -158,6 +158,9 @@ def child(script, settings: dict, out: Path, drawn, action, said: Path) -> None:
         moments = Moments(out, drawn, action)
         instrument(moments)
         script.main(script.Config(out=str(out), resume=True, **settings))
+        status = 0
+    except AlreadyFinished as finished:
+        print(finished, file=sys.stderr, flush=True)
         status = 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

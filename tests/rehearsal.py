@@ -34,6 +34,7 @@ import evaluate
 import fkl_warmup
 import lib.data
 import lib.engines
+import lib.memory
 import lib.policy
 import lib.runs
 import opd
@@ -122,6 +123,7 @@ def on_ranks(ranks: int, on_a_node: int):
             (lib.engines, "chosen_engine", lambda engine: "vllm"),
             (lib.engines, "importlib", found),
             (lib.policy, "meta_causal_lm", structure),
+            (lib.memory, "available_memory", lambda: 1 << 50),  # the plan for GPUs is what --dry-run asks
             (teacher_grpo, "load_policy", stop),
             (opd, "load_policy", stop),
             (fkl_warmup, "load_policy", stop),

@@ -15,6 +15,7 @@ from test_stages import RUNS, metrics
 import kernels
 import lib.engines
 import lib.policy
+from common import Span
 from experiments import toy
 from lib.engines import Sampling, TorchEngine, VLLMEngine
 
@@ -135,11 +136,15 @@ def test_packed_attention_calls_pytorchs_kernel_with_what_it_takes(monkeypatch):
         return bound["query"]
 
     monkeypatch.setattr(lib.policy, "varlen_attn", recorded)
-    query, key = torch.zeros(1, 4, 7, 8), torch.zeros(1, 2, 7, 8)
-    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+    query, key = torch.zeros(7, 4, 8), torch.zeros(7, 2, 8)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    spans = [Span(0, 3), Span(3, 2, 0, 3), Span(5, 2, 0, 3)]  # a prompt and two responses that share it
+    packing = lib.policy.Packing(SimpleNamespace(input_ids=torch.zeros(1, 7, dtype=torch.long), spans=spans))
     for window in (None, 4):
-        output, _ = lib.policy.varlen_attention(query, key, key, 0.5, window, cu_seq_lens_q=bounds, max_length_q=4)
-        assert output.shape == (1, 7, 4, 8)
+        output = lib.policy.attend_varlen(query, key, key, packing, 0.5, window)
+        assert output.shape == (7, 4, 8)
+        assert calls[-1]["cu_seq_q"].tolist() == [0, 3, 5, 7] and calls[-1]["cu_seq_k"].tolist() == [0, 3, 8, 13]
+        assert (calls[-1]["max_q"], calls[-1]["max_k"]) == (3, 5) and len(calls[-1]["key"]) == 13
     assert [call["window_size"] for call in calls] == [(-1, 0), (3, 0)] and all(call["enable_gqa"] for call in calls)
 
 

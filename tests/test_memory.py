@@ -51,7 +51,7 @@ def test_dry_run_loads_and_writes_nothing(student, problems, tmp_path, capsys, m
     """It plans for the GPUs of the command, here one, or for those that --gpus names."""
     monkeypatch.setattr(teacher_grpo, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
     out = tmp_path / "out"
-    cfg = teacher_grpo.Config(student, data=problems, out=str(out), exclude=(), dry_run=True)
+    cfg = teacher_grpo.Config(student, data=problems, out=str(out), exclude=(), max_response_tokens=64, dry_run=True)
     teacher_grpo.main(cfg)
     printed = capsys.readouterr().out
     assert "1 GPU, the weights sharded over 1," in printed and "AdamW states" in printed and "On disk: " in printed
@@ -63,7 +63,18 @@ def test_dry_run_loads_and_writes_nothing(student, problems, tmp_path, capsys, m
 
 
 def test_dry_run_under_torchrun_plans_for_its_processes(student, problems, tmp_path):
-    words = ["--model", student, "--data", problems, "--exclude", "--out", str(tmp_path / "out"), "--dry-run"]
+    words = [
+        "--model",
+        student,
+        "--data",
+        problems,
+        "--exclude",
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--max-response-tokens",
+        "64",
+    ]
     done = launch(2, "teacher_grpo.py", *words)
     assert done.returncode == 0 and done.stdout.count("2 GPUs, the weights sharded over 2,") == 1, done.stderr[-2000:]
 

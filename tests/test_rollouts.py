@@ -9,7 +9,6 @@ from conftest import tiny_model, write_problems
 from test_stages import assert_same_weights, cached_rows, grpo, metrics, warmup
 from transformers import AutoTokenizer
 
-import common
 import fkl_warmup
 import lib.data
 import lib.runs
@@ -65,9 +64,9 @@ def test_a_batch_larger_than_the_data_is_announced_and_has_no_group_twice(
 @pytest.fixture
 def trained_on(monkeypatch):
     """The rollouts of every update that `fkl_warmup` makes."""
-    updates, make_batches = [], common.make_batches
+    updates, make_batches = [], fkl_warmup.make_batches
     monkeypatch.setattr(
-        common, "make_batches", lambda rollouts, *rest: updates.append(rollouts) or make_batches(rollouts, *rest)
+        fkl_warmup, "make_batches", lambda rollouts, *rest: updates.append(rollouts) or make_batches(rollouts, *rest)
     )
     return updates
 
@@ -218,7 +217,7 @@ def test_a_killed_run_on_texts_ends_the_same(student, problems, tmp_path, monkey
     cut = dataclasses.replace(cut, resume=True)
     content = Path(texts).read_text()
     Path(texts).write_text(content + content)
-    with pytest.raises(InputError, match="--resume: --rollouts .*texts.jsonl' has other texts than when"):
+    with pytest.raises(InputError, match="--resume: --rollouts .*texts.jsonl' has other texts than in"):
         fkl_warmup.main(cut)
     Path(texts).write_text(content)
     fkl_warmup.main(cut)

@@ -136,7 +136,7 @@ def test_stopped_while_the_teacher_samples_the_rollouts_are_kept(student, teache
 def test_stopped_an_evaluation_keeps_its_samples(student, teacher, test_problems, tmp_path):
     words = f"--models {student} {teacher} --data {test_problems} --k 2 --max-prompt-tokens 64 --max-response-tokens 8"
     words = [sys.executable, str(ROOT / "evaluate.py"), *words.split(), "--out", str(tmp_path / "report")]
-    done = stopped_after("evaluate", "_write_samples", words)
+    done = stopped_after("lib.samples.SampleFile", "finish", words)
     assert done.returncode == 128 + TERM and "Traceback" not in done.stderr
     sentence = f"stopped by SIGTERM; the same command goes on from what {tmp_path}/report holds"
     assert done.stderr.splitlines()[-1] == sentence
