@@ -178,6 +178,7 @@ def main(cfg: Config) -> None:
         size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
         mini_batches = [rows[start : start + size] for start in range(0, len(rows), size)][: cfg.max_steps]
         used = len(set().union(*mini_batches))
+        run.record["sampled_tokens"] = cache.tokens
         common.print0(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {used}")
         if not used:
             raise InputError(

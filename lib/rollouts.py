@@ -144,6 +144,7 @@ class RolloutCache:
     def _read(self) -> None:
         """Opens all shards. Collective."""
         import datasets  # importing it takes a second
+        from pyarrow import compute
 
         barrier()  # wait until rank 0 has written its shards
         parts = []
@@ -157,6 +158,8 @@ class RolloutCache:
                 raise InputError(f"{path} is damaged; delete it, and its rollouts will be sampled again") from None
         self._rows = datasets.concatenate_datasets(parts) if parts else []
         self.correct: list[bool] = list(self._rows["correct"]) if parts else []
+        lengths = compute.list_value_length(self._rows.data["response_ids"]) if parts else []
+        self.tokens = compute.sum(lengths).as_py() if parts else 0  # of all responses
         self.rows: dict[str, list[int]] = {}
         for number, problem in enumerate(self._rows["id"] if parts else ()):
             self.rows.setdefault(problem, []).append(number)

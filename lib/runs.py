@@ -40,6 +40,7 @@ from common import (
     Rollout,
     all_max,
     check_settings,
+    count_tokens,
     exit_process,
     first_line,
     last_words,
@@ -244,7 +245,8 @@ class Run:
             if saved:
                 self._compare_settings(saved, self.record, self.partial)
             self.steps_done = saved.get("steps", 0)
-            self.record.update({name: saved[name] for name in ("consumed", "seconds", "warnings") if name in saved})
+            kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings")
+            self.record.update({name: saved[name] for name in kept if name in saved})
             self.lines = on_rank_0(self._open_metrics)  # of metrics.jsonl
             on_rank_0(lambda: drop_steps(self.partial / "samples.jsonl", self.steps_done))
         except InputError as error:
@@ -252,7 +254,7 @@ class Run:
             raise
         skipped = [bool(line["skipped_steps"]) for line in self.lines if _is_training(line)]
         self._skipped_in_a_row = len(skipped) if all(skipped) else skipped[::-1].index(False)
-        self._began = time.monotonic()
+        self._began, self._cpu_began = time.monotonic(), time.process_time()
         self._phases: dict[str, float] = defaultdict(float)
 
     def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict | None]]]:
@@ -427,10 +429,12 @@ class Run:
         `metrics` must have `skipped_steps`, the number of optimizer steps that were skipped. After STOP_AFTER_SKIPPED
         steps in a row with any, the rollouts of the last are written to a file and the run ends with an InputError.
         """
+        tokens = count_tokens(rollouts)
+        self.record["trained_tokens"] += tokens
         line = {
             "step": step,
             **metrics,
-            "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
+            "response_tokens": tokens / len(rollouts),
             "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         }
         if all(rollout.how for rollout in rollouts):  # those that Stage 2a reads from its cache do not have it
@@ -562,7 +566,9 @@ class Run:
     def _write_record(self, directory: Path, **changes) -> None:
         """Writes run.json: the record as it is after this step, with the first and last line of the metrics so far."""
         seconds = self.record["seconds"] + time.monotonic() - self._began
-        record = {**self.record, "steps": self.steps_done, "seconds": round(seconds, 1)}
+        cpu_seconds = self.record["cpu_seconds"] + time.process_time() - self._cpu_began
+        record = {**self.record, "steps": self.steps_done}
+        record |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
         if trained := [line for line in self.lines if _is_training(line)]:
             record |= {"first": trained[0], "last": trained[-1]}
         if validated := [line for line in self.lines if not _is_training(line)]:
@@ -676,6 +682,8 @@ def _new_record(cfg, parents: dict[str, str]) -> dict:
         "ranks": world_size(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": 0.0,
+        "cpu_seconds": 0.0,  # of the process of rank 0
+        "trained_tokens": 0,  # response tokens of all steps
     }
 
 
