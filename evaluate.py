@@ -59,7 +59,7 @@ class Config(SamplerConfig):
 
 # The settings that decide what is sampled: samples that were made with others are not used again.
 DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "instruction",
-            "system_prompt", "thinking", "seed")  # fmt: skip
+            "system_prompt", "thinking", "cpu_bfloat16", "seed")  # fmt: skip
 
 
 class Engines:

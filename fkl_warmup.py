@@ -187,8 +187,8 @@ def main(cfg: Config) -> None:
 
         teacher = None  # SFT needs the teacher's tokens only
         if cfg.loss == "fkl":
-            teacher = load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
-        policy = load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
+            teacher = load_policy(cfg.teacher, cfg, trainable=False)
+        policy = load_policy(cfg.model, cfg, trainable=True)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None

@@ -177,8 +177,8 @@ def main(cfg: Config) -> None:
     with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as verifier:
         report_c1(run.record["parents"]["teacher"])
         torch.manual_seed(cfg.seed)
-        teacher = load_policy(cfg.teacher, trainable=False, shard_nodes=cfg.shard_nodes)
-        policy = load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
+        teacher = load_policy(cfg.teacher, cfg, trainable=False)
+        policy = load_policy(cfg.model, cfg, trainable=True)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)

@@ -238,8 +238,8 @@ def main(cfg: Config) -> None:
 
     with Run(cfg, parents={"model": cfg.model}) as run, make_grader(cfg) as verifier:
         torch.manual_seed(cfg.seed)
-        policy = load_policy(cfg.model, True, cfg.activation_checkpointing, cfg.shard_nodes)
-        reference = load_policy(cfg.model, trainable=False, shard_nodes=cfg.shard_nodes) if cfg.kl_coef else None
+        policy = load_policy(cfg.model, cfg, trainable=True)
+        reference = load_policy(cfg.model, cfg, trainable=False) if cfg.kl_coef else None
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)

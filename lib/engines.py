@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -31,6 +31,7 @@ from lib.memory import BESIDE_A_TRAINER, GIB, RESERVE, size_of
 from lib.policy import (
     Policy,
     checkpoint_weights,
+    compute_dtype,
     full_weights,
     is_sharded,
     load_causal_lm,
@@ -163,11 +164,12 @@ def make_engine(
             tensor_parallel=cfg.tensor_parallel,
             cache_bytes=cache_bytes_for(cfg, model, alone),
             sleeps=sleeps,
+            dtype=compute_dtype(cfg),
         )
     if policy is not None and not is_sharded(policy):
         return TorchEngine(policy.model, tokenizer, cfg.max_sequences)
     device = this_device()
-    replica = load_causal_lm(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    replica = load_causal_lm(model, compute_dtype(cfg), device)
     return TorchEngine(replica, tokenizer, cfg.max_sequences)
 
 
@@ -277,9 +279,7 @@ def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
 # Decoding: the model's logits after one more token in every row
 
 
-def prefill(
-    model: nn.Module, input_ids: Tensor, mask: Tensor, origin: Tensor
-) -> tuple[Tensor, ModelDecoder | LeanDecoder]:
+def prefill(model: nn.Module, input_ids: Tensor, mask: Tensor, origin: Tensor) -> tuple[Tensor, Decoder]:
     """The first logits (B, V) of rows that continue the prompts `origin` (B,), and the decoder of all later tokens.
 
     input_ids (P, T) are the prompts, padded on the left where mask (P, T) is 0. Each is computed once for all its rows.
@@ -287,10 +287,7 @@ def prefill(
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
     logits = model_logits(model, input_ids, mask, positions, cache)
-    layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    known = type(model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    decoder = LeanDecoder if known and layer_types == {"full_attention"} else ModelDecoder
-    return logits[origin], decoder(model, cache, mask[origin], positions[origin, -1:], origin)
+    return logits[origin], Decoder(model, cache, mask[origin], positions[origin, -1:], origin)
 
 
 def model_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -308,8 +305,12 @@ def model_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: T
     return output.logits[:, -1].float()
 
 
-class ModelDecoder:
-    """For any architecture: the model's own forward and cache."""
+class Decoder:
+    """The rows that are still being sampled, with the cache of what they have so far.
+
+    The model's own forward and transformers' dynamic cache serve any architecture. A static cache was slower on a CPU,
+    because every token attends to all of its room (results/sampling/cpu.md).
+    """
 
     def __init__(self, model: nn.Module, cache: DynamicCache, mask: Tensor, positions: Tensor, origin: Tensor):
         self.model, self.cache, self.mask, self.positions = model, cache, mask, positions
@@ -324,77 +325,6 @@ class ModelDecoder:
         self.mask = F.pad(self.mask, (0, 1), value=1)
         self.positions = self.positions + 1
         return model_logits(self.model, tokens[:, None], self.mask, self.positions, self.cache)
-
-
-class LeanDecoder:
-    """A faster decoder for Llama, Qwen2 and Qwen3, built from the model's own modules.
-
-    For every token the model's own forward makes a mask, copies each layer's cache to append to it, and copies it again
-    to repeat keys and values for the heads that share them. On small models this takes most of the time. Here the cache
-    is written in place, and the heads that share keys and values are the rows of one product.
-    """
-
-    def __init__(self, model: nn.Module, cache: DynamicCache, mask: Tensor, positions: Tensor, origin: Tensor):
-        self.model, self.positions, self.length = model, positions, mask.shape[1]
-        # Added to the attention scores, (B, 1, 1, room): -inf at padding. None if there is no padding.
-        self.bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-        self.bias = None if mask.all() else self.bias.masked_fill(mask == 0, -torch.inf)[:, None, None]
-        self.keys = [layer.keys[origin] for layer in cache.layers]  # each (B, K, room, d), `length` of it filled
-        self.values = [layer.values[origin] for layer in cache.layers]
-
-    def keep(self, rows: Tensor) -> None:
-        self.positions = self.positions[rows]
-        self.bias = None if self.bias is None else self.bias[rows]
-        self._replace_cache(lambda x: x[rows])
-
-    def _replace_cache(self, change: Callable[[Tensor], Tensor]) -> None:
-        for stored in (self.keys, self.values):
-            for number, tensor in enumerate(stored):  # one layer at a time, so that only one is held twice
-                stored[number] = change(tensor)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """tokens (B,) -> logits (B, V)."""
-        room = self.keys[0].shape[2]
-        if self.length == room:
-            more = max(32, room // 4)
-            self.bias = None if self.bias is None else F.pad(self.bias, (0, more))
-            self._replace_cache(lambda x: F.pad(x, (0, 0, 0, more)))
-        base, here, seen = self.model.base_model, self.length, slice(self.length + 1)
-        self.length += 1
-        self.positions = self.positions + 1
-        bias = None if self.bias is None else self.bias[..., seen]
-        hidden = base.embed_tokens(tokens)  # (B, D)
-        cos, sin = base.rotary_emb(hidden, self.positions)  # (B, 1, d)
-        for layer, keys, values in zip(base.layers, self.keys, self.values):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            query, key, value = (
-                project(normed).unflatten(-1, (-1, attention.head_dim))
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )  # (B, H, d), (B, K, d), (B, K, d)
-            if hasattr(attention, "q_norm"):
-                query, key = attention.q_norm(query), attention.k_norm(key)
-            keys[:, :, here] = rotated(key, cos, sin)
-            values[:, :, here] = value
-            query = rotated(query, cos, sin).unflatten(1, (key.shape[1], -1))  # (B, K, H / K, d)
-            mixed = attend(query, keys[:, :, seen], values[:, :, seen], bias, attention.scaling)
-            hidden = hidden + attention.o_proj(mixed.flatten(1))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self.model.lm_head(base.norm(hidden)).float()
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (B, heads, d) at cos, sin (B, 1, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention of each row's last token: query (B, K, G, d), keys and values (B, K, T, d) -> (B, K, G, d)."""
-    if query.is_cuda:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
-    scores = (query * scale) @ keys.transpose(2, 3)  # on a CPU plain products are faster for single queries
-    return (scores if bias is None else scores + bias).softmax(-1) @ values
 
 
 class VLLMEngine:
@@ -416,6 +346,7 @@ class VLLMEngine:
         tensor_parallel: int = 1,
         cache_bytes: int = GIB // 4,
         sleeps: bool = True,
+        dtype: torch.dtype | None = None,
     ):
         start_process()
         on_gpu = torch.cuda.is_available()
@@ -428,7 +359,7 @@ class VLLMEngine:
         from vllm import LLM, SamplingParams
 
         self._sampling_params, self.tokenizer = SamplingParams, tokenizer
-        self.dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
         self.max_tokens, self.tensor_parallel = max_tokens, tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
         self.stop_ids = end_tokens(load_generation_config(model), tokenizer)

@@ -239,20 +239,25 @@ AttentionMaskInterface.register("packed", packed_mask)
 # Loading
 
 
-def load_policy(model: str, trainable: bool, activation_checkpointing: bool = False, shard_nodes: int = 1) -> Policy:
-    """A checkpoint on this rank's device: in float32 to be trained; frozen, in bfloat16 on a GPU.
+def compute_dtype(cfg) -> torch.dtype:
+    """What a Config's products are computed in: bfloat16 on a GPU, and float32 on a CPU unless told otherwise."""
+    return torch.bfloat16 if torch.cuda.is_available() or cfg.cpu_bfloat16 else torch.float32
 
-    With several ranks or a GPU it is sharded over `device_mesh(shard_nodes)`, and the call is collective. GPUs compute
-    in bfloat16.
+
+def load_policy(model: str, cfg, trainable: bool) -> Policy:
+    """A checkpoint on this rank's device: in float32 to be trained; frozen, in the Config's `compute_dtype`.
+
+    With several ranks, a GPU or bfloat16 it is sharded over a `device_mesh`, and the call is collective.
     """
-    device, mesh = this_device(), device_mesh(shard_nodes)
-    dtype = torch.float32 if trainable or device.type == "cpu" else torch.bfloat16
+    device, compute = this_device(), compute_dtype(cfg)
+    mesh = device_mesh(cfg.shard_nodes, alone_too=compute == torch.bfloat16)
+    dtype = torch.float32 if trainable else compute
     policy = Policy(load_causal_lm(model, dtype, device) if mesh is None else meta_causal_lm(model, dtype))
     policy.requires_grad_(trainable)
-    if activation_checkpointing:
+    if trainable and cfg.activation_checkpointing:
         recompute_layers(policy)
     if mesh is not None:
-        shard(policy, mesh, compute=torch.bfloat16 if device.type == "cuda" else None)
+        shard(policy, mesh, compute=compute if compute == torch.bfloat16 else None)
         policy.to_empty(device=device)
         policy.model.tie_weights()  # to_empty has made two tensors of one that was shared
         fill(policy, load_causal_lm(model, dtype, torch.device("cpu")) if rank() == 0 else None)
@@ -271,14 +276,15 @@ def recompute_layers(policy: Policy) -> None:
 
 
 @cache  # before vLLM overwrites LOCAL_WORLD_SIZE
-def device_mesh(shard_nodes: int = 1) -> DeviceMesh | None:
+def device_mesh(shard_nodes: int = 1, alone_too: bool = False) -> DeviceMesh | None:
     """The ranks that weights are sharded over: those of `shard_nodes` nodes, with a copy on every further such group.
 
     With one node, weights are gathered inside a node and only gradients cross between nodes (hybrid sharding); a model
-    too large for a node needs more. None for a lone process on a CPU. InputError if the nodes cannot be grouped so.
+    too large for a node needs more. For a lone process on a CPU it is None unless `alone_too`: FSDP2 is also what
+    computes in another type than that of the weights. InputError if the nodes cannot be grouped so.
     """
-    start_process()
-    if world_size() == 1 and not torch.cuda.is_available():
+    start_process(alone_too)
+    if world_size() == 1 and not (torch.cuda.is_available() or alone_too):
         return None
     together = shard_nodes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world_size() % together:

@@ -144,7 +144,7 @@ def main() -> None:
         for key, config in configs.items():
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(f"{directory}/{key}")
-        load = lambda key: lib.policy.load_policy(f"{directory}/{key}", trainable=key == "student")
+        load = lambda key: lib.policy.load_policy(f"{directory}/{key}", cfg, trainable=key == "student")
         forward, teacher_forward = forward_flops(student, rollouts), forward_flops(teacher, rollouts)
         for losses in ("fused", "formulas"):
             for (module, function), formula in FORMULAS.items() if losses == "formulas" else ():

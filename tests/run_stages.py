@@ -92,7 +92,8 @@ for name, (stage, options) in runs.items():
     stage.main(stage.Config(out=f"{out}/again-{name}", resume=True, **settings, **options, **extra))
 
 # What is not finite on one rank is seen by all, and none of them steps.
-policy = lib.policy.load_policy(student, True)
+cfg = opd.Config(student, teacher, data="", out="")
+policy = lib.policy.load_policy(student, cfg, True)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
 rollouts = [common.Rollout(None, 0, [2, 4, 3], [5 + i, 6, 1], [0.0] * 3, "stop", "") for i in range(4)]
 
@@ -117,7 +118,7 @@ assert norm > 0 and not all(torch.equal(x, y) for x, y in zip(before, after))
 
 # A frozen model's output matrix is gathered for its forward pass, and freed by release.
 if lib.policy.is_sharded(policy):
-    frozen = lib.policy.load_policy(student, trainable=False)
+    frozen = lib.policy.load_policy(student, cfg, trainable=False)
     head = lambda: frozen.model.get_output_embeddings().weight
     with torch.no_grad():
         frozen(make_batches(rollouts, 100, common.this_device(), None)[0], lambda hidden, weight: None)

@@ -149,7 +149,7 @@ def interrupted(*changes):
             max_response_tokens=8, save_every=1, max_steps=2, passes=1, prompts_per_step=2,
         )  # fmt: skip
         with lib.runs.Run(cfg, {"model": cfg.model}) as run:
-            policy = lib.policy.load_policy(cfg.model, True)
+            policy = lib.policy.load_policy(cfg.model, cfg, True)
             run.save(1, policy, torch.optim.AdamW(policy.parameters()), trained_on=())
         for change in changes:
             change(place.tmp / "out.partial" / "state-000001")

@@ -506,4 +506,21 @@ def test_unsafe_heads_are_refused(tmp_path):
     config = json.loads((tmp_path / "scaled" / "config.json").read_text())
     (tmp_path / "scaled" / "config.json").write_text(json.dumps({**config, "logit_scale": 0.5}))
     with pytest.raises(InputError, match="rescales its logits"):
-        lib.policy.load_policy(directory, True)
+        lib.policy.load_policy(directory, opd.Config(directory, "", data="", out=""), True)
+
+
+def test_bfloat16_on_a_cpu_trains_float32_weights(student, teacher, problems, tmp_path):
+    """The same samples' log-probabilities differ by rounding, the sampler computes as the trainer does, and the chain of
+    weights stays in float32: updates that bfloat16 would round away are kept.
+    """
+    command = command_line(
+        teacher_grpo, grpo(teacher, problems, tmp_path / "out", max_steps=2, lr=1e-5, cpu_bfloat16=True)
+    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = metrics(tmp_path / "out")[0]
+    assert 0 < line["sampler_mismatch"] < 0.1
+    before, after = (load_file(f"{path}/model.safetensors") for path in (teacher, tmp_path / "out"))
+    assert all(value.dtype == torch.float32 for value in after.values())
+    change = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < change < 5e-5
