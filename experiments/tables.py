@@ -214,14 +214,14 @@ PAPER_ERRORS = (
     "printed. Ours is over problems (one run) or over runs (several), and no verdict below uses the paper's ±."
 )
 COSTS = (
-    "**What each row cost**, {spread}, with all stages behind it, the teacher's too. A stage counts once in a row, and in "
-    "full in every row that needs it. Labels are counted as the paper counts them: all problems that the student or its "
-    "teacher has been trained on. GRPO and the SFT'd teacher's training use the answers, all else only the prompts. "
-    "Tokens are thousands of response tokens, and a teacher's own row has its tokens in the teacher's columns. The "
-    "teacher also computes its distributions at every token that the student trains on in Stages 2a and 2b; only the CPU "
-    "minutes show that. They are those of each stage's first process, without GPUs and without the raw models' "
-    "pretraining. `fkl_only` and `sft_only` use the responses that the teacher has sampled for the warmup: they have the "
-    "tokens, too, but not the minutes."
+    "**What each row cost** ({spread}): its own stage and every stage behind it, the teacher's included, each once. Labels "
+    "are counted as in the paper: all problems that the student or its teacher has been trained on. GRPO learns from their "
+    "answers, and so does the SFT'd teacher, which learns only from problems that it has answered rightly; the other "
+    "stages learn without the answers. Tokens are thousands of response tokens; in a teacher's own row they are the "
+    "teacher's. The teacher's forward pass over what the student trains on in Stages 2a and 2b is not among the tokens. "
+    "CPU minutes are those of each stage's first process, without GPUs and without the pretraining of the raw models. "
+    "`fkl_only` and `sft_only` reuse the responses that the teacher has sampled for the warmup: their rows have these "
+    "tokens, but not the minutes that it took to sample them."
 )
 VERDICTS = (
     "**Orderings**, by the paper's predictions and as it finds them on MATH-500. Differences are in points and taken "
@@ -363,7 +363,7 @@ def cost_table(
         if row.checkpoint in costs and row.checkpoint not in lines:
             labels, *tokens, minutes = costs[row.checkpoint].values()
             ours = [percent(*average(runs, row.checkpoint, name)) for name in names]
-            spent = [f"{labels:.0f}", *(f"{count / 1000:,.0f}" for count in tokens), f"{minutes:.1f}"]
+            spent = [f"{labels:.0f}", *(f"{count / 1000:,.0f}" for count in tokens), f"{minutes:.2f}"]
             lines[row.checkpoint] = [row.teacher, row.protocol, f"`{row.checkpoint}`", *ours, *spent]
     spread = f"mean of {len(runs)} runs" if len(runs) > 1 else "in one run"
     return [COSTS.format(spread=spread), markdown_table(header, list(lines.values()))]

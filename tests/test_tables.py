@@ -128,13 +128,20 @@ def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path, capsys):
     for checkpoint, (labels, *spent) in COSTS.items():
         expected = [labels, *(1.5 * value for value in spent)]
         assert list(results["costs"][checkpoint].values()) == pytest.approx(expected), checkpoint
-    table = text.split("**What each row cost**, mean of 2 runs")[1].split("**Orderings**")[0]
+    table = text.split("**What each row cost** (mean of 2 runs)")[1].split("**Orderings**")[0]
     assert [line.split(" | ")[2] for line in table.splitlines() if "`" in line and line.startswith("|")] == [
         "`full/direct`", "`1H/rl/bridge-2H`", "`1H/rl/bridge`", "`1H/sft/bridge`", "`1H/sft/teacher`", "`1H/rl/teacher`",
     ]  # fmt: skip
     accuracy = tables.percent(*results["entries"]["1H/rl/bridge-2H"]["test"])
-    row = f"| RL'd | bridge on 1H + Stage 3 on 2H | `1H/rl/bridge-2H` | {accuracy} | 3 | 36 | 42 | 4 | 2 | 22.5 |"
+    row = f"| RL'd | bridge on 1H + Stage 3 on 2H | `1H/rl/bridge-2H` | {accuracy} | 3 | 36 | 42 | 4 | 2 | 22.50 |"
     assert row in table
+
+
+def test_a_stage_that_is_both_the_students_and_the_teachers_counts_as_the_students():
+    """A student that is distilled from what it was itself has not had another model trained for it."""
+    before = {"stage": "teacher_grpo", "sha256": "before", "parents": {"model": {"path": "raw", "sha256": "raw"}}}
+    after = {"stage": "opd", "parents": {"model": before, "teacher": before}}
+    assert list(tables.stages_behind(after, "student").values()) == [("student", before), ("student", after)]
 
 
 def test_a_row_has_no_cost_where_a_stage_behind_it_has_not_recorded_one(tmp_path, capsys):
