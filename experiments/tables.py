@@ -12,12 +12,16 @@ An entry is avg@k: of one run ± the standard error over problems, of several ru
 runs. Differences are taken problem by problem within a run, so that what two checkpoints share cancels. Over several
 runs, a difference has the standard error over runs, or that over problems where it is larger.
 
+A table says what each row cost, with the teacher behind it, by the run.json of its checkpoint.
+
 Written: tables.md, results.json (the same figures, unrounded) and routes.png (bars, rewards in GRPO, KL in OPD).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +32,7 @@ from matplotlib.figure import Figure
 import common
 from common import InputError
 from evaluate import markdown_table, percent
+from lib.runs import consumed_problems, read_run
 from lib.scores import mean_and_error, paired_difference
 
 Pair = Literal["qwen3-8b", "qwen3-14b", "llama"]
@@ -208,6 +213,16 @@ PAPER_ERRORS = (
     "samples of each that error is on average at least sqrt(p (1 - p) / 480), which is 1.8 at 19.8 % where 1.4 is "
     "printed. Ours is over problems (one run) or over runs (several), and no verdict below uses the paper's ±."
 )
+COSTS = (
+    "**What each row cost** ({spread}): its own stage and every stage behind it, the teacher's included, each once. Labels "
+    "are counted as in the paper: all problems that the student or its teacher has been trained on. GRPO learns from their "
+    "answers, and so does the SFT'd teacher, which learns only from problems that it has answered rightly; the other "
+    "stages learn without the answers. Tokens are thousands of response tokens; in a teacher's own row they are the "
+    "teacher's. The teacher's forward pass over what the student trains on in Stages 2a and 2b is not among the tokens. "
+    "CPU minutes are those of each stage's first process, without GPUs and without the pretraining of the raw models. "
+    "`fkl_only` and `sft_only` reuse the responses that the teacher has sampled for the warmup: their rows have these "
+    "tokens, but not the minutes that it took to sample them."
+)
 VERDICTS = (
     "**Orderings**, by the paper's predictions and as it finds them on MATH-500. Differences are in points and taken "
     "problem by problem; with several runs, ± is the standard error over runs, or that over problems if it is larger. "
@@ -291,6 +306,67 @@ def entry_tables(tables: dict[str, list[Row]], runs: list[dict], names: list[str
             lines.append([row.teacher, row.protocol, f"`{row.checkpoint}`", *ours, paper, each])
         parts += [f"**{title}**", markdown_table(header, lines)]
     return parts
+
+
+def stages_behind(lineage: dict, whose: str) -> dict[str | None, tuple[str, dict]]:
+    """Every stage on the way to a checkpoint once, by the sha256 of its weights: who was trained in it, and its record.
+
+    `whose` says who the checkpoint itself is, "student" or "teacher". What stands behind its `model` is its own training,
+    and what stands behind its `teacher` is the teacher's. A stage that is both counts as its own.
+    """
+    found = {lineage.get("sha256"): (whose, lineage)} if "stage" in lineage else {}
+    for role, parent in lineage.get("parents", {}).items():  # the model comes first
+        found = stages_behind(parent, whose if role == "model" else "teacher") | found
+    return found
+
+
+def cost(directory: str, checkpoint: str) -> dict[str, float] | None:
+    """What a run's checkpoint and all stages behind it cost: labels, response tokens, CPU minutes.
+
+    None if no stage has made it, or one of the stages behind it has not recorded what it cost.
+    """
+    lineage = read_run(str(Path(directory, checkpoint)))
+    whose = "teacher" if Path(checkpoint).name == "teacher" else "student"
+    stages = list(stages_behind(lineage, whose).values())
+    if not stages or any("trained_tokens" not in record for _, record in stages):
+        return None
+    spent = {"labels": len(consumed_problems(lineage)), "student_sampled": 0, "student_trained": 0, "teacher_sampled": 0,
+             "teacher_trained": 0, "cpu_minutes": sum(record["cpu_seconds"] for _, record in stages) / 60}  # fmt: skip
+    for trained, record in stages:
+        spent[f"{trained}_trained"] += record["trained_tokens"]
+        # Only Stage 2a learns from what the teacher has sampled; the others train on every token that they sample.
+        sampler = "teacher" if "sampled_tokens" in record else trained
+        spent[f"{sampler}_sampled"] += record.get("sampled_tokens", record["trained_tokens"])
+    return spent
+
+
+def average_costs(directories: tuple[str, ...], checkpoints: Iterable[str]) -> dict[str, dict[str, float]]:
+    """The mean cost over the runs, of each checkpoint whose cost is on record in all of them."""
+    costs = {checkpoint: [cost(directory, checkpoint) for directory in directories] for checkpoint in checkpoints}
+    return {
+        checkpoint: {name: float(np.mean([spent[name] for spent in each])) for name in each[0]}
+        for checkpoint, each in costs.items()
+        if None not in each
+    }
+
+
+def cost_table(
+    tables: dict[str, list[Row]], costs: dict[str, dict[str, float]], runs: list[dict], names: list[str]
+) -> list[str]:
+    """What each row cost, in markdown, after what the columns mean; nothing if no cost is on record."""
+    if not costs:
+        return []
+    header = ["teacher", "protocol", "checkpoint", *names, "labels", "student: sampled", "student: trained on",
+              "teacher: sampled", "teacher: trained on", "CPU minutes"]  # fmt: skip
+    lines = {}
+    for row in itertools.chain(*tables.values()):
+        if row.checkpoint in costs and row.checkpoint not in lines:
+            labels, *tokens, minutes = costs[row.checkpoint].values()
+            ours = [percent(*average(runs, row.checkpoint, name)) for name in names]
+            spent = [f"{labels:.0f}", *(f"{count / 1000:,.0f}" for count in tokens), f"{minutes:.2f}"]
+            lines[row.checkpoint] = [row.teacher, row.protocol, f"`{row.checkpoint}`", *ours, *spent]
+    spread = f"mean of {len(runs)} runs" if len(runs) > 1 else "in one run"
+    return [COSTS.format(spread=spread), markdown_table(header, list(lines.values()))]
 
 
 def ordering_tables(orderings: list[dict], pair: str) -> list[str]:
@@ -397,14 +473,16 @@ def main(cfg: Config) -> None:
         for name in names
         if in_all(runs, claim.first, claim.second)
     ]
-    text = [PAPER_ERRORS, *entry_tables(tables, runs, names, cfg.pair), VERDICTS, *ordering_tables(orderings, cfg.pair)]
     checkpoints = dict.fromkeys(row.checkpoint for rows in tables.values() for row in rows)
     entries = {c: {name: average(runs, c, name) for name in names} for c in checkpoints}
+    costs = average_costs(cfg.runs, checkpoints)
+    text = [PAPER_ERRORS, *entry_tables(tables, runs, names, cfg.pair), *cost_table(tables, costs, runs, names)]
+    text += [VERDICTS, *ordering_tables(orderings, cfg.pair)]
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    written = {"runs": list(cfg.runs), "entries": entries, "orderings": orderings}
+    written = {"runs": list(cfg.runs), "entries": entries, "costs": costs, "orderings": orderings}
     (out / "results.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     draw(tables, runs, cfg.runs, names[0], out / "routes.png")
     print("\n\n".join(text))

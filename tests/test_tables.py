@@ -73,6 +73,93 @@ def test_tables_pair_problems_and_average_over_seeds(tmp_path, capsys):
         tables.main(tables.Config(runs=runs, out=str(tmp_path / "x"), pool="validation"))
 
 
+def write_checkpoint(run: str, name: str, seed: int, stage: str, model: dict, **record) -> dict:
+    """A checkpoint's run.json as a stage writes it, in numbers that the seed scales; returns it as a parent's record."""
+    scaled = {key: value * (1 + seed) for key, value in record.items() if isinstance(value, (int, float))}
+    parents = {"model": model} | ({"teacher": record["teacher"]} if "teacher" in record else {})
+    written = {"stage": stage, "parents": parents, "consumed": record["consumed"].split(), **scaled}
+    path = Path(run, name, "run.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(written))
+    return {**written, "path": str(path.parent), "sha256": f"weights of {name}"}
+
+
+def write_chain(run: str, seed: int) -> None:
+    """Two teachers, a bridge from each and Stage 3 after one, with costs of which no two sums are the same by chance."""
+    raw = {"path": "raw_student", "sha256": "raw"}, {"path": "raw_teacher", "sha256": "large"}
+
+    def write(name, stage, model, **record):
+        return write_checkpoint(run, name, seed, stage, model, **record)
+
+    write("full/direct", "teacher_grpo", raw[0], consumed="a b c", trained_tokens=64_000, cpu_seconds=30)
+    teacher = write("1H/rl/teacher", "teacher_grpo", raw[1], consumed="a b", trained_tokens=1_000, cpu_seconds=60)
+    warmup = write("1H/rl/warmup", "fkl_warmup", raw[0], teacher=teacher, consumed="a b", sampled_tokens=2_000,
+                   trained_tokens=4_000, cpu_seconds=120)  # fmt: skip
+    bridge = write("1H/rl/bridge", "opd", warmup, teacher=teacher, consumed="a", trained_tokens=8_000, cpu_seconds=240)
+    write("1H/rl/bridge-2H", "student_grpo", bridge, consumed="c", trained_tokens=16_000, cpu_seconds=480)
+    sft = write("1H/sft/teacher", "fkl_warmup", raw[1], teacher=raw[1], consumed="a", sampled_tokens=100_000,
+                trained_tokens=200_000, cpu_seconds=6)  # fmt: skip
+    write("1H/sft/bridge", "opd", raw[0], teacher=sft, consumed="a b", trained_tokens=400_000, cpu_seconds=12)
+
+
+COSTS = {  # labels, tokens that the student sampled and trained on, the same of the teacher, CPU minutes; of seed 0
+    "full/direct": (3, 64_000, 64_000, 0, 0, 0.5),
+    "1H/rl/teacher": (2, 0, 0, 1_000, 1_000, 1),
+    "1H/rl/bridge": (2, 8_000, 12_000, 3_000, 1_000, 7),
+    "1H/rl/bridge-2H": (3, 24_000, 28_000, 3_000, 1_000, 15),
+    "1H/sft/teacher": (1, 0, 0, 100_000, 200_000, 0.1),
+    "1H/sft/bridge": (2, 400_000, 400_000, 100_000, 200_000, 0.3),
+}
+
+
+def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path, capsys):
+    """The RL'd teacher stands behind the warmup and behind OPD, and is paid for once; seed 1 pays twice as much."""
+    evaluated = [*COSTS, "student", "teacher", "full/rl/bridge"]  # no stage makes a raw model
+    runs = write_runs(tmp_path, dict.fromkeys(evaluated, 0.5), seeds=2, shift=0.1)
+    for seed, run in enumerate(runs):
+        write_chain(run, seed)
+    # Only one run has a record of this one, so it has no mean.
+    write_checkpoint(runs[0], "full/rl/bridge", 0, "opd", {}, consumed="a", trained_tokens=1, cpu_seconds=1)
+    tables.main(tables.Config(runs=runs, out=str(tmp_path / "tables")))
+    results, text = written(tmp_path / "tables")
+    assert {checkpoint: list(costs) for checkpoint, costs in results["costs"].items()} == dict.fromkeys(
+        COSTS, ["labels", "student_sampled", "student_trained", "teacher_sampled", "teacher_trained", "cpu_minutes"]
+    )
+    for checkpoint, (labels, *spent) in COSTS.items():
+        expected = [labels, *(1.5 * value for value in spent)]
+        assert list(results["costs"][checkpoint].values()) == pytest.approx(expected), checkpoint
+    table = text.split("**What each row cost** (mean of 2 runs)")[1].split("**Orderings**")[0]
+    assert [line.split(" | ")[2] for line in table.splitlines() if "`" in line and line.startswith("|")] == [
+        "`full/direct`", "`1H/rl/bridge-2H`", "`1H/rl/bridge`", "`1H/sft/bridge`", "`1H/sft/teacher`", "`1H/rl/teacher`",
+    ]  # fmt: skip
+    accuracy = tables.percent(*results["entries"]["1H/rl/bridge-2H"]["test"])
+    row = f"| RL'd | bridge on 1H + Stage 3 on 2H | `1H/rl/bridge-2H` | {accuracy} | 3 | 36 | 42 | 4 | 2 | 22.50 |"
+    assert row in table
+
+
+def test_a_stage_that_is_both_the_students_and_the_teachers_counts_as_the_students():
+    """A student that is distilled from what it was itself has not had another model trained for it."""
+    before = {"stage": "teacher_grpo", "sha256": "before", "parents": {"model": {"path": "raw", "sha256": "raw"}}}
+    after = {"stage": "opd", "parents": {"model": before, "teacher": before}}
+    assert list(tables.stages_behind(after, "student").values()) == [("student", before), ("student", after)]
+
+
+def test_a_row_has_no_cost_where_a_stage_behind_it_has_not_recorded_one(tmp_path, capsys):
+    [run] = write_runs(tmp_path, dict.fromkeys(COSTS, 0.5), seeds=1, shift=0)
+    tables.main(tables.Config(runs=(run,), out=str(tmp_path / "reports")))
+    assert written(tmp_path / "reports")[0]["costs"] == {} and "What each row cost" not in capsys.readouterr().out
+    write_chain(run, 0)
+    path = Path(run, "1H/rl/bridge-2H/run.json")
+    record = json.loads(path.read_text())
+    del record["parents"]["model"]["parents"]["model"]["trained_tokens"]  # the warmup's
+    path.write_text(json.dumps(record))
+    tables.main(tables.Config(runs=(run,), out=str(tmp_path / "tables")))
+    assert written(tmp_path / "tables")[0]["costs"].keys() == COSTS.keys() - {"1H/rl/bridge-2H"}
+    path.write_text("{")
+    with pytest.raises(InputError, match="1H/rl/bridge-2H/run.json is not JSON"):
+        tables.main(tables.Config(runs=(run,), out=str(tmp_path / "x")))
+
+
 def test_an_error_over_runs_is_no_smaller_than_that_over_problems():
     """Two runs that agree by chance: their problems differ by 0.2 ± 0.1 in each, so their mean has 0.1 / sqrt(2)."""
     run = {"full/direct": {"test": {"scores": {"a": 0.5, "b": 0.7}}},
