@@ -115,6 +115,7 @@ class Assumed:
     response: int = RESPONSE  # mean tokens
     longest: int = LONGEST
     streamed: int = STREAMED
+    share_prompts: bool = False  # off on a GPU until gpu_check has passed there
 
 
 PAPER = Assumed()
@@ -160,28 +161,34 @@ def stream_seconds(size: Size, rollouts: int, assumed: Assumed = PAPER) -> float
 def train_seconds(rollouts: int, trained: Size, passes: list[Size], assumed: Assumed = PAPER) -> float:
     """Time in which all GPUs train on rollouts, activations computed twice; `passes` are forward passes besides."""
     flops = 8 * trained.parameters + sum(2 * size.parameters for size in passes)
-    return rollouts * (PROMPT + assumed.response) * flops / (assumed.flops * assumed.gpus)
+    positions = PROMPT / (GROUP if assumed.share_prompts else 1) + assumed.response  # of each rollout
+    return rollouts * positions * flops / (assumed.flops * assumed.gpus)
 
 
-def stage_hours(student: Size, teacher: Size, labels: int = LABELS) -> dict[str, float]:
+def stage_hours(student: Size, teacher: Size, labels: int = LABELS, assumed: Assumed = PAPER) -> dict[str, float]:
     """GPU-hours of every kind of checkpoint in the Makefile's graph at the paper's scale, on all labels."""
     once = labels * GROUP  # rollouts of one pass
 
     def grpo(model: Size) -> float:  # 10 passes, 32 prompts at a time, with passes for the old and the reference policy
-        return 10 * (once / 256 * batch_seconds(model, 256) + train_seconds(once, model, [model, model]))
+        return 10 * (
+            once / 256 * batch_seconds(model, 256, assumed) + train_seconds(once, model, [model, model], assumed)
+        )
 
     def opd(passes: int) -> float:  # 64 prompts at a time
-        return passes * (once / 512 * batch_seconds(student, 512) + train_seconds(once, student, [teacher]))
+        return passes * (
+            once / 512 * batch_seconds(student, 512, assumed) + train_seconds(once, student, [teacher], assumed)
+        )
 
     seconds = {
         "Stage 1, teacher (10 passes)": grpo(teacher),
         "direct GRPO, Stage 3, replay (10 passes)": grpo(student),
-        "filtered SFT of the teacher (2 passes)": stream_seconds(teacher, once) + train_seconds(2 * once, teacher, []),
-        "2a warmup (1 pass)": stream_seconds(teacher, once) + train_seconds(once, student, [teacher]),
+        "filtered SFT of the teacher (2 passes)": stream_seconds(teacher, once, assumed)
+        + train_seconds(2 * once, teacher, [], assumed),
+        "2a warmup (1 pass)": stream_seconds(teacher, once, assumed) + train_seconds(once, student, [teacher], assumed),
         "2b OPD (1 pass)": opd(1),
         "OPD only (2 passes)": opd(2),
-        "teacher-sample SFT, after the warmup's sampling (2 passes)": train_seconds(2 * once, student, []),
-        "forward KL only, after the warmup's sampling (2 passes)": train_seconds(2 * once, student, [teacher]),
+        "teacher-sample SFT, after the warmup's sampling (2 passes)": train_seconds(2 * once, student, [], assumed),
+        "forward KL only, after the warmup's sampling (2 passes)": train_seconds(2 * once, student, [teacher], assumed),
     }
     return {name: GPUS * value / 3600 for name, value in seconds.items()}
 
@@ -224,6 +231,11 @@ def hours() -> str:
         lines.append(f"| {stage} | " + " | ".join(f"{column[stage]:.0f}" for column in columns.values()) + " |")
     for name, costs in sums.items():
         lines.append(f"| **{name}**, from nothing | " + " | ".join(f"**{cost:.0f}**" for cost in costs) + " |")
+    student, teacher = (sizes[name] for name in PAIRS[0])
+    apart, shared = (stage_hours(student, teacher, assumed=Assumed(share_prompts=each)) for each in (False, True))
+    lines += ["", "With `--share-prompts`, which computes a prompt once for all its responses, the 8B pair's Stage 1 would take "
+              f"{shared['Stage 1, teacher (10 passes)']:.0f} hours in the place of {apart['Stage 1, teacher (10 passes)']:.0f}, and "
+              f"OPD {shared['2b OPD (1 pass)']:.0f} in the place of {apart['2b OPD (1 pass)']:.0f}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

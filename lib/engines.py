@@ -309,7 +309,7 @@ class Decoder:
     """The rows that are still being sampled, with the cache of what they have so far.
 
     The model's own forward and transformers' dynamic cache serve any architecture. A static cache was slower on a CPU,
-    because every token attends to all of its room (results/sampling/cpu.md).
+    because every token attends to all of its room (results/sampling/decoders.md).
     """
 
     def __init__(self, model: nn.Module, cache: DynamicCache, mask: Tensor, positions: Tensor, origin: Tensor):

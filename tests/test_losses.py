@@ -260,6 +260,27 @@ def test_groups_without_spread_move_nothing_but_the_kl():
     assert not torch.allclose(moved, start)
 
 
+def test_rollouts_from_which_nothing_can_be_learnt_cost_no_pass(monkeypatch):
+    """Without a KL term an advantage of 0 changes no weight, so the update is that of all rollouts, in fewer positions."""
+    rollouts = make_rollouts(8, group=4, shortest=1)
+    advantages = torch.tensor([0.0] * 4 + [1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
+    computed = []
+    make = teacher_grpo.make_batches
+    record = lambda chosen, *rest: computed.append(len(chosen)) or make(chosen, *rest)
+    monkeypatch.setattr(teacher_grpo, "make_batches", record)
+    settings = dict(mini_batch_prompts=2)  # of two responses each, by the test's settings
+    few, metrics = updated(rollouts, advantages, reference=False, **settings)
+    assert computed == [0, 3]
+    tokens = [len(rollout.response_ids) for rollout in rollouts]
+    assert metrics["frac_tokens_trained"] == pytest.approx(sum(tokens[4:7]) / sum(tokens))
+    monkeypatch.setattr(teacher_grpo, "make_batches", lambda chosen, *rest: make(rollouts[4:] if chosen else [], *rest))
+    all_of_them, full = updated(rollouts, advantages, reference=False, **settings)
+    torch.testing.assert_close(few, all_of_them, atol=1e-12, rtol=0)
+    assert metrics["loss"] == pytest.approx(full["loss"], abs=1e-12) and metrics["grad_norm"] == full["grad_norm"]
+    updated(rollouts, advantages, kl_coef=0.1, **settings)  # with a KL term all of them have a pass
+    assert full["frac_tokens_trained"] > metrics["frac_tokens_trained"]
+
+
 def test_token_counts_and_layout():
     rollouts = make_rollouts(9, group=3)
     for micro_batch_tokens in SPLITS:
