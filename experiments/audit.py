@@ -28,9 +28,10 @@ import common
 from common import InputError
 from evaluate import markdown_table, percent
 from experiments import string_scorer
-from lib import runs
+from lib.files import check_writable, write_whole
+from lib.lineage import read_lineage
 from lib.plots import draw_curves
-from lib.samples import read_samples, sample_directories, write_whole
+from lib.samples import read_samples, sample_directories
 from lib.scores import mean_and_error, paired_difference
 from lib.verifier import Verifier, extract_answer
 
@@ -123,7 +124,7 @@ def grade_file(cfg: Config) -> None:
         rows.append(row)
     if not rows:
         raise InputError(f"--responses {cfg.responses!r} is empty; give a line for each response")
-    runs.check_writable(cfg.out)
+    check_writable(cfg.out)
     for row, correct in zip(rows, verify(rows, "grading")):
         row["correct"] = correct
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ def regrade(cfg: Config) -> None:
     """Writes a table of the report's entries by three gradings, and the samples on which the three do not agree."""
     out = Path(cfg.out or cfg.regrade)
     entries = report_samples(cfg)
-    runs.check_writable(str(out))
+    check_writable(str(out))
     rows, disagreements = [], []
     for (label, name), samples in entries.items():
         graded = {
@@ -229,11 +230,11 @@ def print_lineage(cfg: Config) -> None:
             for name, result in row.items():
                 score = f"{name} {percent(result['avg'], result['se'])} %"
                 scores[result["sha256"]] = ", ".join(filter(None, [scores.get(result["sha256"]), score]))
-    print("\n".join(history(runs.read_lineage(cfg.lineage), scores)))
+    print("\n".join(history(read_lineage(cfg.lineage), scores)))
 
 
 def print_differences(cfg: Config) -> None:
-    first, second = map(runs.read_lineage, cfg.compare)
+    first, second = map(read_lineage, cfg.compare)
     rows = [[name, *map(str, pair)] for name, pair in differences(first, second).items()]
     print(markdown_table(["", *cfg.compare], rows) if rows else "The two runs do not differ.")
 
@@ -244,7 +245,7 @@ def write_curves(cfg: Config) -> None:
         raise InputError(
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.curves)} --curves"
         )
-    runs.check_writable(cfg.out)
+    check_writable(cfg.out)
     if not draw_curves(dict(zip(labels, cfg.curves)), Path(cfg.out) / "curves.png"):
         raise InputError(
             f"--curves {list(cfg.curves)}: none of them has a metrics.jsonl with rewards, accuracies or KLs; name "

@@ -23,7 +23,8 @@ import tyro
 import common
 from common import InputError
 from experiments.samples import run_directory
-from lib.watch import whole_lines
+from lib.files import json_lines
+from lib.watch import is_training
 
 
 @dataclass
@@ -56,13 +57,9 @@ def new_lines(directory: Path, sent: set[tuple[int, bool]]) -> list[dict]:
     After a resume the file is shorter at first, and the steps that were not saved come a second time. A tracker cannot
     take back what it has, so the first time counts. A step may have two lines, of the training and of a validation.
     """
-    try:
-        lines = whole_lines(directory / "metrics.jsonl")
-    except FileNotFoundError:  # the directory has got its final name at this moment
-        return []
     found = []
-    for line in lines:
-        key = line["step"], "skipped_steps" in line
+    for line in json_lines(directory / "metrics.jsonl"):  # none if the directory has got its final name meanwhile
+        key = line["step"], is_training(line)
         if key not in sent:
             sent.add(key)
             found.append(line)

@@ -14,6 +14,7 @@ from test_stages import distill, grpo, metrics, warmup
 
 import evaluate
 import fkl_warmup
+import lib.lineage
 import lib.rollouts
 import lib.runs
 import opd
@@ -135,7 +136,7 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
         assert [rollout.correct for rollout in rollouts] == [value >= 1 for value in values]
         assert {rollout.how for rollout in rollouts} == {"reward"}
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.1  # it learns to write fewer of them
-    lineage = lib.runs.read_lineage(str(tmp_path / "out"))
+    lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     path = reward.removesuffix(":few_ones")
     assert lineage["config"]["reward"] == reward
     assert lineage["reward_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()

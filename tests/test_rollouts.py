@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import fkl_warmup
 import lib.data
+import lib.lineage
 import lib.runs
 import student_grpo
 import teacher_grpo
@@ -170,10 +171,10 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
     assert [r.text for r in trained_on[-1]] == [rows[0][1]]
 
     # Stage 3 and the audit read the lineage.
-    lineage = lib.runs.read_lineage(str(tmp_path / "out"))
+    lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     assert lineage["parents"].keys() == {"model", "rollouts"}
-    assert lineage["parents"]["rollouts"] == {"path": texts, "sha256": lib.runs._sha256(Path(texts))}
-    assert lib.runs.consumed_problems(lineage) == {known[0].id, known[1].id}
+    assert lineage["parents"]["rollouts"] == {"path": texts, "sha256": lib.lineage.file_sha256(Path(texts))}
+    assert lib.lineage.consumed_problems(lineage) == {known[0].id, known[1].id}
     assert f"└─ rollouts: {texts}" in audit.history(lineage, {})
     with pytest.raises(InputError, match="on 2 of its 12 problems"):
         student_grpo.main(grpo(str(tmp_path / "out"), problems, tmp_path / "x", student_grpo.Config, half="full"))
