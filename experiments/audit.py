@@ -107,9 +107,8 @@ def grade_file(cfg: Config) -> None:
     if target.exists() and target.samefile(source):
         raise InputError(f"--out {cfg.out!r} is the directory of --responses itself; name another")
     rows = []
-    for number, line in enumerate(
-        source.read_bytes().splitlines(), start=1
-    ):  # of bytes, because text has more kinds of line ends
+    lines = source.read_bytes().splitlines()  # of bytes, because text has more kinds of line ends
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             answer, response = row["answer"], row["response"]
@@ -173,7 +172,7 @@ def problem_scores(samples: list[dict], scores: list[float]) -> dict[str, float]
 def regrade(cfg: Config) -> None:
     """Writes a table of the report's entries by three gradings, and the samples on which the three do not agree."""
     out = Path(cfg.out or cfg.regrade)
-    entries = report_samples(cfg)
+    entries, reward = report_samples(cfg), read_report(cfg.regrade, "--regrade").get("settings", {}).get("reward")
     check_writable(str(out))
     rows, disagreements = [], []
     for (label, name), samples in entries.items():
@@ -195,7 +194,9 @@ def regrade(cfg: Config) -> None:
         ]  # fmt: skip
     table = (
         "avg@k in %, ± standard error over problems, by three gradings of the same samples. The difference is in points, "
-        "± standard error of the paired difference.\n\n"
+        "± standard error of the paired difference."
+        + (f" Stored as right are responses to which --reward {reward} gave 1 or more." if reward else "")
+        + "\n\n"
     ) + markdown_table(
         ["checkpoint", "data set", "stored", "verifier", "string equality", "string equality - verifier",
          "samples that differ, verifier and stored", "string equality and verifier", "samples"],

@@ -21,6 +21,7 @@ import opd
 import teacher_grpo
 from common import InputError, Problem, Rollout
 from experiments import audit
+from lib import plots
 from lib.rewards import make_grader
 from lib.verifier import Verifier
 
@@ -202,6 +203,18 @@ def test_a_run_is_not_resumed_with_another_reward(teacher, mine, tmp_path, monke
         teacher_grpo.main(dataclasses.replace(config, resume=True))
     Path(reward.removesuffix(":few_ones")).write_text(FEW_ONES)
     teacher_grpo.main(dataclasses.replace(config, resume=True))
+
+
+def test_pictures_have_room_for_rewards_below_0_and_above_1(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
+    plots.draw_bars({"a": {"b": (2.5, 0.1)}, "c": {"b": (-0.5, 0.1)}}, "title", tmp_path / "bars.png")
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "reward": {i - 3}}}\n' for i in range(3)))
+    plots.draw_curves({"a": str(tmp_path)}, tmp_path / "curves.png")
+    bars, curves = (figure.axes[0] for figure in figures)
+    assert bars.get_xlim() == pytest.approx((-54, 270)) and curves.get_ylim()[0] == -3
 
 
 def test_a_reward_that_fails_on_one_rank_fails_on_all(mine, tmp_path, monkeypatch):
