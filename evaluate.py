@@ -116,9 +116,7 @@ def evaluate_model(
             common.print0(
                 f"{label}: {seen} of {len(problems)} problems of {name} were trained on; its score there is no test score"
             )
-        prompts = data.tokenize_prompts(
-            tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
-        )
+        prompts = data.tokenize_prompts(tokenizer, problems, cfg)
         settings = {"sha256": lineage["sha256"], "prompts": prompts_key(problems, prompts)}
         settings |= {setting: getattr(cfg, setting) for setting in DECODING}
         file = SampleFile(directory / f"{name}.jsonl", settings, grading_key(problems, cfg.reward), problems, cfg.k)
@@ -207,10 +205,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
-            prompts = data.tokenize_prompts(
-                tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
-            )
-            check_lengths(cfg, model, prompts.values())
+            check_lengths(cfg, model, data.tokenize_prompts(tokenizer, problems, cfg).values())
         common.on_rank_0(lambda: read_run(model))
     check_writable(cfg.out)
     return dict(zip(labels, models)), datasets

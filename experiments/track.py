@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import common
 from common import InputError
 from experiments.samples import run_directory
 from lib.files import json_lines
+from lib.lineage import read_record
 from lib.watch import is_training
 
 
@@ -41,14 +41,6 @@ def lineage(record: dict) -> dict:
     kept = ("stage", "path", "sha256", "config", "code", "hardware", "ranks", "started")
     parents = {role: lineage(parent) for role, parent in record.get("parents", {}).items()}
     return {**{name: record[name] for name in kept if name in record}, **({"parents": parents} if parents else {})}
-
-
-def read_record(directory: Path) -> dict | None:
-    """The run's record, which is in its directory from the first step on; None while it is not whole."""
-    try:
-        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def new_lines(directory: Path, sent: set[tuple[int, bool]]) -> list[dict]:
@@ -83,12 +75,9 @@ def main(cfg: Config) -> None:
     finished = False
     try:
         while not finished:
-            finished = (
-                not cfg.follow or Path(cfg.run, "metrics.jsonl").is_file()
-            )  # asked first, so that no line is missed
-            directory = run_directory(
-                cfg.run
-            )  # None for the moment in which it gets its final name, or if it is deleted
+            # Asked before the lines are read, so that none is missed.
+            finished = not cfg.follow or Path(cfg.run, "metrics.jsonl").is_file()
+            directory = run_directory(cfg.run)  # None while it gets its final name, or if it is deleted
             for line in new_lines(directory, sent) if directory else ():
                 step = line.pop("step")
                 tracker.log({name: value for name, value in line.items() if value is not None}, step=step)

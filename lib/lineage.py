@@ -59,6 +59,14 @@ def read_run(model: str) -> dict:
     return run
 
 
+def read_record(directory: Path) -> dict | None:
+    """The `run.json` of a run that is not finished, or of one of its training states; None if it cannot be read."""
+    try:
+        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def consumed_problems(lineage: dict) -> set[str]:
     """Ids of every labelled problem that a checkpoint's weights have been trained on, through all its ancestors."""
     return set(lineage.get("consumed", ())).union(*(map(consumed_problems, lineage.get("parents", {}).values())))

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -48,7 +49,7 @@ from common import (
 from lib.data import check_same_tokenizer, load_tokenizer, load_training_problems, tokenize_prompts
 from lib.engines import check_engine, check_lengths
 from lib.files import drop_steps
-from lib.lineage import file_sha256, new_record, read_run
+from lib.lineage import file_sha256, new_record, read_record, read_run
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, device_mesh, save_pretrained
 from lib.scores import validation_sets
@@ -75,12 +76,10 @@ def prepare(
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
     problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     if teacher:
-        check_same_tokenizer(cfg.model, teacher, problems, cfg.instruction, cfg.system_prompt, cfg.thinking)
+        check_same_tokenizer(cfg.model, teacher, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
         check_checkpoint(model, len(tokenizer))
-    prompts = tokenize_prompts(
-        tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
-    )
+    prompts = tokenize_prompts(tokenizer, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())
     if not cfg.dry_run:
@@ -197,7 +196,7 @@ class Run:
         paths = self._states()[::-1]
         if (paths or self._holds_work()) and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
-        states = [(path, _read_record(path)) for path in paths]
+        states = [(path, read_record(path)) for path in paths]
         return new_record(cfg, parents), states
 
     def _states(self) -> list[Path]:
@@ -294,6 +293,18 @@ class Run:
                 f"{what} could not be written to {self.partial} ({_reason(error)}); make room, then {remedy}"
             ) from None
 
+    @contextmanager
+    def _new_directory(self, name: str):
+        """NAME.tmp, for the block to fill and to rename. It is removed if that fails, because half of it is no use."""
+        unfinished = self.partial / f"{name}.tmp"
+        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        try:
+            yield unfinished
+        except InputError:
+            if rank() == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Loads the weights and optimizer state of the interrupted run, if there is one to continue. Collective."""
         if self.state is not None:
@@ -311,6 +322,7 @@ class Run:
         self.total_steps = total
         on_rank_0(lambda: self._write_record(self.partial))  # for those who follow the run, as experiments.track does
         self._stopping.patient = True
+        transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would tear that of the steps
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
         self._bar = progress_bar(total, route, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
@@ -430,18 +442,12 @@ class Run:
             return
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
-        unfinished = self.partial / f"state-{steps:06d}.tmp"
-        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        try:
+        with self._new_directory(f"state-{steps:06d}") as unfinished:
             with self._writing(f"the training state of step {steps}"):
                 dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
             on_rank_0(lambda: self._write_record(unfinished))
             hashes = _file_hashes(unfinished)
             on_rank_0(lambda: self._accept_state(unfinished, hashes))
-        except InputError:
-            if rank() == 0:  # an incomplete state only takes room
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
         if stop:
             self._leave(stop)
 
@@ -508,16 +514,10 @@ class Run:
 
     def _write_checkpoint(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a checkpoint with its own run.json, and gives it its name once it is whole. Collective."""
-        unfinished = self.partial / f"{name}.tmp"
-        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        try:
+        with self._new_directory(name) as unfinished:
             with self._writing(f"the checkpoint {name}"):
                 save_pretrained(policy, unfinished, self.save_dtype)
             on_rank_0(lambda: self._accept_checkpoint(unfinished, tokenizer))
-        except InputError:
-            if rank() == 0:  # an incomplete checkpoint only takes room
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
 
     def _accept_checkpoint(self, unfinished: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         checkpoint = unfinished.with_suffix("")
@@ -565,14 +565,6 @@ class Run:
         print(f"{self.out}: kept the weights after {described['steps']} steps, which scored best in validation")
         own = {"steps": described["steps"], "consumed": described["consumed"]}
         return {**own, "kept_step": described["steps"], **{name: described.get(name, {}) for name in ("first", "last")}}
-
-
-def _read_record(state: Path) -> dict | None:
-    """The record in a training state; None if it cannot be read."""
-    try:
-        return json.loads((state / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _tidy(checkpoint: Path) -> None:

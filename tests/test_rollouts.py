@@ -25,7 +25,7 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
     """Adjacent or not, and the first time the same as if it were alone."""
     tokenizer = toy.make_tokenizer()
     first, other = lib.data.load_problems(problems)[:2]
-    prompts = lib.data.tokenize_prompts(tokenizer, [first, other], INSTRUCTION, "", False, 64)
+    prompts = lib.data.tokenize_prompts(tokenizer, [first, other], toy.WORDING)
     engine = TorchEngine(tiny_model(), tokenizer, max_sequences=3)
 
     def sample(*chosen):
@@ -155,7 +155,7 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
     printed = capsys.readouterr().out
     assert f"{texts}: 4 responses to 2 of the 12 training problems; 1 to other problems are left out" in printed
     assert f"{texts}: left out responses longer than --max-response-tokens 12: 1\n" in printed
-    assert "teacher rollouts: 3, 1 correct; learning from 3" in printed and "Most lines" not in printed
+    assert "responses: 3, 1 correct; learning from 3" in printed and "Most lines" not in printed
 
     tokenizer = AutoTokenizer.from_pretrained(student)
     expected = []
