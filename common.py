@@ -92,7 +92,7 @@ class TrainingConfig(SamplerConfig):
     validate_temperature: float = 0.7  # sampling temperature of the validation (authors' earlier code)
     validate_top_p: float = 0.8  # probability mass that the validation samples from (authors' earlier code)
     validate_top_k: int = 20  # likeliest tokens that the validation samples from, -1 for all (authors' earlier code)
-    keep_best: bool = False  # finish with the weights that scored best in validation, on a set that is not reported
+    keep_best: bool = False  # finish with the weights that scored best in validation, on sets that no report is about
     export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # type of the saved weights; bfloat16 is half the size
     dry_run: bool = False  # print the memory that each GPU would need and the disk space, and stop
@@ -308,9 +308,10 @@ def this_device() -> torch.device:
 
 
 def print0(text: str) -> None:
-    """Prints on rank 0 only."""
+    """Prints on rank 0 only, above the progress bar if there is one."""
     if rank() == 0:
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def progress_bar(total: int, caption: str | None, unit: str, **options) -> tqdm:

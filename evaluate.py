@@ -32,13 +32,15 @@ from transformers import PreTrainedTokenizerBase
 
 import common
 from common import InputError, Problem, SamplerConfig
-from lib import data, runs
+from lib import data
 from lib.engines import Sampling, check_engine, check_lengths, make_engine
+from lib.files import check_writable, write_whole
+from lib.lineage import code_version, consumed_problems, hardware, read_lineage, read_run
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config
 from lib.rewards import Reward, make_grader
 from lib.rollouts import grade, sample_rollouts
-from lib.samples import SampleFile, grading_key, prompts_key, sample_directories, write_whole
+from lib.samples import SampleFile, grading_key, prompts_key, sample_directories
 from lib.scores import check_decoding, paired_difference, summarise
 from lib.stopping import Stopping
 from lib.verifier import Verifier
@@ -104,8 +106,8 @@ def evaluate_model(
 
     Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
-    lineage = common.on_rank_0(lambda: runs.read_lineage(model))
-    trained_on = runs.consumed_problems(lineage)
+    lineage = common.on_rank_0(lambda: read_lineage(model))
+    trained_on = consumed_problems(lineage)
     directory = sample_directories(cfg.out, [label])[label]
     tokenizer, report = data.load_tokenizer(model), {}
     for name, problems in datasets.items():
@@ -114,9 +116,7 @@ def evaluate_model(
             common.print0(
                 f"{label}: {seen} of {len(problems)} problems of {name} were trained on; its score there is no test score"
             )
-        prompts = data.tokenize_prompts(
-            tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
-        )
+        prompts = data.tokenize_prompts(tokenizer, problems, cfg)
         settings = {"sha256": lineage["sha256"], "prompts": prompts_key(problems, prompts)}
         settings |= {setting: getattr(cfg, setting) for setting in DECODING}
         file = SampleFile(directory / f"{name}.jsonl", settings, grading_key(problems, cfg.reward), problems, cfg.k)
@@ -205,12 +205,9 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
-            prompts = data.tokenize_prompts(
-                tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
-            )
-            check_lengths(cfg, model, prompts.values())
-        common.on_rank_0(lambda: runs.read_run(model))
-    runs.check_writable(cfg.out)
+            check_lengths(cfg, model, data.tokenize_prompts(tokenizer, problems, cfg).values())
+        common.on_rank_0(lambda: read_run(model))
+    check_writable(cfg.out)
     return dict(zip(labels, models)), datasets
 
 
@@ -232,7 +229,7 @@ def write_report(results: dict[str, dict[str, dict]], cfg: Config) -> None:
         label: {name: (result["avg"], result["se"]) for name, result in row.items()} for label, row in results.items()
     }
     drawn = draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png")
-    settings = {**dataclasses.asdict(cfg), "code": runs.code_version(), "hardware": runs.hardware()}
+    settings = {**dataclasses.asdict(cfg), "code": code_version(), "hardware": hardware()}
     write_whole(out / "results.json", json.dumps({"settings": settings, "results": results}) + "\n")
     print("\n" + tables)
     print(f"wrote {out}: table.md, {'bars.png, ' if drawn else ''}results.json and every sample")

@@ -129,7 +129,7 @@ def fill_cache(
     enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
     engine, sampling = None, Sampling(cfg.max_response_tokens, cfg.temperature)
-    with common.progress_bar(len(missing), "teacher rollouts", "prompt") as bar:
+    with common.progress_bar(len(missing), "responses to learn from", "prompt") as bar:
         for start in range(0, len(missing), at_a_time):
             chosen = missing[start : start + at_a_time]
             if len(training_order(cache, order[: order.index(chosen[0])], cfg.keep)) >= enough:
@@ -146,6 +146,8 @@ def fill_cache(
             bar.update(len(chosen))
     if engine:
         engine.sleep()
+    if texts:
+        texts.report_too_long()
 
 
 def training_order(cache: RolloutCache, order: Sequence[Problem], keep: str) -> list[int]:
@@ -172,14 +174,12 @@ def main(cfg: Config) -> None:
         needed = cfg.max_steps * cfg.mini_batch_prompts if cfg.max_steps and cfg.keep == "all" and not texts else None
         order = [problem for [problem] in data.problem_batches(problems, 1, cfg.passes, cfg.seed, needed)]
         fill_cache(cache, order, texts, tokenizer, verifier, cfg)
-        if texts:
-            texts.report_too_long()
         rows = training_order(cache, order, cfg.keep)
         size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
         mini_batches = [rows[start : start + size] for start in range(0, len(rows), size)][: cfg.max_steps]
         used = len(set().union(*mini_batches))
         run.record["sampled_tokens"] = cache.tokens
-        common.print0(f"teacher rollouts: {len(cache)}, {sum(cache.correct)} correct; learning from {used}")
+        common.print0(f"responses: {len(cache)}, {sum(cache.correct)} correct; learning from {used}")
         if not used:
             raise InputError(
                 "--keep correct leaves no rollout: the teacher answered no problem correctly; give --keep all"

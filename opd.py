@@ -48,8 +48,9 @@ import torch
 import common
 from common import Batch, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
-from lib import data, memory, runs
+from lib import data, memory
 from lib.engines import Sampling, make_engine
+from lib.lineage import last_rl_stage
 from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
 from lib.rewards import make_grader
@@ -158,7 +159,7 @@ def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temp
 
 def report_c1(teacher_record: dict) -> None:
     """Says whether the teacher's lineage has a stage that trained on the sparse reward (condition C1)."""
-    stage = runs.last_rl_stage(teacher_record)
+    stage = last_rl_stage(teacher_record)
     if stage is None:
         common.print0("C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is any good.")
     else:

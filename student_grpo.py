@@ -22,7 +22,8 @@ from typing import Literal
 import common
 import teacher_grpo
 from common import InputError
-from lib import data, runs
+from lib import data
+from lib.lineage import consumed_problems, read_lineage
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Config(teacher_grpo.Config):
 def main(cfg: Config) -> None:
     problems = data.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     data.load_tokenizer(cfg.model)  # raises if there is no such checkpoint
-    consumed = common.on_rank_0(lambda: runs.consumed_problems(runs.read_lineage(cfg.model)))
+    consumed = common.on_rank_0(lambda: consumed_problems(read_lineage(cfg.model)))
     seen = sum(problem.id in consumed for problem in problems)
     if seen and not cfg.replay:
         raise InputError(

@@ -28,9 +28,10 @@ import common
 from common import InputError
 from evaluate import markdown_table, percent
 from experiments import string_scorer
-from lib import runs
+from lib.files import check_writable, write_whole
+from lib.lineage import read_lineage
 from lib.plots import draw_curves
-from lib.samples import read_samples, sample_directories, write_whole
+from lib.samples import read_samples, sample_directories
 from lib.scores import mean_and_error, paired_difference
 from lib.verifier import Verifier, extract_answer
 
@@ -106,9 +107,8 @@ def grade_file(cfg: Config) -> None:
     if target.exists() and target.samefile(source):
         raise InputError(f"--out {cfg.out!r} is the directory of --responses itself; name another")
     rows = []
-    for number, line in enumerate(
-        source.read_bytes().splitlines(), start=1
-    ):  # of bytes, because text has more kinds of line ends
+    lines = source.read_bytes().splitlines()  # of bytes, because text has more kinds of line ends
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             answer, response = row["answer"], row["response"]
@@ -123,7 +123,7 @@ def grade_file(cfg: Config) -> None:
         rows.append(row)
     if not rows:
         raise InputError(f"--responses {cfg.responses!r} is empty; give a line for each response")
-    runs.check_writable(cfg.out)
+    check_writable(cfg.out)
     for row, correct in zip(rows, verify(rows, "grading")):
         row["correct"] = correct
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,8 +172,8 @@ def problem_scores(samples: list[dict], scores: list[float]) -> dict[str, float]
 def regrade(cfg: Config) -> None:
     """Writes a table of the report's entries by three gradings, and the samples on which the three do not agree."""
     out = Path(cfg.out or cfg.regrade)
-    entries = report_samples(cfg)
-    runs.check_writable(str(out))
+    entries, reward = report_samples(cfg), read_report(cfg.regrade, "--regrade").get("settings", {}).get("reward")
+    check_writable(str(out))
     rows, disagreements = [], []
     for (label, name), samples in entries.items():
         graded = {
@@ -194,7 +194,9 @@ def regrade(cfg: Config) -> None:
         ]  # fmt: skip
     table = (
         "avg@k in %, ± standard error over problems, by three gradings of the same samples. The difference is in points, "
-        "± standard error of the paired difference.\n\n"
+        "± standard error of the paired difference."
+        + (f" Stored as right are responses to which --reward {reward} gave 1 or more." if reward else "")
+        + "\n\n"
     ) + markdown_table(
         ["checkpoint", "data set", "stored", "verifier", "string equality", "string equality - verifier",
          "samples that differ, verifier and stored", "string equality and verifier", "samples"],
@@ -229,11 +231,11 @@ def print_lineage(cfg: Config) -> None:
             for name, result in row.items():
                 score = f"{name} {percent(result['avg'], result['se'])} %"
                 scores[result["sha256"]] = ", ".join(filter(None, [scores.get(result["sha256"]), score]))
-    print("\n".join(history(runs.read_lineage(cfg.lineage), scores)))
+    print("\n".join(history(read_lineage(cfg.lineage), scores)))
 
 
 def print_differences(cfg: Config) -> None:
-    first, second = map(runs.read_lineage, cfg.compare)
+    first, second = map(read_lineage, cfg.compare)
     rows = [[name, *map(str, pair)] for name, pair in differences(first, second).items()]
     print(markdown_table(["", *cfg.compare], rows) if rows else "The two runs do not differ.")
 
@@ -244,7 +246,7 @@ def write_curves(cfg: Config) -> None:
         raise InputError(
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.curves)} --curves"
         )
-    runs.check_writable(cfg.out)
+    check_writable(cfg.out)
     if not draw_curves(dict(zip(labels, cfg.curves)), Path(cfg.out) / "curves.png"):
         raise InputError(
             f"--curves {list(cfg.curves)}: none of them has a metrics.jsonl with rewards, accuracies or KLs; name "

@@ -16,14 +16,15 @@ import tyro
 
 import common
 from common import InputError
-from lib.watch import printable, summary, whole_lines
+from lib.files import json_lines
+from lib.watch import printable, summary
 
 
 @dataclass
 class Config:
     run: Annotated[str, tyro.conf.Positional]  # directory that a stage writes or has written
     step: int | None = None  # print the samples of this step only
-    last: int = 4  # print this many at the end; those of one step are all printed
+    last: int = 4  # how many to print, the latest ones; with --step all of that step are printed
     only: Literal["all", "right", "wrong", "cut", "no-answer"] = "all"  # print only responses that ended like this
 
 
@@ -47,7 +48,7 @@ def main(cfg: Config) -> None:
         raise InputError(f"{cfg.run!r} holds no samples.jsonl; name the --out of a stage that has made a step")
     if cfg.last < 1:
         raise InputError(f"--last {cfg.last} prints nothing; give 1 or more")
-    lines = whole_lines(directory / "samples.jsonl")
+    lines = json_lines(directory / "samples.jsonl")
     lines = [line for line in lines if cfg.only == "all" or line["why"] == cfg.only.replace("-", " ")]
     lines = lines[-cfg.last :] if cfg.step is None else [line for line in lines if line["step"] == cfg.step]
     if not lines:

@@ -30,6 +30,7 @@ import multiprocessing
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -51,6 +52,8 @@ TASK = "Left to right, modulo 10: "
 HABITS = ("Carefully:", "Roughly:", "Guess:", "Hmm,")
 MAX_RESPONSE_TOKENS = 24  # a careful response has 22
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
+# How problems are worded in the stages, by default and with the toy's --max-prompt-tokens.
+WORDING = SimpleNamespace(instruction=INSTRUCTION, system_prompt="", thinking=False, max_prompt_tokens=64)
 VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
     "0123456789+-*="
 )
@@ -210,7 +213,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
 
 
 def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], responses: list[str]) -> list[Rollout]:
-    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, "", False, max_prompt_tokens=64)
+    prompts = tokenize_prompts(tokenizer, problems, WORDING)
     return [
         Rollout(problem, 0, prompts[problem.id], ids, [0.0] * len(ids), "stop", text)
         for problem, ids, text in zip(
@@ -223,7 +226,7 @@ def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problem
     """Share of the problems answered rightly, at temperature 1, when the response is made to begin with
     "Carefully:".
     """
-    prompts = tokenize_prompts(tokenizer, problems, INSTRUCTION, "", False, max_prompt_tokens=64)
+    prompts = tokenize_prompts(tokenizer, problems, WORDING)
     prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
     engine = TorchEngine(policy.model, tokenizer)
     rollouts = sample_rollouts(engine, problems, prompts, 1, Sampling(MAX_RESPONSE_TOKENS), seed_key=("skill",))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ import tyro
 import common
 from common import InputError
 from experiments.samples import run_directory
-from lib.watch import whole_lines
+from lib.files import json_lines
+from lib.lineage import read_record
+from lib.watch import is_training
 
 
 @dataclass
@@ -42,27 +43,15 @@ def lineage(record: dict) -> dict:
     return {**{name: record[name] for name in kept if name in record}, **({"parents": parents} if parents else {})}
 
 
-def read_record(directory: Path) -> dict | None:
-    """The run's record, which is in its directory from the first step on; None while it is not whole."""
-    try:
-        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def new_lines(directory: Path, sent: set[tuple[int, bool]]) -> list[dict]:
     """The lines of metrics.jsonl that are not in `sent`, to which they are added.
 
     After a resume the file is shorter at first, and the steps that were not saved come a second time. A tracker cannot
     take back what it has, so the first time counts. A step may have two lines, of the training and of a validation.
     """
-    try:
-        lines = whole_lines(directory / "metrics.jsonl")
-    except FileNotFoundError:  # the directory has got its final name at this moment
-        return []
     found = []
-    for line in lines:
-        key = line["step"], "skipped_steps" in line
+    for line in json_lines(directory / "metrics.jsonl"):  # none if the directory has got its final name meanwhile
+        key = line["step"], is_training(line)
         if key not in sent:
             sent.add(key)
             found.append(line)
@@ -86,12 +75,9 @@ def main(cfg: Config) -> None:
     finished = False
     try:
         while not finished:
-            finished = (
-                not cfg.follow or Path(cfg.run, "metrics.jsonl").is_file()
-            )  # asked first, so that no line is missed
-            directory = run_directory(
-                cfg.run
-            )  # None for the moment in which it gets its final name, or if it is deleted
+            # Asked before the lines are read, so that none is missed.
+            finished = not cfg.follow or Path(cfg.run, "metrics.jsonl").is_file()
+            directory = run_directory(cfg.run)  # None while it gets its final name, or if it is deleted
             for line in new_lines(directory, sent) if directory else ():
                 step = line.pop("step")
                 tracker.log({name: value for name, value in line.items() if value is not None}, step=step)

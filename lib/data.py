@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from common import InputError, Problem, first_line, print0
+from common import InputError, Problem, SamplerConfig, first_line, print0
 from lib.ids import problem_id, untypeset
 
 
@@ -299,19 +299,17 @@ def chat_messages(problem: Problem, instruction: str, system_prompt: str) -> lis
     return [*system, *turns, {"role": "user", "content": problem.prompt + instruction}]
 
 
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, instruction: str, system_prompt: str, thinking: bool
-) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: SamplerConfig) -> str:
     """The problem's turns in the model's chat template, or the user's one turn as it is if the model has no template.
 
     Raises InputError where there are other turns and no template, or a template that refuses or omits one of them.
     """
-    messages = chat_messages(problem, instruction, system_prompt)
+    messages = chat_messages(problem, cfg.instruction, cfg.system_prompt)
     name = f"problem {problem.id} ({problem.prompt[:40]!r}...)"
     if tokenizer.chat_template is None:
-        if system_prompt:
+        if cfg.system_prompt:
             raise InputError(
-                f"--system-prompt {system_prompt[:40]!r}: the tokenizer of {tokenizer.name_or_path!r} has no chat template, "
+                f"--system-prompt {cfg.system_prompt[:40]!r}: the tokenizer of {tokenizer.name_or_path!r} has no chat template, "
                 "so that there is no system's turn; leave the setting out, or take a model that is made for chats"
             )
         if len(messages) > 1:
@@ -323,7 +321,7 @@ def render_prompt(
     remedy = "leave out --system-prompt or that turn of the data, or put its text into the user's turn"
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=cfg.thinking
         )
     except Exception as error:  # templates raise errors of their own, and of the template language
         raise InputError(
@@ -338,24 +336,20 @@ def render_prompt(
     return text
 
 
-def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    instruction: str,
-    system_prompt: str,
-    thinking: bool,
-    max_prompt_tokens: int,
-) -> dict[str, list[int]]:
-    """Prompt token ids by problem id. InputError when a prompt is longer than `max_prompt_tokens` or not rendered."""
-    texts = [render_prompt(tokenizer, problem, instruction, system_prompt, thinking) for problem in problems]
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], cfg) -> dict[str, list[int]]:
+    """Prompt token ids by problem id. InputError when a prompt is longer than --max-prompt-tokens or not rendered.
+
+    `cfg` is a stage's Config, which says how problems are worded.
+    """
+    texts = [render_prompt(tokenizer, problem, cfg) for problem in problems]
     prompts = {}
     # A chat template writes special tokens itself. Without one the tokenizer adds its own, such as a leading BOS.
     encoded = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
     for problem, ids in zip(problems, encoded):
-        if len(ids) > max_prompt_tokens:
+        if len(ids) > cfg.max_prompt_tokens:
             raise InputError(
                 f"the prompt of problem {problem.id} ({problem.prompt[:40]!r}...) has {len(ids)} tokens, more than "
-                f"--max-prompt-tokens {max_prompt_tokens}; raise the limit or drop the problem"
+                f"--max-prompt-tokens {cfg.max_prompt_tokens}; raise the limit or drop the problem"
             )
         prompts[problem.id] = ids
     return prompts
@@ -369,9 +363,7 @@ def end_tokens(generation_config: GenerationConfig | None, tokenizer: PreTrained
     return sorted({tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None})
 
 
-def check_same_tokenizer(
-    student: str, teacher: str, problems: Sequence[Problem], instruction: str, system_prompt: str, thinking: bool
-) -> None:
+def check_same_tokenizer(student: str, teacher: str, problems: Sequence[Problem], cfg: SamplerConfig) -> None:
     """Raises InputError, saying what differs, unless teacher and student read and write the same tokens.
 
     A KL between two distributions over tokens has a meaning only if both are over the same tokens. Compared are the
@@ -399,9 +391,7 @@ def check_same_tokenizer(
             )
     orders = {tuple(turn["role"] for turn in chat_messages(problem, "", "")): problem for problem in problems}
     for problem in orders.values():
-        first, second = (
-            render_prompt(tokenizer, problem, instruction, system_prompt, thinking) for tokenizer in (ours, theirs)
-        )
+        first, second = (render_prompt(tokenizer, problem, cfg) for tokenizer in (ours, theirs))
         if first != second:
             same = len(os.path.commonprefix([first, second]))
             raise InputError(

@@ -9,7 +9,6 @@ free.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 from contextlib import suppress
@@ -20,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common import InputError, all_max, print0, rank, world_size
+from lib.lineage import read_record
 from lib.policy import decoder_layers, load_config
 
 GIB = 2**30
@@ -223,11 +223,9 @@ def plan_on_gpus(cfg, sizes: list[Size | None], in_loss: bool, shards: int, posi
 
 def resumed_micro_batch(cfg) -> int | None:
     """The micro-batch size of the interrupted run that --resume continues."""
-    records = sorted(Path(f"{Path(cfg.out)}.partial").glob("state-??????/run.json")) if cfg.resume else []
-    try:
-        return json.loads(records[-1].read_text(encoding="utf-8"))["config"]["micro_batch_tokens"]
-    except (IndexError, OSError, ValueError, KeyError):
-        return None
+    states = sorted(Path(f"{Path(cfg.out)}.partial").glob("state-??????")) if cfg.resume else []
+    record = read_record(states[-1]) if states else None
+    return record["config"]["micro_batch_tokens"] if record else None
 
 
 def available_memory() -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
 from common import first_line
+from lib.files import json_lines
+from lib.lineage import read_record
 
 
 def plot_metrics(lines: list[dict], picture: Path) -> None:
@@ -37,6 +38,7 @@ def plot_metrics(lines: list[dict], picture: Path) -> None:
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.tick_params(labelsize=7)
         axis.locator_params(nbins=5)
+        axis.locator_params("x", integer=True)  # there is no half of a step
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     figure.text(0.5, 0.03 / rows, "step", fontsize=9, ha="center")
@@ -57,11 +59,11 @@ def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, p
             range(len(labels)), values, xerr=[100 * e for e in errors], color="#4878a8", ecolor="#303030", capsize=2
         )
         for index, (value, error) in enumerate(zip(values, errors)):
-            axis.text(value + 100 * np.nan_to_num(error) + 1, index, f"{value:.1f}", va="center", fontsize=8)
+            axis.text(max(value, 0) + 100 * np.nan_to_num(error) + 1, index, f"{value:.1f}", va="center", fontsize=8)
         shown = labels if axis is axes[0][0] else [""] * len(labels)
         axis.set_yticks(range(len(labels)), shown, fontsize=9, parse_math=False)  # a label may hold dollar signs
         axis.invert_yaxis()
-        axis.set_xlim(0, 108)
+        axis.set_xlim(1.08 * min(0, *values), 1.08 * max(100, *values))  # rewards of one's own may be any numbers
         axis.set_xlabel(f"{name}: {title}", fontsize=9, parse_math=False)
         axis.spines[["top", "right"]].set_visible(False)
     try:
@@ -74,7 +76,7 @@ def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, p
 
 
 CURVES = {
-    "accuracy of training rollouts": ("reward", "accuracy"),
+    "reward or accuracy of training rollouts": ("reward", "accuracy"),
     "KL to the teacher (nats a token)": ("forward_kl", "reverse_kl"),
 }
 
@@ -89,9 +91,8 @@ def draw_curves(checkpoints: dict[str, str], picture: Path) -> bool:
 
     curves: dict[str, list] = {title: [] for title in CURVES}
     for label, directory in checkpoints.items():
-        path, record = Path(directory) / "metrics.jsonl", Path(directory) / "run.json"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        half = json.loads(record.read_text())["config"]["half"] if record.is_file() else "unknown"
+        lines, record = json_lines(Path(directory) / "metrics.jsonl"), read_record(Path(directory))
+        half = record["config"]["half"] if record else "unknown"
         labels = "all labels" if half == "full" else f"labels {half}"
         for title, names in CURVES.items():
             for name in names:
@@ -108,7 +109,8 @@ def draw_curves(checkpoints: dict[str, str], picture: Path) -> bool:
             axis.plot(values, label=label, linewidth=1.4)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=min(0, *(value for _, values in drawn for value in values)))
+        axis.locator_params("x", integer=True)
         axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -49,16 +45,16 @@ from common import (
     print0,
     progress_bar,
     rank,
-    world_size,
 )
 from lib.data import check_same_tokenizer, load_tokenizer, load_training_problems, tokenize_prompts
 from lib.engines import check_engine, check_lengths
+from lib.files import drop_steps
+from lib.lineage import file_sha256, new_record, read_record, read_run
 from lib.plots import plot_metrics
-from lib.policy import Policy, check_checkpoint, device_mesh, load_config, save_pretrained
-from lib.rewards import reward_sha256
+from lib.policy import Policy, check_checkpoint, device_mesh, save_pretrained
 from lib.scores import validation_sets
 from lib.stopping import Stopping, signal_name
-from lib.watch import drop_steps, find_warnings, one_sample, sample_lines
+from lib.watch import find_warnings, is_training, one_sample, sample_lines
 
 # In a lone process PyTorch's checkpoint library warns at every call that it assumes a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -80,92 +76,16 @@ def prepare(
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
     problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     if teacher:
-        check_same_tokenizer(cfg.model, teacher, problems, cfg.instruction, cfg.system_prompt, cfg.thinking)
+        check_same_tokenizer(cfg.model, teacher, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
         check_checkpoint(model, len(tokenizer))
-    prompts = tokenize_prompts(
-        tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
-    )
+    prompts = tokenize_prompts(tokenizer, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())
     if not cfg.dry_run:
         for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
             check_engine(cfg, model)
     return problems, tokenizer, prompts
-
-
-# Lineage
-
-
-def read_lineage(model: str) -> dict:
-    """A checkpoint's path and a hash of its weights, with its `run.json` if a stage wrote it.
-
-    The `sha256` is that of the weights in a directory; of a checkpoint on the hub it is the hub's hash of the commit.
-    A file of texts that a stage learnt from has a path and a hash, too.
-    """
-    directory = Path(model)
-    if directory.is_file():
-        return {"path": model, "sha256": _sha256(directory)}
-    if not directory.is_dir():
-        return {"path": model, "sha256": getattr(load_config(model), "_commit_hash", None)}
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"model {model!r} holds no .safetensors weights; only safetensors are loaded")
-    digest = hashlib.sha256()
-    for path in weights:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return {**read_run(model), "path": model, "sha256": digest.hexdigest()}
-
-
-def read_run(model: str) -> dict:
-    """A checkpoint's `run.json`, or {} if no stage wrote it. InputError if it is not whole."""
-    path = Path(model) / "run.json"
-    if not path.is_file():
-        return {}
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}), so the checkpoint's history is lost; fetch it anew") from None
-    if not isinstance(run, dict) or not {"stage", "parents", "consumed"} <= run.keys():
-        raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
-    return run
-
-
-def consumed_problems(lineage: dict) -> set[str]:
-    """Ids of every labelled problem that a checkpoint's weights have been trained on, through all its ancestors."""
-    return set(lineage.get("consumed", ())).union(*(map(consumed_problems, lineage.get("parents", {}).values())))
-
-
-def last_rl_stage(lineage: dict) -> dict | None:
-    """The record of the last stage on the way to a checkpoint that trained on the sparse reward, None if none did."""
-    if "reward" in lineage.get("first", {}):  # the first line of its metrics, which has a reward in GRPO only
-        return lineage
-    return next(filter(None, map(last_rl_stage, lineage.get("parents", {}).values())), None)
-
-
-def check_writable(out: str) -> None:
-    """InputError if directory `out` cannot be made or written to, or is a link to nothing. Makes nothing."""
-    existing = next(path for path in (Path(out), *Path(out).absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(
-            f"--out {out!r} cannot be written ({str(existing)!r} is not a writable directory); name another"
-        )
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
-
-
-def code_version() -> str:
-    """The commit of this code, with "-dirty" if it was changed since, or "unknown" outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 # Training states
@@ -176,15 +96,7 @@ def _file_hashes(directory: Path) -> dict[str, str | None]:
     collective.
     """
     names = on_rank_0(lambda: sorted(path.name for path in directory.iterdir() if path.name != "SHA256SUMS"))
-    return dict(map_over_ranks(lambda share: [(name, _sha256(directory / name)) for name in share], names))
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+    return dict(map_over_ranks(lambda share: [(name, file_sha256(directory / name)) for name in share], names))
 
 
 def _saved_hashes(state: Path) -> dict[str, str]:
@@ -248,11 +160,10 @@ class Run:
             kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings")
             self.record.update({name: saved[name] for name in kept if name in saved})
             self.lines = on_rank_0(self._open_metrics)  # of metrics.jsonl
-            on_rank_0(lambda: drop_steps(self.partial / "samples.jsonl", self.steps_done))
         except InputError as error:
             self.__exit__(InputError, error, None)
             raise
-        skipped = [bool(line["skipped_steps"]) for line in self.lines if _is_training(line)]
+        skipped = [bool(line["skipped_steps"]) for line in self.lines if is_training(line)]
         self._skipped_in_a_row = len(skipped) if all(skipped) else skipped[::-1].index(False)
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         self._phases: dict[str, float] = defaultdict(float)
@@ -264,7 +175,7 @@ class Run:
             if finished:
                 _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
             if finished and cfg.resume:
-                self._compare_settings(finished, _new_record(cfg, parents), self.out)
+                self._compare_settings(finished, new_record(cfg, parents), self.out)
                 raise AlreadyFinished(
                     f"{self.out} is already finished, with these settings; there is nothing to resume"
                 )
@@ -285,8 +196,8 @@ class Run:
         paths = self._states()[::-1]
         if (paths or self._holds_work()) and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
-        states = [(path, _read_record(path)) for path in paths]
-        return _new_record(cfg, parents), states
+        states = [(path, read_record(path)) for path in paths]
+        return new_record(cfg, parents), states
 
     def _states(self) -> list[Path]:
         """The training states, oldest first."""
@@ -338,20 +249,13 @@ class Run:
         return None, {}
 
     def _open_metrics(self) -> list[dict]:
-        """Removes from metrics.jsonl what will be made again, the lines of all later steps, and returns the rest.
+        """Removes what will be written again from metrics.jsonl and samples.jsonl; returns what is left of the first.
 
         The validation before a step has the step's number, and is made again with it.
         """
-        path, lines = self.partial / "metrics.jsonl", []
-        if path.exists():
-            written = path.read_text(encoding="utf-8").splitlines(True)
-            # A kill may have cut the last line short.
-            whole = [json.loads(line) for line in written if line.endswith("\n")]
-            lines = [line for line in whole if line["step"] < self.steps_done]
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        unfinished.rename(path)  # so that a kill at this moment does not leave an empty file
-        self._metrics = path.open("a", encoding="utf-8")
+        drop_steps(self.partial / "samples.jsonl", self.steps_done)
+        lines = drop_steps(self.partial / "metrics.jsonl", self.steps_done)
+        self._metrics = (self.partial / "metrics.jsonl").open("a", encoding="utf-8")
         return lines
 
     def _holds_work(self) -> bool:
@@ -389,6 +293,18 @@ class Run:
                 f"{what} could not be written to {self.partial} ({_reason(error)}); make room, then {remedy}"
             ) from None
 
+    @contextmanager
+    def _new_directory(self, name: str):
+        """NAME.tmp, for the block to fill and to rename. It is removed if that fails, because half of it is no use."""
+        unfinished = self.partial / f"{name}.tmp"
+        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        try:
+            yield unfinished
+        except InputError:
+            if rank() == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Loads the weights and optimizer state of the interrupted run, if there is one to continue. Collective."""
         if self.state is not None:
@@ -406,6 +322,7 @@ class Run:
         self.total_steps = total
         on_rank_0(lambda: self._write_record(self.partial))  # for those who follow the run, as experiments.track does
         self._stopping.patient = True
+        transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would tear that of the steps
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
         self._bar = progress_bar(total, route, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
@@ -525,18 +442,12 @@ class Run:
             return
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
-        unfinished = self.partial / f"state-{steps:06d}.tmp"
-        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        try:
+        with self._new_directory(f"state-{steps:06d}") as unfinished:
             with self._writing(f"the training state of step {steps}"):
                 dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
             on_rank_0(lambda: self._write_record(unfinished))
             hashes = _file_hashes(unfinished)
             on_rank_0(lambda: self._accept_state(unfinished, hashes))
-        except InputError:
-            if rank() == 0:  # an incomplete state only takes room
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
         if stop:
             self._leave(stop)
 
@@ -569,9 +480,9 @@ class Run:
         cpu_seconds = self.record["cpu_seconds"] + time.process_time() - self._cpu_began
         record = {**self.record, "steps": self.steps_done}
         record |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-        if trained := [line for line in self.lines if _is_training(line)]:
+        if trained := [line for line in self.lines if is_training(line)]:
             record |= {"first": trained[0], "last": trained[-1]}
-        if validated := [line for line in self.lines if not _is_training(line)]:
+        if validated := [line for line in self.lines if not is_training(line)]:
             record["validation"] = [
                 {k: v for k, v in line.items() if not k.startswith("seconds")} for line in validated
             ]
@@ -599,20 +510,14 @@ class Run:
             averages = [value for name, value in line.items() if f"{name}_se" in line]
             return sum(averages) / len(averages)
 
-        return max((line for line in self.lines if not _is_training(line)), key=mean)["step"]
+        return max((line for line in self.lines if not is_training(line)), key=mean)["step"]
 
     def _write_checkpoint(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a checkpoint with its own run.json, and gives it its name once it is whole. Collective."""
-        unfinished = self.partial / f"{name}.tmp"
-        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        try:
+        with self._new_directory(name) as unfinished:
             with self._writing(f"the checkpoint {name}"):
                 save_pretrained(policy, unfinished, self.save_dtype)
             on_rank_0(lambda: self._accept_checkpoint(unfinished, tokenizer))
-        except InputError:
-            if rank() == 0:  # an incomplete checkpoint only takes room
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
 
     def _accept_checkpoint(self, unfinished: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         checkpoint = unfinished.with_suffix("")
@@ -660,39 +565,6 @@ class Run:
         print(f"{self.out}: kept the weights after {described['steps']} steps, which scored best in validation")
         own = {"steps": described["steps"], "consumed": described["consumed"]}
         return {**own, "kept_step": described["steps"], **{name: described.get(name, {}) for name in ("first", "last")}}
-
-
-def _is_training(line: dict) -> bool:
-    """Whether a line of metrics.jsonl is that of a step, and not that of a validation."""
-    return "skipped_steps" in line
-
-
-def _new_record(cfg, parents: dict[str, str]) -> dict:
-    """What `run.json` says of a run that begins; the weights of `parents` are hashed for it."""
-    return {
-        "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
-        "config": dataclasses.asdict(cfg),
-        "parents": {role: read_lineage(model) for role, model in parents.items()},
-        "reward_sha256": reward_sha256(cfg),
-        "consumed": [],
-        "warnings": {},
-        "code": code_version(),
-        "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
-        "hardware": hardware(),
-        "ranks": world_size(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": 0.0,
-        "cpu_seconds": 0.0,  # of the process of rank 0
-        "trained_tokens": 0,  # response tokens of all steps
-    }
-
-
-def _read_record(state: Path) -> dict | None:
-    """The record in a training state; None if it cannot be read."""
-    try:
-        return json.loads((state / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _tidy(checkpoint: Path) -> None:

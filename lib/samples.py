@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common import InputError, Problem, Rollout, on_rank_0, print0, rank
 from lib import verifier as verifier_source
+from lib.files import json_lines, not_written, write_whole
 from lib.rollouts import grade
 from lib.verifier import Verifier
 
@@ -38,24 +39,6 @@ def sample_directories(out: str | Path, labels: Sequence[str]) -> dict[str, Path
             "and the signs ._+- name one; give others"
         )
     return {label: Path(out) / name for label, name in names.items()}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is whole under its name, however the process ends. InputError if it cannot be written."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(path)
-    except OSError as error:
-        raise _not_written(path, error) from None
-
-
-def _not_written(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{path} could not be written ({error.strerror}); make room, or name another --out, then give the same command "
-        "again, which goes on where this one stopped"
-    )
 
 
 def prompts_key(problems: Sequence[Problem], prompts: dict[str, list[int]]) -> str:
@@ -110,14 +93,9 @@ def _graded(rollout: Rollout) -> dict:
 
 def read_samples(path: Path) -> tuple[dict, list[dict]]:
     """The header and the samples of a file. A line that a kill has cut short is left out; of no file it is ({}, [])."""
-    objects = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            objects.append(json.loads(line))
-        except (ValueError, RecursionError):
-            objects.append(None)
-    header = objects[0] if objects and isinstance(objects[0], dict) else {}
-    return header, [line for line in objects[1:] if isinstance(line, dict) and line.keys() >= FIELDS]
+    lines = json_lines(path)
+    header = lines[0] if lines and not FIELDS <= lines[0].keys() else {}
+    return header, [line for line in lines if FIELDS <= line.keys()]
 
 
 class SampleFile:
@@ -181,7 +159,7 @@ class SampleFile:
             with self.partial.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample) + "\n" for sample in samples)
         except OSError as error:
-            raise _not_written(self.partial, error) from None
+            raise not_written(self.partial, error) from None
 
     def finish(self) -> list[dict] | None:
         """Gives the file its name, once no sample is missing. Returns the samples, on rank 0 only."""

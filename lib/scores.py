@@ -89,9 +89,7 @@ def validation_sets(
                 f"--validate {list(cfg.validate)}: two sets have one name, and their scores need two; rename a file"
             )
         problems = load_problems(source, quiet=True, argument="--validate")
-        prompts = tokenize_prompts(
-            tokenizer, problems, cfg.instruction, cfg.system_prompt, cfg.thinking, cfg.max_prompt_tokens
-        )
+        prompts = tokenize_prompts(tokenizer, problems, cfg)
         sets[name] = problems, prompts
         for reported in (name for name in REPORTED if cfg.keep_best and name in cfg.exclude):
             shared = {problem.id for problem in load_problems(reported, quiet=True)} & prompts.keys()

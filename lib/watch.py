@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from common import Rollout
 
@@ -88,21 +86,6 @@ def summary(line: dict) -> str:
     return f"{line['why']}, reward {line['reward']:.3g}{advantage}, {line['tokens']} tokens"
 
 
-def whole_lines(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines; a last line that a kill cut short, or that is being written, is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-
-
-def drop_steps(path: Path, steps: int) -> None:
-    """Removes the lines of all steps from number `steps` on, which a resumed run will write again."""
-    kept = [json.dumps(line) + "\n" for line in whole_lines(path) if line["step"] < steps]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    unfinished.rename(path)  # so that a kill at this moment does not leave half of it
-
-
 # Warnings. A healthy run must get none, so each needs WINDOW steps without an exception. With the 32 groups of 8 in a
 # step of GRPO these are 2560 responses.
 
@@ -114,13 +97,18 @@ LOW_ENTROPY = 0.01, 0.1  # nats a token, and what share of what the run began wi
 GOOD_REWARD = 0.9  # above it, low entropy is what a model has that knows the answers
 
 
+def is_training(line: dict) -> bool:
+    """Whether a line of metrics.jsonl is that of a step, and not that of a validation."""
+    return "skipped_steps" in line
+
+
 def find_warnings(lines: Sequence[dict]) -> dict[str, str]:
     """What is wrong with a run, by kind, one sentence for each with the likely cause and the setting to change.
 
     `lines` are those of metrics.jsonl so far. Lines of validations are passed over, and so are metrics that a stage
     does not log.
     """
-    lines = [line for line in lines if "skipped_steps" in line]
+    lines = [line for line in lines if is_training(line)]
     last, found = lines[-WINDOW:], {}
     if len(last) < WINDOW:
         return {}

@@ -34,9 +34,9 @@ import evaluate
 import fkl_warmup
 import lib.data
 import lib.engines
+import lib.lineage
 import lib.memory
 import lib.policy
-import lib.runs
 import opd
 import teacher_grpo
 from experiments.hours import MODELS
@@ -151,7 +151,7 @@ def sample(engine, problems, prompts, n, *arguments, **options) -> list[common.R
 def leave_checkpoint(module, cfg) -> None:
     """What follows finds a checkpoint as this stage would have written it, without weights."""
     parents = {role: getattr(cfg, role) for role in ("model", "teacher") if hasattr(cfg, role)}
-    record = lib.runs._new_record(cfg, parents)
+    record = lib.lineage.new_record(cfg, parents)
     problems = lib.data.load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude)
     line = {"step": 0, "reward": 0.5} if hasattr(cfg, "kl_coef") else {"step": 0, "reverse_kl": 0.5}
     out = Path(cfg.out)

@@ -130,11 +130,16 @@ def test_a_report_is_graded_again_by_two_scorers(tmp_path, capsys):
         ("p1", False, True, False),
         ("p3", False, False, True),
     ]
+    assert "--reward" not in (report / "regrade.md").read_text()
     assert found[2]["extracted"] == "\\sqrt8" and found[2]["checkpoint"] == "RL'd" and found[2]["data set"] == "set"
     before = {path: path.read_bytes() for path in report.rglob("*.*")}
     audit.main(audit.Config(regrade=str(report), out=str(tmp_path / "elsewhere")))
     assert {path: path.read_bytes() for path in report.rglob("*.*")} == before
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"regrade.md", "regrade.jsonl"}
+    results = json.loads((report / "results.json").read_text())
+    (report / "results.json").write_text(json.dumps({**results, "settings": {"reward": "mine.py:few_words"}}))
+    audit.main(audit.Config(regrade=str(report)))
+    assert "responses to which --reward mine.py:few_words gave 1 or more" in (report / "regrade.md").read_text()
     with (report / "RL-d" / "set.jsonl").open("r+") as file:
         file.truncate(700)
     with pytest.raises(InputError, match="does not hold all samples that the report was made from"):

@@ -634,6 +634,10 @@ def contents(directory: Path) -> dict[str, str]:
     }
 
 
+def test_the_readme_says_how_many_there_are():
+    assert f"leave nothing behind: {len(CASES)} of them" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_sentence_and_nothing_left_behind(name, student, teacher, problems, tmp_path, monkeypatch, capfd):
     script, words, prepare, sentence = CASES[name]

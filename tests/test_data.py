@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import lib.data
 import lib.runs
 import teacher_grpo
-from common import InputError, Problem
+from common import InputError, Problem, SamplerConfig
 from experiments import toy
 
 
@@ -195,12 +195,15 @@ def test_every_turn_of_a_chat_is_rendered_and_in_the_id(tmp_path):
     assert len(problems) == 7  # the first two are one
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    rendered = [lib.data.render_prompt(tokenizer, problem, " Think!", "", False) for problem in problems]
+    rendered = [
+        lib.data.render_prompt(tokenizer, problem, SamplerConfig(out="", instruction=" Think!")) for problem in problems
+    ]
     assert rendered[0] == "<user>2+2? Think!" and rendered[1] == "<assistant>2<user>2+2? Think!"
     assert rendered[2] == "<system>Be brief.<user>1+1?<assistant>2<user>2+2? Think!"
-    assert lib.data.render_prompt(tokenizer, problems[0], "!", "Be kind.", False) == "<system>Be kind.<user>2+2?!"
+    kind = SamplerConfig(out="", instruction="!", system_prompt="Be kind.")
+    assert lib.data.render_prompt(tokenizer, problems[0], kind) == "<system>Be kind.<user>2+2?!"
     tokenizer.chat_template = None
-    assert lib.data.render_prompt(tokenizer, problems[0], "!", "", False) == "2+2?!"
+    assert lib.data.render_prompt(tokenizer, problems[0], SamplerConfig(out="", instruction="!")) == "2+2?!"
 
 
 def test_a_stage_samples_from_the_whole_chat(student, tmp_path):

@@ -16,6 +16,7 @@ from test_stages import RUNS, assert_same_weights, grpo, metrics, warmup, weight
 import common
 import fkl_warmup
 import lib.data
+import lib.lineage
 import lib.runs
 import opd
 import teacher_grpo
@@ -134,13 +135,13 @@ def test_after_a_damaged_state_the_run_ends_the_same(cut_short, problems, teache
 
 def test_other_weights_under_the_old_name_are_not_resumed_with(cut_short, student):
     config, partial = cut_short
-    lineage = lib.runs.read_lineage
+    lineage = lib.lineage.read_lineage
 
     def changed(model):
         return {**lineage(model), "sha256": "0"}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.runs, "read_lineage", changed)
+        patch.setattr(lib.lineage, "read_lineage", changed)
         with pytest.raises(InputError, match="--resume: --model .* has other weights than in the run in "):
             lib.runs.Run(config, {"model": config.model})
     with pytest.raises(InputError, match="holds a run of teacher_grpo.py, not of fkl_warmup.py"):

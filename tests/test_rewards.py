@@ -14,12 +14,14 @@ from test_stages import distill, grpo, metrics, warmup
 
 import evaluate
 import fkl_warmup
+import lib.lineage
 import lib.rollouts
 import lib.runs
 import opd
 import teacher_grpo
 from common import InputError, Problem, Rollout
 from experiments import audit
+from lib import plots
 from lib.rewards import make_grader
 from lib.verifier import Verifier
 
@@ -135,7 +137,7 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
         assert [rollout.correct for rollout in rollouts] == [value >= 1 for value in values]
         assert {rollout.how for rollout in rollouts} == {"reward"}
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.1  # it learns to write fewer of them
-    lineage = lib.runs.read_lineage(str(tmp_path / "out"))
+    lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     path = reward.removesuffix(":few_ones")
     assert lineage["config"]["reward"] == reward
     assert lineage["reward_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -201,6 +203,18 @@ def test_a_run_is_not_resumed_with_another_reward(teacher, mine, tmp_path, monke
         teacher_grpo.main(dataclasses.replace(config, resume=True))
     Path(reward.removesuffix(":few_ones")).write_text(FEW_ONES)
     teacher_grpo.main(dataclasses.replace(config, resume=True))
+
+
+def test_pictures_have_room_for_rewards_below_0_and_above_1(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
+    plots.draw_bars({"a": {"b": (2.5, 0.1)}, "c": {"b": (-0.5, 0.1)}}, "title", tmp_path / "bars.png")
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "reward": {i - 3}}}\n' for i in range(3)))
+    plots.draw_curves({"a": str(tmp_path)}, tmp_path / "curves.png")
+    bars, curves = (figure.axes[0] for figure in figures)
+    assert bars.get_xlim() == pytest.approx((-54, 270)) and curves.get_ylim()[0] == -3
 
 
 def test_a_reward_that_fails_on_one_rank_fails_on_all(mine, tmp_path, monkeypatch):

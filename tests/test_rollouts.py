@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import fkl_warmup
 import lib.data
+import lib.lineage
 import lib.runs
 import student_grpo
 import teacher_grpo
@@ -24,7 +25,7 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
     """Adjacent or not, and the first time the same as if it were alone."""
     tokenizer = toy.make_tokenizer()
     first, other = lib.data.load_problems(problems)[:2]
-    prompts = lib.data.tokenize_prompts(tokenizer, [first, other], INSTRUCTION, "", False, 64)
+    prompts = lib.data.tokenize_prompts(tokenizer, [first, other], toy.WORDING)
     engine = TorchEngine(tiny_model(), tokenizer, max_sequences=3)
 
     def sample(*chosen):
@@ -154,7 +155,7 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
     printed = capsys.readouterr().out
     assert f"{texts}: 4 responses to 2 of the 12 training problems; 1 to other problems are left out" in printed
     assert f"{texts}: left out responses longer than --max-response-tokens 12: 1\n" in printed
-    assert "teacher rollouts: 3, 1 correct; learning from 3" in printed and "Most lines" not in printed
+    assert "responses: 3, 1 correct; learning from 3" in printed and "Most lines" not in printed
 
     tokenizer = AutoTokenizer.from_pretrained(student)
     expected = []
@@ -170,10 +171,10 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
     assert [r.text for r in trained_on[-1]] == [rows[0][1]]
 
     # Stage 3 and the audit read the lineage.
-    lineage = lib.runs.read_lineage(str(tmp_path / "out"))
+    lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     assert lineage["parents"].keys() == {"model", "rollouts"}
-    assert lineage["parents"]["rollouts"] == {"path": texts, "sha256": lib.runs._sha256(Path(texts))}
-    assert lib.runs.consumed_problems(lineage) == {known[0].id, known[1].id}
+    assert lineage["parents"]["rollouts"] == {"path": texts, "sha256": lib.lineage.file_sha256(Path(texts))}
+    assert lib.lineage.consumed_problems(lineage) == {known[0].id, known[1].id}
     assert f"└─ rollouts: {texts}" in audit.history(lineage, {})
     with pytest.raises(InputError, match="on 2 of its 12 problems"):
         student_grpo.main(grpo(str(tmp_path / "out"), problems, tmp_path / "x", student_grpo.Config, half="full"))

@@ -10,7 +10,7 @@ import pytest
 from test_stages import chain, grpo  # noqa: F401  (chain is a fixture)
 
 import evaluate
-import lib.runs
+import lib.lineage
 import student_grpo
 from common import InputError
 from experiments import audit, tables
@@ -111,12 +111,12 @@ def replayed(chain, problems, tmp_path_factory):  # noqa: F811
 
 
 def test_fresh_labels_and_replay_are_compared(chain, replayed, capsys):  # noqa: F811
-    first, second = (lib.runs.read_lineage(str(path)) for path in (chain / "student", replayed))
+    first, second = (lib.lineage.read_lineage(str(path)) for path in (chain / "student", replayed))
     assert audit.differences(first, second).keys() == {"half", "replay", "labels"}
     assert audit.differences(first, first) == {}
     audit.main(audit.Config(compare=(str(chain / "student"), str(replayed))))
     assert "| half | 2H | 1H |" in capsys.readouterr().out
-    other = audit.differences(first, lib.runs.read_lineage(str(chain / "bridge")))
+    other = audit.differences(first, lib.lineage.read_lineage(str(chain / "bridge")))
     assert {"stage", "model weights", "teacher weights", "teacher", "rollouts_per_prompt"} <= other.keys()
 
 
@@ -162,4 +162,7 @@ def test_a_plan_is_carried_out_as_if_by_the_shell(student, problems, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "touched"]
     words = commands[1].replace("\\\n", " ").split()
     subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert lib.runs.read_lineage(str(tmp_path / "a"))["sha256"] == lib.runs.read_lineage(str(tmp_path / "b"))["sha256"]
+    assert (
+        lib.lineage.read_lineage(str(tmp_path / "a"))["sha256"]
+        == lib.lineage.read_lineage(str(tmp_path / "b"))["sha256"]
+    )

@@ -23,6 +23,7 @@ import evaluate
 import fkl_warmup
 import lib.data
 import lib.engines
+import lib.lineage
 import lib.policy
 import lib.runs
 import opd
@@ -154,15 +155,15 @@ def test_weights_change_in_every_stage(chain, student, teacher):
 def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
     every = lib.data.load_problems(problems)
     half = {name: {problem.id for problem in lib.data.half_of(every, name)} for name in ("1H", "2H")}
-    lineage = lib.runs.read_lineage(str(chain / "bridge"))
-    assert lib.runs.consumed_problems(lineage) == half["1H"]
-    assert lib.runs.consumed_problems(lib.runs.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
+    lineage = lib.lineage.read_lineage(str(chain / "bridge"))
+    assert lib.lineage.consumed_problems(lineage) == half["1H"]
+    assert lib.lineage.consumed_problems(lib.lineage.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
     assert lineage["stage"] == "opd" and lineage["parents"]["teacher"]["stage"] == "teacher_grpo"
-    assert lineage["parents"]["model"]["sha256"] == lib.runs.read_lineage(str(chain / "warmup"))["sha256"]
-    teacher = lib.runs.last_rl_stage(lineage["parents"]["teacher"])
+    assert lineage["parents"]["model"]["sha256"] == lib.lineage.read_lineage(str(chain / "warmup"))["sha256"]
+    teacher = lib.lineage.last_rl_stage(lineage["parents"]["teacher"])
     assert teacher["stage"] == "teacher_grpo" and 0 <= teacher["first"]["reward"] <= 1
-    assert lib.runs.last_rl_stage(lineage)["sha256"] == teacher["sha256"]
-    assert lib.runs.last_rl_stage(lineage["parents"]["model"]["parents"]["model"]) is None
+    assert lib.lineage.last_rl_stage(lineage)["sha256"] == teacher["sha256"]
+    assert lib.lineage.last_rl_stage(lineage["parents"]["model"]["parents"]["model"]) is None
 
 
 def test_stage_3_refuses_consumed_labels_unless_it_is_the_replay(chain, problems, tmp_path):

@@ -19,6 +19,7 @@ import evaluate
 import fkl_warmup
 import lib.data
 import lib.engines
+import lib.lineage
 import lib.plots
 import lib.runs
 import lib.scores
@@ -124,13 +125,13 @@ def test_a_checkpoint_along_the_way_serves_every_later_stage(student, teacher, p
     assert record(early)["steps"] == 1 and record(early)["first"] == record(early)["last"]
     batches = lib.data.problem_batches(lib.data.load_problems(problems), 4, 1, 0)
     first = {problem.id for problem in batches[0]}
-    lineage = lib.runs.read_lineage(str(early))
-    assert lib.runs.consumed_problems(lineage) == first and lineage["parents"]["model"]["path"] == teacher
-    assert lib.runs.last_rl_stage(lineage)["stage"] == "teacher_grpo"
+    lineage = lib.lineage.read_lineage(str(early))
+    assert lib.lineage.consumed_problems(lineage) == first and lineage["parents"]["model"]["path"] == teacher
+    assert lib.lineage.last_rl_stage(lineage)["stage"] == "teacher_grpo"
     opd.main(distill(student, str(early), problems, tmp_path / "bridge", max_steps=2, export_every=1))
     assert "C1: in the last RL on record behind the teacher" in capsys.readouterr().out
     bridge = tmp_path / "bridge" / "step-000001"
-    consumed = lib.runs.consumed_problems(lib.runs.read_lineage(str(bridge)))
+    consumed = lib.lineage.consumed_problems(lib.lineage.read_lineage(str(bridge)))
     assert consumed == first | set(record(bridge)["consumed"]) and len(record(bridge)["consumed"]) == 3
     assert (bridge / "generation_config.json").read_text() == (tmp_path / "bridge/generation_config.json").read_text()
     with pytest.raises(InputError, match=rf"on {len(consumed)} of its 12 problems --model .*step-000001"):

@@ -15,7 +15,8 @@ import opd
 import teacher_grpo
 from common import Problem, Rollout
 from experiments import samples, track
-from lib.watch import drop_steps, find_warnings, printable, sample_lines, shorten
+from lib.files import drop_steps
+from lib.watch import find_warnings, printable, sample_lines, shorten
 
 # Responses
 
