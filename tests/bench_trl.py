@@ -130,22 +130,22 @@ def products(models: tuple[str, str], what: str, positions: float, tokens: float
     sampling = operands(student, tokens / steps, tokens / steps)
     times = []
     for _ in range(3):
-        start = seconds()
+        start = time.process_time()
         for _ in range(steps):
             for x, weight, _ in sampling:
                 x @ weight.T
-        times.append(seconds() - start)
+        times.append(time.process_time() - start)
     total = statistics.median(times)
     del sampling
     for model, trained in [(student, True)] + [(teacher, False)] * (what == "opd"):
         training, times = operands(model, positions, tokens), []
         for _ in range(3):
-            start = seconds()
+            start = time.process_time()
             for x, weight, gradient in training:
                 x @ weight.T
                 if trained:
                     gradient @ weight, gradient.T @ x  # noqa: B018
-            times.append(seconds() - start)
+            times.append(time.process_time() - start)
         total += statistics.median(times)
     return total
 
