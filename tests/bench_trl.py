@@ -243,10 +243,10 @@ def theirs(case: str, directory: Path, options: argparse.Namespace) -> dict:
 def measure(side: str, python: str, case: str, options: argparse.Namespace) -> dict:
     """One process's figures: {"seconds", "gigabytes", "tokens", and of ours "products"}."""
     with tempfile.TemporaryDirectory() as directory:
-        words = [__file__, *sys.argv[1:], "--directory", directory, "--case", case, "--side"]
-        subprocess.run([sys.executable, *words, "prepare"], check=True, capture_output=True)
+        prepare(Path(directory), options)
+        words = [__file__, *sys.argv[1:], "--directory", directory, "--case", case, "--side", side]
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        done = subprocess.run([python, *words, side], capture_output=True, text=True, env=environment)
+        done = subprocess.run([python, *words], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -267,13 +267,11 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="positions of our micro-batches")
     parser.add_argument("--trl-batch", type=int, default=64, help="sequences of TRL's micro-batches")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
-    parser.add_argument("--side", choices=["prepare", "ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.tokens = options.tokens or (48 if options.model else 32)
-    if options.side == "prepare":
-        return prepare(options.directory, options)
     if options.side:
         result = {"ours": ours, "theirs": theirs}[options.side](options.case, options.directory, options)
         assert result["tokens"] > 0.7 * options.tokens, result
