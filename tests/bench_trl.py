@@ -113,6 +113,15 @@ def products(models: tuple[str, str], what: str, positions: float, tokens: float
     import torch
     from transformers import AutoConfig
 
+    def least(work, *arguments) -> float:
+        """Seconds of the fastest of up to three runs; of something long, one says enough."""
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < 5:
+            start = time.process_time()
+            work(*arguments)
+            times.append(time.process_time() - start)
+        return min(times)
+
     def operands(model: str, rows: float, head_rows: float) -> list[list[torch.Tensor]]:
         """Of each weight: its input, itself, the gradient of its output."""
         c = AutoConfig.from_pretrained(model)
@@ -126,27 +135,21 @@ def products(models: tuple[str, str], what: str, positions: float, tokens: float
         head.append(torch.randn(round(head_rows / pieces), c.vocab_size))
         return one_layer * c.num_hidden_layers + pieces * [head]
 
-    student, teacher = models
-    sampling = operands(student, tokens / steps, tokens / steps)
-    times = []
-    for _ in range(3):
-        start = time.process_time()
+    def sample(weights) -> None:
         for _ in range(steps):
-            for x, weight, _ in sampling:
+            for x, weight, _ in weights:
                 x @ weight.T
-        times.append(time.process_time() - start)
-    total = statistics.median(times)
-    del sampling
+
+    def train(weights, backward: bool) -> None:
+        for x, weight, gradient in weights:
+            x @ weight.T
+            if backward:
+                gradient @ weight, gradient.T @ x  # noqa: B018
+
+    student, teacher = models
+    total = least(sample, operands(student, tokens / steps, tokens / steps))
     for model, trained in [(student, True)] + [(teacher, False)] * (what == "opd"):
-        training, times = operands(model, positions, tokens), []
-        for _ in range(3):
-            start = time.process_time()
-            for x, weight, gradient in training:
-                x @ weight.T
-                if trained:
-                    gradient @ weight, gradient.T @ x  # noqa: B018
-            times.append(time.process_time() - start)
-        total += statistics.median(times)
+        total += least(train, operands(model, positions, tokens), trained)
     return total
 
 
