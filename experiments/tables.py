@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 import common
 from common import InputError
 from evaluate import markdown_table, percent
-from lib.runs import consumed_problems, read_run
+from lib.lineage import consumed_problems, read_run
 from lib.scores import mean_and_error, paired_difference
 
 Pair = Literal["qwen3-8b", "qwen3-14b", "llama"]
