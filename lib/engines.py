@@ -164,7 +164,7 @@ def make_engine(
             tensor_parallel=cfg.tensor_parallel,
             cache_bytes=cache_bytes_for(cfg, model, alone),
             sleeps=sleeps,
-            dtype=compute_dtype(cfg),
+            cpu_bfloat16=cfg.cpu_bfloat16,
         )
     if policy is not None and not is_sharded(policy):
         return TorchEngine(policy.model, tokenizer, cfg.max_sequences)
@@ -346,7 +346,7 @@ class VLLMEngine:
         tensor_parallel: int = 1,
         cache_bytes: int = GIB // 4,
         sleeps: bool = True,
-        dtype: torch.dtype | None = None,
+        cpu_bfloat16: bool = False,
     ):
         start_process()
         on_gpu = torch.cuda.is_available()
@@ -359,7 +359,7 @@ class VLLMEngine:
         from vllm import LLM, SamplingParams
 
         self._sampling_params, self.tokenizer = SamplingParams, tokenizer
-        self.dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+        self.dtype = torch.bfloat16 if on_gpu or cpu_bfloat16 else torch.float32
         self.max_tokens, self.tensor_parallel = max_tokens, tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
         self.stop_ids = end_tokens(load_generation_config(model), tokenizer)
