@@ -58,6 +58,8 @@ def load(sampler: str, model: str, longest_prompt: int, tokens: int):
         engine.stop_ids = []
 
     def sample(prompts, samples):
+        if sampler == "vllm":  # in training, where the weights have changed, no prompt is known from the step before
+            engine.llm.reset_prefix_cache()
         seeds = [[request_seed(0, i, j) for j in range(samples)] for i in range(len(prompts))]
         groups = engine.generate(prompts, seeds, Sampling(tokens))
         return [completion.token_ids for group in groups for completion in group]

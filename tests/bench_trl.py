@@ -18,8 +18,8 @@ Both sides train on all 64 responses. Ours would leave out groups without spread
 GRPO without a KL term, and TRL does not. So 1e-9 is added to every advantage here, and our step does the work, too.
 
 "Products alone" is what would be left of our step if all but its matrix products with the weights were free, measured on
-the step's own number of positions: of sampling, of the student's forward and backward pass and, in OPD, of the teacher's
-forward pass. No float32 code that computes every token once, and a prompt once for all its responses, gets below it.
+the step's own number of positions: of sampling (without the prompts), of the student's forward and backward pass and, in
+OPD, of the teacher's forward pass. No float32 code that computes each of these once gets below it.
 """
 
 from __future__ import annotations
