@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ import transformers
 from experiments import toy
 
 torch.set_num_threads(1)
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that the tests start from one and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIZES = dict(
     vocab_size=len(toy.VOCABULARY), intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
