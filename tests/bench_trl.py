@@ -19,7 +19,8 @@ GRPO without a KL term, and TRL does not. So 1e-9 is added to every advantage he
 
 "Products alone" is what would be left of our step if all but its matrix products with the weights were free, measured on
 the step's own number of positions: of sampling (without the prompts), of the student's forward and backward pass and, in
-OPD, of the teacher's forward pass. No float32 code that computes each of these once gets below it.
+OPD, of the teacher's forward pass. No code that leaves float32 products to PyTorch, and
+computes each of these once, gets below it.
 """
 
 from __future__ import annotations
