@@ -186,6 +186,11 @@ class Rollout:
     reward: float | None = None  # that of --reward; None means 1 if correct, else 0
     advantage: float = 0.0  # its reward relative to its group, which GRPO gives to each of its tokens
 
+    def earned(self, require_finished: bool) -> float:
+        """R(x, y): the reward, which a response cut at the length limit does not get if it is `require_finished`."""
+        reward = float(bool(self.correct)) if self.reward is None else self.reward
+        return reward if self.finish_reason == "stop" or not require_finished else 0.0
+
 
 @dataclass(frozen=True)
 class Span:

@@ -191,16 +191,17 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
     if not cfg.models:
         raise InputError("there is nothing to evaluate; name checkpoints with --models")
     common.check_settings(cfg, may_be_zero=("temperature",))
-    models = cfg.models
-    labels = cfg.labels or tuple(Path(os.path.abspath(model)).name for model in models)
-    if len(set(labels)) != len(models) or len(labels) != len(models):
-        raise InputError(f"--labels {list(labels)} must be one different name for each of the {len(models)} --models")
+    labels = cfg.labels or tuple(Path(os.path.abspath(model)).name for model in cfg.models)
+    if len(set(labels)) != len(cfg.models) or len(labels) != len(cfg.models):
+        raise InputError(
+            f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
+        )
     sample_directories(cfg.out, labels)
     check_decoding(cfg.top_p, cfg.top_k)
     datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
-    for model in models:
+    for model in cfg.models:
         tokenizer = data.load_tokenizer(model, "--models")
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
@@ -208,7 +209,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
             check_lengths(cfg, model, data.tokenize_prompts(tokenizer, problems, cfg).values())
         common.on_rank_0(lambda: read_run(model))
     check_writable(cfg.out)
-    return dict(zip(labels, models)), datasets
+    return dict(zip(labels, cfg.models)), datasets
 
 
 def main(cfg: Config) -> None:

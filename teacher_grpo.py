@@ -75,9 +75,7 @@ def rewards_of(rollouts: list[Rollout], require_finished: bool) -> Tensor:
 
     With `--reward` it is what that function returned.
     """
-    rewards = [float(r.correct) if r.reward is None else r.reward for r in rollouts]
-    finished = [r.finish_reason == "stop" or not require_finished for r in rollouts]
-    return torch.tensor(rewards) * torch.tensor(finished)
+    return torch.tensor([rollout.earned(require_finished) for rollout in rollouts])
 
 
 def group_advantages(rewards: Tensor, normalize_by_std: bool = True) -> Tensor:

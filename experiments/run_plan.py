@@ -30,9 +30,8 @@ def run(words: list[str]) -> int:
         return subprocess.run(words).returncode
     child = os.fork()
     if child:
-        handler = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C reaches the child, too, which ends in its own way
+        # Ctrl-C reaches the child, too, which ends in its own way.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         signal.signal(signal.SIGINT, handler)
         return status

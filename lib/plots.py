@@ -61,7 +61,9 @@ def draw_bars(averages: dict[str, dict[str, tuple[float, float]]], title: str, p
         for index, (value, error) in enumerate(zip(values, errors)):
             axis.text(max(value, 0) + 100 * np.nan_to_num(error) + 1, index, f"{value:.1f}", va="center", fontsize=8)
         shown = labels if axis is axes[0][0] else [""] * len(labels)
-        axis.set_yticks(range(len(labels)), shown, fontsize=9, parse_math=False)  # a label may hold dollar signs
+        axis.set_yticks(
+            range(len(labels)), shown, fontsize=9, parse_math=False
+        )  # a dollar sign in a label is no mathematics
         axis.invert_yaxis()
         axis.set_xlim(1.08 * min(0, *values), 1.08 * max(100, *values))  # rewards of one's own may be any numbers
         axis.set_xlabel(f"{name}: {title}", fontsize=9, parse_math=False)

@@ -97,7 +97,7 @@ class Packing:
             return
         self.blocks = [Block(spans, device) for spans in similar_spans(batch.spans)]
         rows = torch.cat([block.positions for block in self.blocks])  # (T,) the position of each row that is no padding
-        self.block_order = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=device))
+        self.block_order = rows.argsort()  # (T,) the row of each position
 
 
 def seen_by(span: Span) -> Tensor:

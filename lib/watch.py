@@ -39,9 +39,7 @@ def choose_samples(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> lis
 
 def sample_lines(step: int, rollouts: Sequence[Rollout], require_finished: bool) -> list[dict]:
     """The step's lines of samples.jsonl. `require_finished` says that a response that was cut earns no reward."""
-    rewards = [float(bool(rollout.correct)) if rollout.reward is None else rollout.reward for rollout in rollouts]
-    if require_finished:
-        rewards = [reward * (r.finish_reason == "stop") for reward, r in zip(rewards, rollouts)]
+    rewards = [rollout.earned(require_finished) for rollout in rollouts]
     return [
         {
             "step": step,
