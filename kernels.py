@@ -54,7 +54,7 @@ except ImportError:  # On a machine without a GPU everything works in PyTorch.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 # Bytes of one model's logits that exist at a time.
-CPU_LOGIT_BYTES = 8 << 20  # 65 rows of a vocabulary of 32000. Small problems fit into one piece.
+CPU_LOGIT_BYTES = 8 << 20  # or 128 rows if those take more. Small problems fit into one piece.
 GPU_LOGIT_BYTES = 5 << 28  # 2048 rows of Qwen3's. Each piece reads and writes all of dW, 1.2 GB, so pieces are large.
 
 # The largest tiles that spill no register on the GPUs that use them (results/kernels/compile.md).
@@ -132,7 +132,7 @@ def _pieces(count, row_bytes, device):
     pieces = max(1, math.ceil(count * row_bytes / budget))
     step = math.ceil(count / pieces)
     if pieces > 1:
-        step += -step % 64  # Products then consist of whole tiles.
+        step += -step % 128  # Products then consist of whole tiles, and of enough rows to be fast on a CPU.
     return [slice(start, min(start + step, count)) for start in range(0, count, max(step, 1))]
 
 
@@ -554,8 +554,7 @@ class _FusedLinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_hidden, *args):
-        result, *gradients = _kl_forward(student_hidden, *args, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(*gradients)
+        result, *ctx.gradients = _kl_forward(student_hidden, *args, *ctx.needs_input_grad[:2])
         ctx.dtype = student_hidden.dtype
         ctx.mark_non_differentiable(*result[1:])
         return tuple(result)
@@ -563,10 +562,15 @@ class _FusedLinearKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        # The product is rounded once, and is not in place, because a retained graph can be walked again.
+        # The product takes the place of the gradient where their dtypes agree, because a copy of dW would be as large as
+        # all else together. So this graph can be walked once only.
+        if ctx.gradients is None:
+            raise RuntimeError("This KL has had its backward pass; call fused_linear_kl again for another one.")
+        gradients, ctx.gradients = ctx.gradients, None
         gradients = [None if gradient is None else
-                     torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))
-                     for gradient in ctx.saved_tensors]
+                     torch.mul(gradient, upstream, out=gradient if gradient.dtype == ctx.dtype
+                               else torch.empty_like(gradient, dtype=ctx.dtype))
+                     for gradient in gradients]
         return *gradients, *[None] * 7
 
 
