@@ -75,6 +75,7 @@ RAW := $(S)/raw
 STUDENT := $(RAW)/raw_student
 TEACHER := $(RAW)/raw_teacher
 MADE := $(RAW)/test.jsonl
+MAKE_DATA := -m experiments.toy
 RUN := $(PY)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
 	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5 --weight-decay 0.01
@@ -92,6 +93,34 @@ OPD_BUDGET := --passes 99 --max-steps 90
 BRIDGE_BUDGET := --passes 99 --max-steps 120
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --top-k -1 --max-response-tokens 24 --seed $(SEED)
+else ifeq ($(SCALE),real)
+# A pretrained language model on word problems (experiments/real.py). For another pair, which needs a GPU:
+# make demo-real TEACHER=HuggingFaceTB/SmolLM2-360M-Instruct STUDENT=HuggingFaceTB/SmolLM2-135M-Instruct REAL=runs/real-360M
+REAL := runs/real
+S := $(REAL)/seed$(SEED)
+RAW := $(S)/raw
+STUDENT := $(RAW)/raw_student
+TEACHER := $(REAL)/SmolLM2-135M-Instruct
+MADE := $(RAW)/test.jsonl
+MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT)
+RUN := $(PY)
+# Problems are plain text after three examples, and a response ends with its line.
+TASK := --prefix @experiments/real_prefix.txt --instruction "" --no-chat-template --stop '\n' \
+	--max-prompt-tokens 128 --max-response-tokens 20 --cpu-bfloat16 --seed $(SEED)
+SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) --weight-decay 0.01
+GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
+DISTILL :=
+WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
+OPD := --prompts-per-step 8 --lr 1e-5
+TEACHER_BUDGET := --passes 99 --max-steps 40
+SFT_TEACHER_BUDGET := --passes 99 --max-steps 10
+DIRECT_BUDGET := --passes 99 --max-steps 40
+STAGE3_BUDGET := --passes 99 --max-steps 20
+WARMUP_BUDGET := --passes 99 --max-steps 10
+OPD_BUDGET := --passes 99 --max-steps 20
+BRIDGE_BUDGET := --passes 99 --max-steps 30
+TESTS := $(RAW)/$(POOL).jsonl
+EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 8 $(TASK)
 else ifeq ($(SCALE),paper)
 PAIR ?= qwen3-8b
 MODELS_qwen3-8b := Qwen/Qwen3-1.7B Qwen/Qwen3-8B
@@ -151,12 +180,12 @@ BRIDGE_BUDGET := --passes 2
 TESTS := gsm8k
 EVALUATE := --k 4 --seed $(SEED) $(LENGTHS)
 else
-$(error SCALE=$(SCALE) is unknown; give toy, one-gpu or paper)
+$(error SCALE=$(SCALE) is unknown; give toy, real, one-gpu or paper)
 endif
 # BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
 
 $(RAW)/test.jsonl: | setup
-	$(PY) -m experiments.toy --out $(RAW) --seed $(SEED)
+	$(PY) $(MAKE_DATA) --out $(RAW) --seed $(SEED)
 
 # In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint from which Stage 3 continues.
 half = $(firstword $(subst /, ,$*))

@@ -55,8 +55,11 @@ class SamplerConfig:
 
     _: KW_ONLY
     out: str  # directory to write
+    prefix: str = ""  # text before each problem, such as worked examples; @FILE, here and in the next two, reads a file
     instruction: str = INSTRUCTION  # text appended to each problem (authors' earlier code; not given in this paper)
     system_prompt: str = ""  # text for the system's turn of the chat template; by default there is no such turn
+    chat_template: bool = True  # word prompts with the tokenizer's chat template, if it has one, or as plain text
+    stop: tuple[str, ...] = ()  # texts that end a response, such as "\n": with the first token that contains one
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
     max_sequences: int = 512  # sequences that each process samples at a time; lower it when memory runs out
@@ -140,6 +143,7 @@ def cli(main: Callable, config: type) -> None:
     status = 0
     try:
         start_process()
+        read_texts(cfg)
         main(cfg)
     except AlreadyFinished as finished:
         print0(str(finished))
@@ -157,6 +161,26 @@ def cli(main: Callable, config: type) -> None:
         status = 1
         traceback.print_exc()
     exit_process(status)
+
+
+def read_texts(cfg) -> None:
+    """Puts the text of the file in the place of each `@FILE`, and a newline in the place of a backslash and an n.
+
+    So the settings hold all that decides a response, and are recorded whole. InputError for a file without text.
+    """
+    for name in ("prefix", "instruction", "system_prompt"):
+        value = getattr(cfg, name, "")
+        if value.startswith("@"):
+            try:
+                with open(os.path.expanduser(value[1:]), encoding="utf-8") as file:
+                    setattr(cfg, name, file.read())
+            except (OSError, UnicodeDecodeError) as error:
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise InputError(
+                    f"{flag}: the file cannot be read as text ({first_line(error)}); check its path"
+                ) from None
+    if hasattr(cfg, "stop"):
+        cfg.stop = tuple(text.replace("\\n", "\n") for text in cfg.stop)
 
 
 # Records

@@ -60,8 +60,8 @@ class Config(SamplerConfig):
 
 
 # The settings that decide what is sampled: samples that were made with others are not used again.
-DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "instruction",
-            "system_prompt", "thinking", "cpu_bfloat16", "seed")  # fmt: skip
+DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "prefix", "instruction",
+            "system_prompt", "chat_template", "stop", "thinking", "cpu_bfloat16", "seed")  # fmt: skip
 
 
 class Engines:
@@ -203,6 +203,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
     for model in cfg.models:
         tokenizer = data.load_tokenizer(model, "--models")
+        data.stop_tokens(tokenizer, cfg.stop)
         check_checkpoint(model, len(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():

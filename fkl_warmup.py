@@ -103,8 +103,8 @@ def rollout_identity(cfg: Config, source_sha256: str, problems: Sequence[Problem
 
     `source_sha256` is the hash of the teacher, or of the file of texts.
     """
-    names = ("data", "half", "split_seed", "rollouts_per_prompt", "temperature", "max_response_tokens", "instruction",
-             "system_prompt", "thinking", "reward", "seed")  # fmt: skip
+    names = ("data", "half", "split_seed", "rollouts_per_prompt", "temperature", "max_response_tokens", "prefix",
+             "instruction", "system_prompt", "chat_template", "stop", "thinking", "reward", "seed")  # fmt: skip
     digest = hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest()
     identity = {"teacher_sha256": source_sha256, "problems": digest, "reward_sha256": reward_sha256(cfg)}
     return identity | {name: getattr(cfg, name) for name in names}

@@ -281,8 +281,9 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
         ) from None
 
 
-def chat_messages(problem: Problem, instruction: str, system_prompt: str) -> list[dict[str, str]]:
-    """The turns of a problem's prompt, each with role and content; the instruction ends the last, which is the user's.
+def chat_messages(problem: Problem, instruction: str, system_prompt: str, prefix: str = "") -> list[dict[str, str]]:
+    """The turns of a problem's prompt, each with role and content. The prefix begins and the instruction ends the last,
+    which is the user's.
 
     A prompt that is text has one turn. `system_prompt`, unless it is empty, becomes a system's turn in front. Raises
     InputError if there is such a turn already.
@@ -296,27 +297,27 @@ def chat_messages(problem: Problem, instruction: str, system_prompt: str) -> lis
             "system's turn of its own; leave the setting out, or take that turn out of the data"
         )
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, *turns, {"role": "user", "content": problem.prompt + instruction}]
+    return [*system, *turns, {"role": "user", "content": prefix + problem.prompt + instruction}]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: SamplerConfig) -> str:
-    """The problem's turns in the model's chat template, or the user's one turn as it is if the model has no template.
+    """The problem's turns in the model's chat template, or the user's one turn as it is if there is no template.
 
     Raises InputError where there are other turns and no template, or a template that refuses or omits one of them.
     """
-    messages = chat_messages(problem, cfg.instruction, cfg.system_prompt)
+    messages = chat_messages(problem, cfg.instruction, cfg.system_prompt, cfg.prefix)
     name = f"problem {problem.id} ({problem.prompt[:40]!r}...)"
-    if tokenizer.chat_template is None:
+    if not uses_template(tokenizer, cfg):
+        why = "--no-chat-template is given"
+        if tokenizer.chat_template is None:
+            why = f"the tokenizer of {tokenizer.name_or_path!r} has no chat template"
         if cfg.system_prompt:
             raise InputError(
-                f"--system-prompt {cfg.system_prompt[:40]!r}: the tokenizer of {tokenizer.name_or_path!r} has no chat template, "
-                "so that there is no system's turn; leave the setting out, or take a model that is made for chats"
+                f"--system-prompt {cfg.system_prompt[:40]!r}: {why}, so that there is no system's turn; give the text in "
+                "--prefix"
             )
         if len(messages) > 1:
-            raise InputError(
-                f"{name} has {len(messages)} turns, and the tokenizer of {tokenizer.name_or_path!r} has no chat template to "
-                "put them in; make them one text, or take a model that is made for chats"
-            )
+            raise InputError(f"{name} has {len(messages)} turns, and {why} to put them in; make them one text")
         return messages[0]["content"]
     remedy = "leave out --system-prompt or that turn of the data, or put its text into the user's turn"
     try:
@@ -336,6 +337,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: Sam
     return text
 
 
+def uses_template(tokenizer: PreTrainedTokenizerBase, cfg: SamplerConfig) -> bool:
+    return cfg.chat_template and tokenizer.chat_template is not None
+
+
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], cfg) -> dict[str, list[int]]:
     """Prompt token ids by problem id. InputError when a prompt is longer than --max-prompt-tokens or not rendered.
 
@@ -344,7 +349,7 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Prob
     texts = [render_prompt(tokenizer, problem, cfg) for problem in problems]
     prompts = {}
     # A chat template writes special tokens itself. Without one the tokenizer adds its own, such as a leading BOS.
-    encoded = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=not uses_template(tokenizer, cfg))["input_ids"]
     for problem, ids in zip(problems, encoded):
         if len(ids) > cfg.max_prompt_tokens:
             raise InputError(
@@ -355,12 +360,31 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Prob
     return prompts
 
 
-def end_tokens(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's end of sequence, and those in the checkpoint's generation
-    settings.
+def end_tokens(
+    generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
+) -> list[int]:
+    """Tokens that end a response: the tokenizer's end of sequence, those in the checkpoint's generation settings, and
+    those that contain a text of `stop`.
     """
     configured = generation_config.eos_token_id if generation_config else None
-    return sorted({tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None})
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured, *stop_tokens(tokenizer, stop)} - {None})
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
+    """The tokens whose own text contains one of the texts of --stop. InputError for a text that no token contains.
+
+    Deciding by tokens makes both engines stop at the same place, and lets the end be trained like every other token.
+    """
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))]) if stop else []
+    found = {text: {token for token, own in enumerate(texts) if text and text in own} for text in stop}
+    for text, tokens in found.items():
+        if not tokens:
+            raise InputError(
+                f"--stop {text!r} stands in no single token of {tokenizer.name_or_path!r}, so that it could end no "
+                "response; give a shorter text, such as '\\n'"
+            )
+    return set().union(*found.values())
 
 
 def check_same_tokenizer(student: str, teacher: str, problems: Sequence[Problem], cfg: SamplerConfig) -> None:

@@ -165,12 +165,13 @@ def make_engine(
             cache_bytes=cache_bytes_for(cfg, model, alone),
             sleeps=sleeps,
             cpu_bfloat16=cfg.cpu_bfloat16,
+            stop=cfg.stop,
         )
     if policy is not None and not is_sharded(policy):
-        return TorchEngine(policy.model, tokenizer, cfg.max_sequences)
+        return TorchEngine(policy.model, tokenizer, cfg.max_sequences, cfg.stop)
     device = this_device()
     replica = load_causal_lm(model, compute_dtype(cfg), device)
-    return TorchEngine(replica, tokenizer, cfg.max_sequences)
+    return TorchEngine(replica, tokenizer, cfg.max_sequences, cfg.stop)
 
 
 class TorchEngine:
@@ -180,12 +181,18 @@ class TorchEngine:
     soon as they are a quarter of it. `max_sequences` limits the rows of one batch, and so the size of the cache.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_sequences: int = 512):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        max_sequences: int = 512,
+        stop: Sequence[str] = (),
+    ):
+        self.model, self.tokenizer, self.stop = model, tokenizer, stop
         self.dtype = model.dtype
         self.max_sequences = max_sequences
         self.tensor_parallel = 1
-        self.stop_ids = torch.tensor(end_tokens(model.generation_config, tokenizer), device=model.device)
+        self.stop_ids = torch.tensor(end_tokens(model.generation_config, tokenizer, stop), device=model.device)
 
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
@@ -200,7 +207,7 @@ class TorchEngine:
         """Takes over another checkpoint."""
         device, self.model, self.tokenizer = self.model.device, None, tokenizer  # frees the old one first
         self.model = load_causal_lm(model, self.dtype, device)
-        self.stop_ids = torch.tensor(end_tokens(self.model.generation_config, tokenizer), device=device)
+        self.stop_ids = torch.tensor(end_tokens(self.model.generation_config, tokenizer, self.stop), device=device)
 
     def sleep(self) -> None:
         """Frees nothing: the cache is freed after each call, and the weights are the policy's or one replica."""
@@ -347,6 +354,7 @@ class VLLMEngine:
         cache_bytes: int = GIB // 4,
         sleeps: bool = True,
         cpu_bfloat16: bool = False,
+        stop: Sequence[str] = (),
     ):
         start_process()
         on_gpu = torch.cuda.is_available()
@@ -358,11 +366,11 @@ class VLLMEngine:
             torch._dynamo.config.disable = True
         from vllm import LLM, SamplingParams
 
-        self._sampling_params, self.tokenizer = SamplingParams, tokenizer
+        self._sampling_params, self.tokenizer, self.stop = SamplingParams, tokenizer, stop
         self.dtype = torch.bfloat16 if on_gpu or cpu_bfloat16 else torch.float32
         self.max_tokens, self.tensor_parallel = max_tokens, tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
-        self.stop_ids = end_tokens(load_generation_config(model), tokenizer)
+        self.stop_ids = end_tokens(load_generation_config(model), tokenizer, stop)
         self.llm = LLM(
             model,
             dtype=self.dtype,
@@ -396,7 +404,8 @@ class VLLMEngine:
 
     def load(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Takes over another checkpoint of the same architecture, one tensor at a time from its files. Collective."""
-        self.tokenizer, self.stop_ids = tokenizer, end_tokens(load_generation_config(model), tokenizer)
+        self.tokenizer = tokenizer
+        self.stop_ids = end_tokens(load_generation_config(model), tokenizer, self.stop)
         self._reload(checkpoint_weights(model, self.dtype))
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -110,7 +110,8 @@ class RolloutCache:
         prompts: dict[str, list[int]],
         per_problem: int | None,
     ):
-        self.directory, self.identity, self.prompts, self.per_problem = directory, identity, prompts, per_problem
+        self.directory, self.prompts, self.per_problem = directory, prompts, per_problem
+        self.identity = json.loads(json.dumps(identity))  # as the file will give it
         self.problems = {problem.id: problem for problem in problems}
         on_rank_0(self._open)
         self._read()

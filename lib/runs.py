@@ -46,7 +46,7 @@ from common import (
     progress_bar,
     rank,
 )
-from lib.data import check_same_tokenizer, load_tokenizer, load_training_problems, tokenize_prompts
+from lib.data import check_same_tokenizer, load_tokenizer, load_training_problems, stop_tokens, tokenize_prompts
 from lib.engines import check_engine, check_lengths
 from lib.files import drop_steps
 from lib.lineage import file_sha256, new_record, read_record, read_run
@@ -73,6 +73,7 @@ def prepare(
         raise InputError(f"--passes {cfg.passes} is more than 1000; give fewer, or say with --max-steps when to stop")
     device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
     tokenizer = load_tokenizer(cfg.model)
+    stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
     problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
     if teacher:

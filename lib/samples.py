@@ -109,7 +109,7 @@ class SampleFile:
 
     def __init__(self, path: Path, settings: dict, grading: str, problems: Sequence[Problem], k: int):
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.header = {"settings": settings, "grading": grading}
+        self.header = json.loads(json.dumps({"settings": settings, "grading": grading}))  # as the file will give it
         self.problems, self.k = {problem.id: problem for problem in problems}, k
         self._samples: dict[tuple[str, int], dict] = {}  # by problem and number; on rank 0 only
         self._appends = False  # whether the partial file holds all samples so far and can be appended to

