@@ -19,7 +19,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .DELETE_ON_ERROR:
-.PHONY: setup reinstall tables paper-toy demo one-gpu distributed-demo gpu-check test test-long lint clean
+.PHONY: setup reinstall tables paper-toy demo demo-real one-gpu distributed-demo gpu-check test test-long lint clean
 # Make deletes intermediate files by default; a checkpoint on the way to another one has to stay.
 .SECONDARY:
 
@@ -198,7 +198,7 @@ teacher = $(call teacher_of,$*)
 trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(call teacher_of,$1)/run.json)
 
 # Make must not delete the record of a checkpoint, not even where the process that has written it fails at its very end.
-WHATS := /rl/teacher /direct /sft/teacher /warmup /bridge /opd_only /fkl_only /sft_only -2H -replay
+WHATS := /rl/teacher /direct /sft/teacher /warmup /bridge /bridge_sampled /opd_only /fkl_only /sft_only -2H -replay
 .PRECIOUS: $(addprefix $(S)/%,$(addsuffix /run.json,$(WHATS)))
 
 $(S)/%/rl/teacher/run.json: $(MADE) | setup
@@ -223,6 +223,11 @@ $(S)/%/warmup/run.json: $$(call trained_teacher,%) | setup
 $(S)/%/bridge/run.json: $(S)/%/warmup/run.json | setup
 	$(call begin,Stage 2b: on-policy distillation of the warmed-up student on $(call labels,$(half)),which completes the bridge)
 	$(RUN) opd.py --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
+		$(SETTINGS) $(DISTILL) $(OPD) $(OPD_BUDGET)
+
+$(S)/%/bridge_sampled/run.json: $(S)/%/warmup/run.json | setup
+	$(call begin,Control: Stage 2b with the sampled estimator on $(call labels,$(half)),with the bridge's number of updates)
+	$(RUN) opd.py --estimator sampled --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(OPD) $(OPD_BUDGET)
 
 $(S)/%/opd_only/run.json: $$(call trained_teacher,%) | setup
@@ -263,7 +268,8 @@ $(ROUTES): %: $(S)/$$($$@)/run.json
 
 # All labels upstream (Tables 1, 2 top and 6), and half of them held out (Tables 2 bottom, 4 and 5).
 TRANSFER := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
-	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only full/rl/fkl_only
+	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/rl/bridge_sampled) \
+	full/rl/fkl_only
 HELD_OUT := 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
 ifeq ($(PAIR),llama)
@@ -272,6 +278,15 @@ TRANSFER := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
 HELD_OUT :=
 endif
 DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
+DEMO_LABELS := "direct GRPO" "RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
+ifeq ($(SCALE),real)
+# Every row is on the half 1H, so that the rows compare what is done with the same labels; only Stage 3 has 2H.
+TRANSFER := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/opd_only 1H/rl/sft_only \
+	1H/rl/bridge_sampled 1H/rl/bridge-2H 1H/rl/bridge-replay
+HELD_OUT :=
+DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H
+DEMO_LABELS := "direct GRPO" "bridge from the raw teacher" "RL'd teacher" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
+endif
 
 # Evaluations on the problems of $(POOL). Settings are chosen on validation problems, results are reported on test problems.
 REPORT := $(S)/report-$(POOL)
@@ -287,7 +302,6 @@ $(REPORT)/held_out/results.json: $(HELD_OUT:%=$(S)/%/run.json)
 	$(begin_evaluation)
 	$(call evaluate,$(HELD_OUT))
 
-DEMO_LABELS := "direct GRPO" "RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
 SAME_MODEL := $(filter $(STUDENT),$(TEACHER))
 $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
 	$(begin_evaluation)
@@ -312,12 +326,16 @@ demo: $(REPORT)/demo/results.json
 	@cat $(<D)/table.md
 	@echo
 	@echo "Each row of the first table is a checkpoint, with the percentage of its answers to test problems that are right."
-	@echo "Direct GRPO spent all training labels on the student. The teacher, the warmup and the bridge used half of them, 1H:"
+	@echo "Direct GRPO spent $(if $(filter real,$(SCALE)),the half 1H of the training labels,all training labels) on the student. The teacher, the warmup and the bridge used 1H, half of them:"
 	@echo "first the teacher learnt from the labels (Stage 1), and then the student from the teacher (Stages 2a and 2b)."
 	@echo "The last row trained on with the other half, 2H (Stage 3). The paper expects each of these steps to help, and the"
 	@echo "bridge to beat direct GRPO. A difference of less than two standard errors (±) may be chance."
 	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png. The curves are of training problems."
 	@echo "Stage 3 begins lower there than the bridge ends, because the problems of its half are new to it."
+
+# The same chain with a pretrained language model, and the bridge from the raw teacher.
+demo-real:
+	@$(MAKE) --no-print-directory demo SCALE=real
 
 # The chain of the four stages and its report, on one GPU. It has never run.
 one-gpu:

@@ -159,7 +159,7 @@ def choose_layers(model, rollouts: list[Rollout], vocab_size: int, count: int) -
         return kl / tokens
 
     alone = {n: distance([n]) for n in tqdm(range(len(layers)), desc="each layer alone", unit="layer")}
-    candidates = sorted(alone, key=alone.get)[: 2 * count]
+    candidates = sorted(alone, key=alone.get)[: 3 * count // 2]
     removed: list[int] = []
     for _ in tqdm(range(count), desc="layers to remove", unit="layer"):
         removed.append(min((n for n in candidates if n not in removed), key=lambda n: distance([*removed, n])))
@@ -190,7 +190,7 @@ def make_student(cfg: Config, out: Path) -> None:
         subprocess.run(
             [sys.executable, "fkl_warmup.py", "--model", str(pruned), "--teacher", cfg.teacher, "--out", str(healed),
              "--data", str(out / "healing.jsonl"), "--exclude", "--seed", str(cfg.seed), "--resume", "--cpu-bfloat16",
-             *WORDING, "--mini-batch-prompts", "8", "--passes", "4", "--lr", "1e-4", "--lr-schedule", "cosine"],
+             *WORDING, "--mini-batch-prompts", "8", "--passes", "3", "--lr", "1e-4", "--lr-schedule", "cosine"],
             check=True,
         )  # fmt: skip
     model_files = shutil.ignore_patterns("run.json", "*.jsonl", "*.png", "teacher_rollouts", "step-*")

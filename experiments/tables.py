@@ -12,6 +12,8 @@ An entry is avg@k: of one run ± the standard error over problems, of several ru
 runs. Differences are taken problem by problem within a run, so that what two checkpoints share cancels. Over several
 runs, a difference has the standard error over runs, or that over problems where it is larger.
 
+Where a run has no checkpoint on all labels (SCALE=real), the rows that the paper has on all labels are those on 1H.
+
 A table says what each row cost, with the teacher behind it, by the run.json of its checkpoint.
 
 Written: tables.md, results.json (the same figures, unrounded) and routes.png (bars, rewards in GRPO, KL in OPD).
@@ -22,7 +24,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -113,6 +115,7 @@ TABLES = {
         Row("RL'd", "without Stage 2b (teacher-sample SFT only)", "full/rl/sft_only"),
         Row("-", "without everything (cold GRPO)", "full/direct"),
         Row("RL'd", "forward KL only (ours, not in the paper)", "full/rl/fkl_only"),
+        Row("RL'd", "full bridge, sampled estimator in 2b (ours, not in the paper)", "full/rl/bridge_sampled"),
     ),
     "Table 2, bottom: RL'd teacher, half of the labels held out": (
         Row("RL'd", "bridge on 1H + Stage 3 on 2H", "1H/rl/bridge-2H"),
@@ -189,6 +192,7 @@ PREDICTIONS = (
         Claim("bridge + 2H > OPD only + 2H", "1H/rl/bridge-2H", ">", "1H/rl/opd_only-2H"),
         Claim("OPD only + 2H > teacher-sample SFT + 2H", "1H/rl/opd_only-2H", ">", "1H/rl/sft_only-2H"),
         Claim("bridge > forward KL only (ours, not in the paper)", "full/rl/bridge", ">", "full/rl/fkl_only"),
+        Claim("exact > sampled estimator in 2b (ours, not in the paper)", "full/rl/bridge", ">", "full/rl/bridge_sampled"),
     )),
     Prediction("P3", "after the bridge, fresh labels give what more updates on the bridge's own labels do not.", (
         Claim("bridge + 2H > bridge", "1H/rl/bridge-2H", ">", "1H/rl/bridge"),
@@ -249,8 +253,37 @@ def tables_of(pair: str, runs: list[dict]) -> dict[str, list[Row]]:
     The Llama pair has Table 3, whose rows the other pairs have in Tables 2 and 6. Our own table goes with every pair.
     """
     tables = {title: rows for title, rows in TABLES.items() if title == OURS or (title == LLAMA) == (pair == "llama")}
+    tables = tables_on_half(tables) if on_half(runs) else tables
     evaluated = {title: [row for row in rows if in_all(runs, row.checkpoint)] for title, rows in tables.items()}
     return {title: rows for title, rows in evaluated.items() if rows}
+
+
+def on_half(runs: list[dict]) -> bool:
+    """Whether the runs have used the half 1H only, also for the rows that the paper has on all labels."""
+    return not any(checkpoint.startswith("full/") for run in runs for checkpoint in run)
+
+
+def half_of(checkpoint: str) -> str:
+    return checkpoint.replace("full/", "1H/", 1)
+
+
+def tables_on_half(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The tables for runs on 1H: rows on all labels become rows on 1H, and of two rows of one checkpoint one stays."""
+    renamed = {}
+    for title, rows in tables.items():
+        distinct = {half_of(row.checkpoint): replace(row, checkpoint=half_of(row.checkpoint)) for row in rows}
+        renamed[title.replace("all labels", "1H")] = list(distinct.values())
+    return renamed
+
+
+def predictions_on_half(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """The predictions for runs on 1H. That of App. C is about what all labels do upstream, and is left out."""
+    renamed = []
+    for prediction in predictions:
+        if prediction.name != "App. C":
+            claims = [replace(c, first=half_of(c.first), second=half_of(c.second)) for c in prediction.claims]
+            renamed.append(replace(prediction, claims=tuple(claims)))
+    return renamed
 
 
 def in_all(runs: list[dict], *checkpoints: str) -> bool:
@@ -445,6 +478,8 @@ def draw_bars(axes, tables: dict[str, list[Row]], runs: list[dict], name: str) -
 
 def draw_curves(axes, directories: tuple[str, ...], labels: dict[str, str], metric: str) -> None:
     """A metric's mean and range over the runs at each step, for checkpoints that have a metrics.jsonl in every run."""
+    if not any(Path(directory, "full").is_dir() for directory in directories):
+        labels = {half_of(checkpoint): label for checkpoint, label in labels.items()}
     for checkpoint, label in labels.items():
         paths = [Path(directory, checkpoint, "metrics.jsonl") for directory in directories]
         if all(path.is_file() for path in paths):
@@ -466,9 +501,10 @@ def main(cfg: Config) -> None:
     runs = [load_run(directory, cfg.pool) for directory in cfg.runs]
     names = list(next(iter(runs[0].values())))
     tables = tables_of(cfg.pair, runs)
+    predictions = predictions_on_half(PREDICTIONS) if on_half(runs) else PREDICTIONS
     orderings = [
         ordering(prediction, claim, runs, name, cfg.pair)
-        for prediction in PREDICTIONS
+        for prediction in predictions
         for claim in prediction.claims
         for name in names
         if in_all(runs, claim.first, claim.second)

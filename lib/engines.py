@@ -189,6 +189,7 @@ class TorchEngine:
         stop: Sequence[str] = (),
     ):
         self.model, self.tokenizer, self.stop = model, tokenizer, stop
+        use_quick_attention(model)
         self.dtype = model.dtype
         self.max_sequences = max_sequences
         self.tensor_parallel = 1
@@ -207,6 +208,7 @@ class TorchEngine:
         """Takes over another checkpoint."""
         device, self.model, self.tokenizer = self.model.device, None, tokenizer  # frees the old one first
         self.model = load_causal_lm(model, self.dtype, device)
+        use_quick_attention(self.model)
         self.stop_ids = torch.tensor(end_tokens(self.model.generation_config, tokenizer, self.stop), device=device)
 
     def sleep(self) -> None:
@@ -265,6 +267,12 @@ class TorchEngine:
         for ids, values in zip(token_ids.tolist(), logprobs.tolist()):
             length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # the rest is of no use
             yield Completion(ids[:length], values[:length], "length" if length is None else "stop")
+
+
+def use_quick_attention(model: nn.Module) -> None:
+    """Has a model decode with lib.policy's attention where it would use PyTorch's, of which that is a quicker form."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("packed")
 
 
 def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:

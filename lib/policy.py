@@ -164,8 +164,8 @@ def packed_attention(
 
     query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU this is PyTorch's flash attention for
     sequences of different lengths, elsewhere the usual attention for blocks of similar spans. Without `packing` (when a
-    sampler calls the model) it is transformers' own attention. Raises InputError for a model whose attention has an
-    additional term, which these kernels would leave out.
+    sampler calls the model) it is transformers' own attention, or `attend_from_one` for a single position of each row.
+    Raises InputError for a model whose attention has an additional term, which these kernels would leave out.
     """
     additional = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if additional:
@@ -173,6 +173,8 @@ def packed_attention(
             f"the attention of model {module.config.name_or_path!r} has a {additional[0]}, which packed attention leaves "
             "out; use another model"
         )
+    if packing is None and query.shape[2] == 1:
+        return attend_from_one(query, key, value, attention_mask, scaling), None
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or K, d)
@@ -180,9 +182,21 @@ def packed_attention(
     return attend(query, key, value, packing, scaling, sliding_window)[None], None
 
 
+def attend_from_one(query, key, value, attention_mask, scaling) -> Tensor:
+    """query (B, H, 1, d), key and value (B, K, T, d) -> (B, 1, H, d).
+
+    All heads of a group see the same keys, so they can take the place of the positions, of which there is one.
+    Repeating keys and values for each head, as transformers does, takes five times as long on a CPU.
+    """
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])  # (B, K, H / K, d)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return mixed.reshape(query.shape[0], 1, query.shape[1], -1)
+
+
 def attend_in_blocks(query, key, value, packing: Packing, scaling, sliding_window) -> Tensor:
-    """(T, H, d) with PyTorch's usual attention."""
-    attended = []
+    """(T, H, d) with PyTorch's usual attention, in float32, because in bfloat16 it is four times slower on a CPU."""
+    attended, dtype = [], query.dtype
+    query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     for block in packing.blocks:
         count, n, m = block.shape
         q = query.index_select(0, block.queries).unflatten(0, (count, n)).transpose(1, 2)  # (C, H, n, d)
@@ -192,7 +206,7 @@ def attend_in_blocks(query, key, value, packing: Packing, scaling, sliding_windo
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         ).transpose(1, 2).flatten(0, 1)  # (C n, H, d)  # fmt: skip
         attended.append(mixed if block.rows is None else mixed.index_select(0, block.rows))
-    return torch.cat(attended).index_select(0, packing.block_order)
+    return torch.cat(attended).index_select(0, packing.block_order).to(dtype)
 
 
 def attend_varlen(query, key, value, packing: Packing, scaling, sliding_window) -> Tensor:
