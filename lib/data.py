@@ -380,7 +380,9 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[
     Deciding by tokens makes both engines stop at the same place, and lets the end be trained like every other token.
     """
     if "" in stop:
-        raise InputError("--stop '' has no text that could end a response; give one, such as '\\n', or leave --stop out")
+        raise InputError(
+            "--stop '' is empty and could end no response; give a text, such as '\\n', or leave --stop out"
+        )
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))]) if stop else []
     found = {text: {token for token, own in enumerate(texts) if text in own} for text in stop}
     for text, tokens in found.items():

@@ -239,7 +239,9 @@ def test_a_plain_prompt_gets_the_tokenizers_own_special_tokens():
 def test_texts_are_read_from_files_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "é.txt").write_text("1+1=2 é\n\n", encoding="utf-8")
-    cfg = SamplerConfig(out="", prefix="@~/é.txt", instruction=f"@{tmp_path}/é.txt", system_prompt="a@b", stop=(r"\n\n", "a"))
+    cfg = SamplerConfig(
+        out="", prefix="@~/é.txt", instruction=f"@{tmp_path}/é.txt", system_prompt="a@b", stop=(r"\n\n", "a")
+    )
     read_texts(cfg)
     assert cfg.prefix == cfg.instruction == "1+1=2 é\n\n"
     assert cfg.system_prompt == "a@b" and cfg.stop == ("\n\n", "a")

@@ -3,13 +3,20 @@
 import collections
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
+import common
+import fkl_warmup
 import lib.data
+import lib.lineage
 from common import Problem, Rollout
 from experiments import real
 
@@ -93,9 +100,40 @@ def test_the_reported_kl_is_that_of_the_models(capsys):
     model, rollouts = tiny_model(**SIZES), random_rollouts(4)
     removed = real.choose_layers(model, rollouts, 64, 2)
     whole, pruned = tiny_model(**SIZES), tiny_model(**SIZES)
-    pruned.model.layers = torch.nn.ModuleList(l for n, l in enumerate(pruned.model.layers) if n not in removed)
+    pruned.model.layers = torch.nn.ModuleList(pruned.model.layers[n] for n in range(6) if n not in removed)
     ids = torch.tensor([rollout.prompt_ids + rollout.response_ids for rollout in rollouts])
     with torch.no_grad():
         p, q = (m(ids, use_cache=False).logits[:, 3:-1].log_softmax(-1) for m in (whole, pruned))
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
     assert kl > 0.01 and f"the KL is {kl:.3f} nats a token" in capsys.readouterr().out
+
+
+def test_the_student_is_the_teacher_without_layers_and_has_no_history(tmp_path, monkeypatch):
+    """The healing is a run of Stage 2a; here it is made in this process, which saves the start of another one."""
+    teacher, out = write_checkpoint(tmp_path / "teacher", **{**SIZES, "vocab_size": 26}), tmp_path / "raw"
+    weights = load_file(f"{teacher}/model.safetensors")
+    for number in (1, 4):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{number}.{name}.weight"].zero_()
+    save_file(weights, f"{teacher}/model.safetensors", metadata={"format": "pt"})
+
+    def in_this_process(words, check):
+        monkeypatch.setattr(sys, "argv", words[1:])
+        monkeypatch.setattr(common, "exit_process", lambda status: status and pytest.fail(f"exit status {status}"))
+        common.cli(fkl_warmup.main, fkl_warmup.Config)
+
+    monkeypatch.setattr(real, "subprocess", SimpleNamespace(run=in_this_process))
+    real.main(real.Config(out=str(out), teacher=teacher, drop_layers=2))
+    pruned, healed = (load_file(out / name / "model.safetensors") for name in ("pruned", "raw_student"))
+    kept = (0, 2, 3, 5)
+    assert AutoConfig.from_pretrained(out / "raw_student", trust_remote_code=False).num_hidden_layers == len(kept)
+    for name, value in pruned.items():
+        number = re.search(r"layers\.(\d+)", name)
+        before = name.replace(number[0], f"layers.{kept[int(number[1])]}") if number else name
+        assert torch.equal(value, weights[before])
+    assert healed.keys() == pruned.keys() and any(not torch.equal(healed[name], pruned[name]) for name in pruned)
+    assert lib.lineage.read_lineage(str(out / "raw_student")).get("stage") is None
+    assert len(lib.data.load_tokenizer(str(out / "raw_student"))) == 26
+    healing = json.loads((out / "healing" / "run.json").read_text())["config"]
+    assert healing["prefix"] == real.PREFIX.read_text() and healing["stop"] == ["\n"]
+    assert healing["data"] == str(out / "healing.jsonl") and not healing["chat_template"] and not healing["instruction"]

@@ -499,6 +499,8 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
     taken.mkdir()
     missing, empty = str(tmp_path / "missing"), tmp_path / "empty"
     empty.mkdir()
+    plain = dict(system_prompt="x", chat_template=False)
+    report = dict(out=str(out), models=(student,), data=(problems,))
     cases = [
         (teacher_grpo, grpo(missing, problems, out), "--model .*missing' is not a checkpoint directory"),
         (teacher_grpo, grpo(str(empty), problems, out), "--model .*empty' has no tokenizer"),
@@ -514,12 +516,10 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
         (teacher_grpo, grpo(student, problems, out, rollouts_per_prompt=1), "--rollouts-per-prompt"),
         (teacher_grpo, grpo(student, problems, out, temperature=0.0), "--temperature"),
         (opd, distill(student, teacher, problems, out, stop=("xyz",)), "--stop 'xyz' stands in no single token"),
-        (fkl_warmup, warmup(student, teacher, problems, out, stop=("",)), "--stop '' has no text"),
-        (student_grpo, grpo(student, problems, out, student_grpo.Config, system_prompt="x", chat_template=False),
-         "--system-prompt 'x': --no-chat-template is given"),
-        *((evaluate, evaluate.Config(out=str(out), models=(student,), data=(problems,), **settings), message)
-          for settings, message in ((dict(stop=("xyz",)), "--stop 'xyz'"), (dict(stop=("",)), "--stop '' has no text"),
-                                    (dict(system_prompt="x", chat_template=False), "--system-prompt 'x'"))),
+        (fkl_warmup, warmup(student, teacher, problems, out, stop=("",)), "--stop '' is empty"),
+        (student_grpo, grpo(student, problems, out, student_grpo.Config, **plain), "--system-prompt 'x': --no-chat-t"),
+        (evaluate, evaluate.Config(**report, stop=("xyz",)), "--stop 'xyz' stands in no single token"),
+        (evaluate, evaluate.Config(**report, **plain), "--system-prompt 'x': --no-chat-template is given"),
     ]
     for script, config, message in cases:
         with pytest.raises(InputError, match=message) as error:
