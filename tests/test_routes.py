@@ -1,5 +1,6 @@
 """The paper's routes: what the Makefile would run, and what two checkpoints differ in."""
 
+import json
 import re
 import shlex
 import shutil
@@ -127,7 +128,7 @@ def replayed(chain, problems, tmp_path_factory):  # noqa: F811
     return out
 
 
-def test_fresh_labels_and_replay_are_compared(chain, replayed, capsys):  # noqa: F811
+def test_fresh_labels_and_replay_are_compared(chain, replayed, tmp_path, capsys):  # noqa: F811
     first, second = (lib.lineage.read_lineage(str(path)) for path in (chain / "student", replayed))
     assert audit.differences(first, second).keys() == {"half", "replay", "labels"}
     assert audit.differences(first, first) == {}
@@ -135,6 +136,13 @@ def test_fresh_labels_and_replay_are_compared(chain, replayed, capsys):  # noqa:
     assert "| half | 2H | 1H |" in capsys.readouterr().out
     other = audit.differences(first, lib.lineage.read_lineage(str(chain / "bridge")))
     assert {"stage", "model weights", "teacher weights", "teacher", "rollouts_per_prompt"} <= other.keys()
+    # A text of several lines stays in one line of the table.
+    record = json.loads((replayed / "run.json").read_text())
+    record["config"]["prefix"] = "1+1=2\n2+2=4\n"
+    shutil.copytree(replayed, tmp_path / "prefixed")
+    (tmp_path / "prefixed" / "run.json").write_text(json.dumps(record))
+    audit.main(audit.Config(compare=(str(replayed), str(tmp_path / "prefixed"))))
+    assert capsys.readouterr().out.splitlines()[2:] == [r"| prefix |  | 1+1=2\n2+2=4\n |"]
 
 
 def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):  # noqa: F811
