@@ -166,7 +166,7 @@ def cli(main: Callable, config: type) -> None:
 def read_texts(cfg) -> None:
     """Puts the text of the file in the place of each `@FILE`, and a newline in the place of a backslash and an n.
 
-    So the settings hold all that decides a response, and are recorded whole. InputError for a file without text.
+    So the settings hold all that decides a response, and are recorded whole. InputError for a file that is no text.
     """
     for name in ("prefix", "instruction", "system_prompt"):
         value = getattr(cfg, name, "")
@@ -175,10 +175,9 @@ def read_texts(cfg) -> None:
                 with open(os.path.expanduser(value[1:]), encoding="utf-8") as file:
                     setattr(cfg, name, file.read())
             except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", None) or first_line(error)
                 flag = f"--{name.replace('_', '-')} {value}"
-                raise InputError(
-                    f"{flag}: the file cannot be read as text ({first_line(error)}); check its path"
-                ) from None
+                raise InputError(f"{flag}: the file cannot be read as text ({why}); check its path") from None
     if hasattr(cfg, "stop"):
         cfg.stop = tuple(text.replace("\\n", "\n") for text in cfg.stop)
 

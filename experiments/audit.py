@@ -236,7 +236,8 @@ def print_lineage(cfg: Config) -> None:
 
 def print_differences(cfg: Config) -> None:
     first, second = map(read_lineage, cfg.compare)
-    rows = [[name, *map(str, pair)] for name, pair in differences(first, second).items()]
+    pairs = differences(first, second).items()
+    rows = [[name, *(str(value).replace("\n", "\\n") for value in pair)] for name, pair in pairs]  # a row is one line
     print(markdown_table(["", *cfg.compare], rows) if rows else "The two runs do not differ.")
 
 

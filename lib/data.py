@@ -317,7 +317,9 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: Sam
                 "--prefix"
             )
         if len(messages) > 1:
-            raise InputError(f"{name} has {len(messages)} turns, and {why} to put them in; make them one text")
+            raise InputError(
+                f"{name} has {len(messages)} turns, and {why}, so that nothing would tell them apart; make them one text"
+            )
         return messages[0]["content"]
     remedy = "leave out --system-prompt or that turn of the data, or put its text into the user's turn"
     try:
@@ -372,12 +374,17 @@ def end_tokens(
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
-    """The tokens whose own text contains one of the texts of --stop. InputError for a text that no token contains.
+    """The tokens whose own text contains one of the texts of --stop. InputError for an empty text, and for one that no
+    token contains.
 
     Deciding by tokens makes both engines stop at the same place, and lets the end be trained like every other token.
     """
+    if "" in stop:
+        raise InputError(
+            "--stop '' is empty and could end no response; give a text, such as '\\n', or leave --stop out"
+        )
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))]) if stop else []
-    found = {text: {token for token, own in enumerate(texts) if text and text in own} for text in stop}
+    found = {text: {token for token, own in enumerate(texts) if text in own} for text in stop}
     for text, tokens in found.items():
         if not tokens:
             raise InputError(

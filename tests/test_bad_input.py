@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -305,11 +306,33 @@ CASES = {
         "data set '{tmp}/nowhere.jsonl' is not a readable .jsonl or .parquet file; check the path given with --exclude"),
     # prompts
     "system prompt without a chat template": ("teacher_grpo", BAD + " --system-prompt Think.", copied(without("chat_template.jinja")),
-        "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; leave the setting out, or take a model that is made for chats"),
+        "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; give the text in --prefix"),
     "system prompt without a chat template, evaluated": ("evaluate", "--models {tmp}/bad --system-prompt Think.", copied(without("chat_template.jinja")),
-        "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; leave the setting out, or take a model that is made for chats"),
+        "--system-prompt 'Think.': the tokenizer of '{tmp}/bad' has no chat template, so that there is no system's turn; give the text in --prefix"),
     "several turns without a chat template": ("teacher_grpo", DATA + " " + BAD, both(lines(chat("user", "assistant", "user")), copied(without("chat_template.jinja"))),
-        "problem … ('7+0'...) has 3 turns, and the tokenizer of '{tmp}/bad' has no chat template to put them in; make them one text, or take a model that is made for chats"),
+        "problem … ('7+0'...) has 3 turns, and the tokenizer of '{tmp}/bad' has no chat template, so that nothing would tell them apart; make them one text"),
+    "end text that no token contains": ("teacher_grpo", "--stop : xyz", None,
+        "--stop 'xyz' stands in no single token of '{student}', so that it could end no response; give a shorter text, such as '\\n'"),
+    "end text that no token contains, evaluated": ("evaluate", r"--stop '\nxyz'", None,
+        "--stop '\\nxyz' stands in no single token of '{student}', so that it could end no response; give a shorter text, such as '\\n'"),
+    "empty end text": ("opd", "--stop ''", None,
+        "--stop '' is empty and could end no response; give a text, such as '\\n', or leave --stop out"),
+    "empty end text, evaluated": ("evaluate", "--stop ''", None,
+        "--stop '' is empty and could end no response; give a text, such as '\\n', or leave --stop out"),
+    "no such file before the problems": ("fkl_warmup", "--prefix @{tmp}/nowhere.txt", None,
+        "--prefix @{tmp}/nowhere.txt: the file cannot be read as text (No such file or directory); check its path"),
+    "no such file of an instruction, evaluated": ("evaluate", "--instruction @{tmp}/nowhere.txt", None,
+        "--instruction @{tmp}/nowhere.txt: the file cannot be read as text (No such file or directory); check its path"),
+    "a directory as system prompt": ("student_grpo", "--system-prompt @{tmp}", None,
+        "--system-prompt @{tmp}: the file cannot be read as text (Is a directory); check its path"),
+    "a file before the problems that is no text": ("opd", "--prefix @{tmp}/prefix.txt", lines(b"\xff\xfe", name="prefix.txt"),
+        "--prefix @{tmp}/prefix.txt: the file cannot be read as text (…); check its path"),
+    "system prompt in plain text": ("student_grpo", "--system-prompt Think. --no-chat-template", None,
+        "--system-prompt 'Think.': --no-chat-template is given, so that there is no system's turn; give the text in --prefix"),
+    "system prompt in plain text, evaluated": ("evaluate", "--system-prompt Think. --no-chat-template", None,
+        "--system-prompt 'Think.': --no-chat-template is given, so that there is no system's turn; give the text in --prefix"),
+    "several turns in plain text": ("opd", DATA + " --no-chat-template", lines(chat("user", "assistant", "user")),
+        "problem … ('7+0'...) has 3 turns, and --no-chat-template is given, so that nothing would tell them apart; make them one text"),
     "two system prompts": ("teacher_grpo", DATA + " --system-prompt Think.", lines(chat("system", "user")),
         "--system-prompt 'Think.': problem … ('7+0'...) begins with a system's turn of its own; leave the setting out, or take that turn out of the data"),
     "chat template that refuses a system's turn": ("opd", BAD + " --system-prompt Think.", copied(tokenizer(chat_template=REFUSES)),
@@ -385,6 +408,8 @@ CASES = {
         "{tmp}/out.partial holds an interrupted run; add --resume to continue it, or delete it"),
     "resumed with other settings": ("teacher_grpo", RESUMED + " --lr 0.5", interrupted(),
         "--resume: the run in {tmp}/out.partial had lr = 1e-06, now it is 0.5; give the same settings, name another --out, or delete {tmp}/out.partial"),
+    "resumed with another text before the problems": ("teacher_grpo", RESUMED + " --prefix @{tmp}/prefix.txt", both(interrupted(), lines("1+1=2", name="prefix.txt")),
+        "--resume: the run in {tmp}/out.partial had prefix = '', now it is '1+1=2\\n'; give the same settings, name another --out, or delete {tmp}/out.partial"),
     "finished, then resumed with other settings": ("teacher_grpo", RESUMED + " --lr 0.5", finished,
         "--resume: the run in {tmp}/out had lr = 1e-06, now it is 0.5; give the same settings, name another --out, or delete {tmp}/out"),
     "finished, then resumed by another stage": ("opd", RESUMED, finished,
@@ -463,6 +488,8 @@ CASES = {
     # teacher rollouts
     "rollouts of another system prompt": ("fkl_warmup", CACHE + " --system-prompt 7+7", cached_rollouts(),
         "--rollouts '{tmp}/cache' holds other rollouts (with system_prompt = '', and this run needs '7+7'); name another directory"),
+    "rollouts that end elsewhere": ("fkl_warmup", CACHE + " --stop :", cached_rollouts(),
+        "--rollouts '{tmp}/cache' holds other rollouts (with stop = [], and this run needs [':']); name another directory"),
     "rollouts of another run": ("fkl_warmup", CACHE + " --seed 1", cached_rollouts(),
         "--rollouts '{tmp}/cache' holds other rollouts (with seed = 0, and this run needs 1); name another directory"),
     "rollouts of other problems": ("fkl_warmup", CACHE, cached_rollouts(identity),
@@ -647,7 +674,7 @@ def test_one_sentence_and_nothing_left_behind(name, student, teacher, problems, 
     if "--engine vllm" in words and name != "vLLM is not installed":
         pytest.importorskip("vllm")
     before = contents(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *place.fill(f"{SCRIPTS[script]} {words}").split()])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(place.fill(f"{SCRIPTS[script]} {words}"))])
     capfd.readouterr()
     module = importlib.import_module(script)
     monkeypatch.setattr(common, "exit_process", sys.exit)  # which would end pytest if it has made a process group

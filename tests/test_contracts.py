@@ -76,7 +76,7 @@ class RecordedLLM:
         for prompt, wanted in zip(prompts, params, strict=True):
             assert wanted.logprobs == 0 and wanted.ignore_eos and not wanted.detokenize
             sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, wanted.top_k)
-            sampler = TorchEngine(self.model, toy.make_tokenizer())
+            sampler = TorchEngine(self.model, toy.make_tokenizer(), stop=STOP)
             assert wanted.stop_token_ids == sampler.stop_ids.tolist()
             [[found]] = sampler.generate([prompt["prompt_token_ids"]], [[wanted.seed]], sampling)
             logprobs = [{t: SimpleNamespace(logprob=p)} for t, p in zip(found.token_ids, found.logprobs)]
@@ -86,6 +86,7 @@ class RecordedLLM:
 
 
 REAL = vllm.LLM
+STOP = ("*",)  # a text that ends a response
 STEP = ["collective_rpc", "reset_prefix_cache", "generate", "sleep"]
 AGAIN = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
 
@@ -106,7 +107,7 @@ def test_every_stage_wakes_reloads_samples_and_sleeps_in_order(
     monkeypatch.setattr(RecordedLLM, "made", [])
     monkeypatch.setattr(VLLMEngine, "__init__", on_a_gpu)
     monkeypatch.setattr(VLLMEngine, "_alive", [])
-    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=3, engine="vllm")
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=3, engine="vllm", stop=STOP)
     script.main(config)
     [engine] = RecordedLLM.made
     steps = len(metrics(tmp_path / "out"))

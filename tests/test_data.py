@@ -10,11 +10,13 @@ import pytest
 from conftest import write_problems
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import lib.data
 import lib.runs
 import teacher_grpo
-from common import InputError, Problem, SamplerConfig
+from common import INSTRUCTION, InputError, Problem, SamplerConfig, read_texts
 from experiments import toy
 
 
@@ -204,6 +206,77 @@ def test_every_turn_of_a_chat_is_rendered_and_in_the_id(tmp_path):
     assert lib.data.render_prompt(tokenizer, problems[0], kind) == "<system>Be kind.<user>2+2?!"
     tokenizer.chat_template = None
     assert lib.data.render_prompt(tokenizer, problems[0], SamplerConfig(out="", instruction="!")) == "2+2?!"
+
+
+def test_a_prefix_stands_in_front_of_the_problem_in_the_users_last_turn(tmp_path):
+    rows = [{"prompt": "2+2?", "answer": "4"}, {"prompt": few_shot("2+2?"), "answer": "4"}]
+    alone, chat = lib.data.load_problems(write_rows(tmp_path / "data.jsonl", rows))
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    cfg = SamplerConfig(out="", prefix="3+3? 6\n", instruction="!")
+    assert lib.data.render_prompt(tokenizer, alone, cfg) == "<user>3+3? 6\n2+2?!"
+    assert lib.data.render_prompt(tokenizer, chat, cfg) == "<system>Be brief.<user>1+1?<assistant>2<user>3+3? 6\n2+2?!"
+    plain = SamplerConfig(out="", prefix="3+3? 6\n", instruction="!", chat_template=False)
+    assert lib.data.render_prompt(tokenizer, alone, plain) == "3+3? 6\n2+2?!"
+    tokenizer.chat_template = None
+    assert lib.data.render_prompt(tokenizer, alone, cfg) == "3+3? 6\n2+2?!"
+
+
+def test_a_plain_prompt_gets_the_tokenizers_own_special_tokens():
+    """A chat template writes its own, and a base model was trained with those that its tokenizer adds."""
+    tokenizer = toy.make_tokenizer()
+    begin = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    problem = lib.data.new_problem("3+4", "7")
+    settings = dict(model="", data="", out="", prefix="1+1=2", instruction="=", max_prompt_tokens=64)
+    texts = {True: "<|user|>1+1=23+4=<|assistant|>", False: "<|endoftext|>1+1=23+4="}
+    for chat_template, text in texts.items():
+        cfg = teacher_grpo.Config(**settings, chat_template=chat_template)
+        [ids] = lib.data.tokenize_prompts(tokenizer, [problem], cfg).values()
+        assert tokenizer.decode(ids) == text
+
+
+def test_texts_are_read_from_files_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "é.txt").write_text("1+1=2 é\n\n", encoding="utf-8")
+    cfg = SamplerConfig(
+        out="", prefix="@~/é.txt", instruction=f"@{tmp_path}/é.txt", system_prompt="a@b", stop=(r"\n\n", "a")
+    )
+    read_texts(cfg)
+    assert cfg.prefix == cfg.instruction == "1+1=2 é\n\n"
+    assert cfg.system_prompt == "a@b" and cfg.stop == ("\n\n", "a")
+
+
+# The ends of responses
+
+
+def test_every_token_that_contains_the_stop_text_ends_a_response():
+    """Wherever in the token it stands: a tokenizer may put a line break behind a full stop into one token with it."""
+    tokenizer = toy.make_tokenizer()
+
+    def words(*stop: str) -> set[str]:
+        return {toy.VOCABULARY[token] for token in lib.data.stop_tokens(tokenizer, stop)}
+
+    assert words(":") == {toy.TASK, "Carefully:", "Roughly:", "Guess:"}
+    assert words("}") == {"}", INSTRUCTION} and words("}", "7") == {"}", INSTRUCTION, "7"} and words() == set()
+    assert words("<|user") == {"<|user|>"}  # a special token, too
+    configured = GenerationConfig(eos_token_id=[0, 2])
+    assert lib.data.end_tokens(configured, tokenizer, ("7",)) == [0, 1, 2, toy.VOCABULARY.index("7")]
+    assert lib.data.end_tokens(None, tokenizer) == [1]
+
+
+def test_a_line_break_is_found_in_a_vocabulary_of_bytes():
+    """There it is spelt as another sign. `é` has two bytes, and so no token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*letters, ".Ċ", "Ġ.", "ĊĊ"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(".", "Ċ"), ("Ġ", "."), ("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    found = lib.data.stop_tokens(tokenizer, ("\n",))
+    assert found == {vocabulary[token] for token in ("Ċ", ".Ċ", "ĊĊ")}
+    assert lib.data.stop_tokens(tokenizer, (" .",)) == {vocabulary["Ġ."]}
+    with pytest.raises(InputError, match="--stop 'é' stands in no single token"):
+        lib.data.stop_tokens(tokenizer, ("é",))
 
 
 def test_a_stage_samples_from_the_whole_chat(student, tmp_path):

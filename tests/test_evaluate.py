@@ -87,6 +87,9 @@ def test_checkpoints_are_compared_in_tables_and_pictures(
     changed = write_checkpoint(tmp_path / "student", seed=9)
     evaluate.main(config(tmp_path / "report", [changed, teacher], test_problems, seed=1))
     assert len(sampled) == 3 * 6
+    for stop, expected in (((":",), 4 * 6), ((":",), 4 * 6), ((":", "*"), 5 * 6)):
+        evaluate.main(config(tmp_path / "report", [teacher], test_problems, seed=1, stop=stop))
+        assert len(sampled) == expected
 
 
 def test_checkpoints_of_one_architecture_share_an_engine(student, teacher, test_problems, tmp_path, monkeypatch):

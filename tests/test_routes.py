@@ -1,6 +1,8 @@
 """The paper's routes: what the Makefile would run, and what two checkpoints differ in."""
 
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,15 +15,15 @@ import evaluate
 import lib.lineage
 import student_grpo
 from common import InputError
-from experiments import audit, tables
+from experiments import audit, real, tables
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = "teacher_grpo|fkl_warmup|opd|student_grpo|evaluate|experiments.toy|experiments.tables|experiments.audit"
+SCRIPTS = "teacher_grpo|fkl_warmup|opd|student_grpo|evaluate|experiments.toy|experiments.real|experiments.tables|experiments.audit"
 
 
 def plan(target: str, **variables) -> list[tuple[str, dict[str, str]]]:
     """The commands that make would run from nothing, as (script, {option: words})."""
-    settings = [f"{name}={value}" for name, value in {"RUNS": "runs/none", **variables}.items()]
+    settings = [f"{name}={value}" for name, value in {"RUNS": "runs/none", "REAL": "runs/none", **variables}.items()]
     result = subprocess.run(["make", "-n", target, *settings], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     commands = []
@@ -44,7 +46,7 @@ PLANS = {
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-@pytest.mark.parametrize("scale", ["toy", "paper"])
+@pytest.mark.parametrize("scale", ["toy", "real", "paper"])
 @pytest.mark.parametrize("route", PLANS)
 def test_a_route_is_the_papers_chain_of_stages(route, scale):
     commands = [
@@ -76,7 +78,23 @@ def test_all_tables_need_each_checkpoint_once():
     assert {f"runs/qwen3-8b/seed0/{row}" for row in rows} <= set(written)
 
 
-@pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("paper", "passes")])
+def test_the_pretrained_model_is_asked_in_the_same_words_everywhere():
+    """In all stages and evaluations, and where its student is made; a file that is not there would be refused."""
+    (first, made), *commands = plan("tables", SCALE="real")
+    assert first == "experiments.real" and made["student"] == "runs/none/seed0/raw/raw_student"
+    commands = [(script, options) for script, options in commands if not script.startswith("experiments")]
+    written = [options["out"] for script, options in commands if script != "evaluate"]
+    rows = {row.checkpoint for rows in tables.TABLES.values() for row in rows} - {"student", "teacher"}
+    assert len(written) == len(set(written)) == 30 and {f"runs/none/seed0/{row}" for row in rows} <= set(written)
+    words = shlex.split(shlex.join(real.WORDING).replace(str(real.PREFIX), "experiments/real_prefix.txt"))
+    wording = {name.removeprefix("--"): value for name, value in zip(words, words[1:]) if name.startswith("--")}
+    wording["no-chat-template"] = ""
+    for _, options in commands:
+        assert {name: " ".join(shlex.split(options[name])) for name in wording} == wording
+    assert (ROOT / wording["prefix"].removeprefix("@")).is_file()
+
+
+@pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("real", "max-steps"), ("paper", "passes")])
 def test_matched_routes_differ_in_what_they_contrast_alone(scale, budget):
     def options(route: str, script: str) -> dict[str, str]:
         [found] = [options for name, options in plan(route, SCALE=scale) if name == script]
@@ -110,7 +128,7 @@ def replayed(chain, problems, tmp_path_factory):  # noqa: F811
     return out
 
 
-def test_fresh_labels_and_replay_are_compared(chain, replayed, capsys):  # noqa: F811
+def test_fresh_labels_and_replay_are_compared(chain, replayed, tmp_path, capsys):  # noqa: F811
     first, second = (lib.lineage.read_lineage(str(path)) for path in (chain / "student", replayed))
     assert audit.differences(first, second).keys() == {"half", "replay", "labels"}
     assert audit.differences(first, first) == {}
@@ -118,6 +136,13 @@ def test_fresh_labels_and_replay_are_compared(chain, replayed, capsys):  # noqa:
     assert "| half | 2H | 1H |" in capsys.readouterr().out
     other = audit.differences(first, lib.lineage.read_lineage(str(chain / "bridge")))
     assert {"stage", "model weights", "teacher weights", "teacher", "rollouts_per_prompt"} <= other.keys()
+    # A text of several lines stays in one line of the table.
+    record = json.loads((replayed / "run.json").read_text())
+    record["config"]["prefix"] = "1+1=2\n2+2=4\n"
+    shutil.copytree(replayed, tmp_path / "prefixed")
+    (tmp_path / "prefixed" / "run.json").write_text(json.dumps(record))
+    audit.main(audit.Config(compare=(str(replayed), str(tmp_path / "prefixed"))))
+    assert capsys.readouterr().out.splitlines()[2:] == [r"| prefix |  | 1+1=2\n2+2=4\n |"]
 
 
 def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):  # noqa: F811

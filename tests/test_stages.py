@@ -218,7 +218,7 @@ def rewrite_shard(directory, change):
 
 def test_sft_and_the_shared_rollouts(student, teacher, problems, tmp_path):
     cache = tmp_path / "rollouts"
-    settings = dict(rollouts=str(cache), max_sequences=6)  # three problems in a shard
+    settings = dict(rollouts=str(cache), max_sequences=6, stop=("*",))  # three problems in a shard
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", **settings))
     rows, shards = cached_rows(cache), sorted(cache.glob("shard-??????"))
     assert len(rows) == 12 * 2 and len(shards) == 4
@@ -275,6 +275,30 @@ def test_every_step_samples_anew(stage, student, teacher, problems, tmp_path, mo
         script, config = RUNS[stage](student, teacher, problems, tmp_path / str(seed), seed=seed)
         script.main(dataclasses.replace(config, passes=2))
     assert len(set(keys)) == len(keys) > 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_end_text_ends_responses_and_is_trained(stage, student, teacher, problems, tmp_path, monkeypatch):
+    """Like the end-of-sequence token, in every stage: it is the last token of a response, and one of the loss's targets."""
+    made = []
+    for module in (teacher_grpo, fkl_warmup, opd):
+
+        def recording(rollouts, *rest, make=module.make_batches):
+            made.append((rollouts, make(rollouts, *rest)))
+            return made[-1][1]
+
+        monkeypatch.setattr(module, "make_batches", recording)
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=1, stop=(":",))
+    script.main(config)
+    stops = lib.data.stop_tokens(toy.make_tokenizer(), (":",))
+    ended = 0
+    for rollouts, batches in made:
+        for number, rollout in enumerate(rollouts):
+            ends = [token in stops | {0, 1} for token in rollout.response_ids]
+            assert not any(ends[:-1]) and ends[-1] == (rollout.finish_reason == "stop")
+            assert [t for b in batches for t in b.targets[b.rollout_index == number].tolist()] == rollout.response_ids
+            ended += rollout.response_ids[-1] in stops
+    assert ended
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -421,6 +445,29 @@ def test_every_stage_knows_that_it_is_finished(chain, student, teacher, problems
         assert not isinstance(error.value, AlreadyFinished)
 
 
+def test_the_text_of_a_prefix_is_recorded_and_resumed_with(student, problems, tmp_path, monkeypatch, capsys):
+    """Not the name of its file, which may change or go without changing a prompt."""
+    monkeypatch.setattr(common, "exit_process", sys.exit)
+    first, other = tmp_path / "first.txt", tmp_path / "other.txt"
+    first.write_text("1+1=2\n")
+    other.write_text("1+1=2\n")
+
+    def run(prefix: Path) -> int:
+        cfg = grpo(student, problems, tmp_path / "out", max_steps=1, prefix=f"@{prefix}", stop=(r"\n",), resume=True)
+        monkeypatch.setattr(sys, "argv", command_line(teacher_grpo, cfg)[1:])
+        with pytest.raises(SystemExit) as exit:
+            common.cli(teacher_grpo.main, teacher_grpo.Config)
+        return exit.value.code
+
+    assert run(first) == 0
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
+    assert recorded["prefix"] == "1+1=2\n" and recorded["stop"] == ["\n"]
+    assert run(other) == 0 and "is already finished, with these settings" in capsys.readouterr().out
+    other.write_text("1+1=3\n")
+    assert run(other) == 2
+    assert r"had prefix = '1+1=2\n', now it is '1+1=3\n'; give the same settings" in capsys.readouterr().err
+
+
 # Bad input
 
 
@@ -452,6 +499,8 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
     taken.mkdir()
     missing, empty = str(tmp_path / "missing"), tmp_path / "empty"
     empty.mkdir()
+    plain = dict(system_prompt="x", chat_template=False)
+    report = dict(out=str(out), models=(student,), data=(problems,))
     cases = [
         (teacher_grpo, grpo(missing, problems, out), "--model .*missing' is not a checkpoint directory"),
         (teacher_grpo, grpo(str(empty), problems, out), "--model .*empty' has no tokenizer"),
@@ -466,6 +515,11 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
         (student_grpo, grpo(missing, problems, out, student_grpo.Config), "--model .*missing'"),
         (teacher_grpo, grpo(student, problems, out, rollouts_per_prompt=1), "--rollouts-per-prompt"),
         (teacher_grpo, grpo(student, problems, out, temperature=0.0), "--temperature"),
+        (opd, distill(student, teacher, problems, out, stop=("xyz",)), "--stop 'xyz' stands in no single token"),
+        (fkl_warmup, warmup(student, teacher, problems, out, stop=("",)), "--stop '' is empty"),
+        (student_grpo, grpo(student, problems, out, student_grpo.Config, **plain), "--system-prompt 'x': --no-chat-t"),
+        (evaluate, evaluate.Config(**report, stop=("xyz",)), "--stop 'xyz' stands in no single token"),
+        (evaluate, evaluate.Config(**report, **plain), "--system-prompt 'x': --no-chat-template is given"),
     ]
     for script, config, message in cases:
         with pytest.raises(InputError, match=message) as error:

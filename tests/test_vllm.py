@@ -25,16 +25,17 @@ LONG = [
 ]  # more than two blocks of the prefix cache, which has 128 a block
 PROMPTS = [[2, 4, 11, 12, 5, 3], [2, 3], LONG, LONG[:200] + [3]]
 SEEDS = [[10 * i + j for j in range(4)] for i in range(len(PROMPTS))]
+STOP = {"tied": (), "untied": ("*",)}  # texts that end a response, one token of the toy's
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=STOP)
 def pair(request, tmp_path_factory):
     """A policy and an engine that was made from the same checkpoint."""
     directory = tmp_path_factory.mktemp(request.param)
     policy = Policy(tiny_model(seed=5, tied=request.param == "tied", max_position_embeddings=512, head_dim=32))
     policy.model.save_pretrained(directory)
     TOKENIZER.save_pretrained(directory)
-    return policy, VLLMEngine(str(directory), TOKENIZER, max_tokens=400, max_sequences=64)
+    return policy, VLLMEngine(str(directory), TOKENIZER, max_tokens=400, max_sequences=64, stop=STOP[request.param])
 
 
 def assert_parity(policy: Policy, groups: list[list[Completion]], temperature: float) -> None:
@@ -71,9 +72,10 @@ def test_parity_before_and_after_syncs(pair):
 
 @pytest.mark.parametrize("kind", ["vllm", "torch"])
 def test_another_checkpoint_is_loaded_into_the_engine_and_back(pair, kind, tmp_path):
-    """Weights and end-of-sequence tokens are those of the checkpoint, and no whole copy of the model is made for vLLM."""
+    """Weights and end-of-sequence tokens are those of the checkpoint, end texts stay, and no whole copy of the model is made for vLLM."""
     policy, engine = pair
-    engine = engine if kind == "vllm" else TorchEngine(copy.deepcopy(policy.model), TOKENIZER)
+    engine = engine if kind == "vllm" else TorchEngine(copy.deepcopy(policy.model), TOKENIZER, stop=engine.stop)
+    stops = {toy.VOCABULARY.index(text) for text in engine.stop}
     tied = policy.model.config.tie_word_embeddings
     models = {seed: tiny_model(seed=seed, tied=tied, max_position_embeddings=512, head_dim=32) for seed in (6, 7)}
     models[7].generation_config.eos_token_id = [1, 9]
@@ -87,7 +89,7 @@ def test_another_checkpoint_is_loaded_into_the_engine_and_back(pair, kind, tmp_p
         groups = engine.generate(PROMPTS, [list(range(40)) for _ in PROMPTS], Sampling(12))
         assert_parity(Policy(models[seed]), groups, 1.0)
         last = {c.token_ids[-1] for group in groups for c in group if c.finish_reason == "stop"}
-        assert last == ({1, 9} if seed == 7 else {1})
+        assert last == stops | ({1, 9} if seed == 7 else {1})
         assert seed == 7 or any(9 in c.token_ids for group in groups for c in group)
 
 
@@ -97,13 +99,13 @@ def test_ends_and_lengths(pair):
     groups = engine.generate(PROMPTS[:2], [list(range(60)), list(range(60))], Sampling(9))
     completions = [completion for group in groups for completion in group]
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
-    end = TOKENIZER.eos_token_id
+    ends = {TOKENIZER.eos_token_id, *(toy.VOCABULARY.index(text) for text in engine.stop)}
     for completion in completions:
         assert len(completion.token_ids) == len(completion.logprobs) <= 9
-        assert (completion.token_ids[-1] == end) == (completion.finish_reason == "stop")
-        assert end not in completion.token_ids[:-1] and (
-            completion.finish_reason == "stop" or len(completion.token_ids) == 9
-        )
+        assert (completion.token_ids[-1] in ends) == (completion.finish_reason == "stop")
+        assert not ends & set(completion.token_ids[:-1])
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 9
+    assert ends == {completion.token_ids[-1] for completion in completions if completion.finish_reason == "stop"}
 
 
 def test_more_prompt_tokens_than_one_pass_takes(pair):
@@ -131,12 +133,15 @@ def test_a_sample_depends_on_its_seed_alone(pair):
 def test_greedy_and_truncated_sampling_agree_with_the_embedded_engine(pair):
     policy, engine = pair
     engine.sync(policy)
-    embedded = TorchEngine(policy.model, TOKENIZER)
+    embedded = TorchEngine(policy.model, TOKENIZER, stop=engine.stop)
+    last = set()
     for sampling in (Sampling(12, temperature=0), Sampling(12, top_k=1), Sampling(12, top_p=1e-6)):
         ours, theirs = (e.generate(PROMPTS, [[0]] * 4, sampling) for e in (embedded, engine))
         for [first], [second] in zip(ours, theirs):
             assert first.token_ids == second.token_ids and first.finish_reason == second.finish_reason
             assert first.logprobs == pytest.approx(second.logprobs, abs=1e-5)
+            last.add(first.token_ids[-1])
+    assert last >= {toy.VOCABULARY.index(text) for text in engine.stop}
 
 
 def test_too_long_prompts_get_our_error_and_leave_the_engine_well(pair):

@@ -1,0 +1,139 @@
+"""The word problems and the pruned student of experiments/real.py, without the pretrained model."""
+
+import collections
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model, write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+import common
+import fkl_warmup
+import lib.data
+import lib.lineage
+from common import Problem, Rollout
+from experiments import real
+
+SIZES = dict(vocab_size=64, family="Llama", hidden_size=32, layers=6, intermediate_size=48)
+
+
+def rows(directory: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[int, Path]:
+    """Directories with the problem files by seed. A student that is named is not made."""
+    made = {seed: tmp_path_factory.mktemp("real") for seed in (0, 1)}
+    for seed, out in made.items():
+        real.main(real.Config(out=str(out), teacher="none", student="none", seed=seed))
+    return made
+
+
+def asked_for(row: dict) -> tuple[int, str, int]:
+    """The calculation that the words of a problem ask for: the larger number, the operation, and the other one."""
+    first, second = map(int, re.findall(r"\d+", row["problem"]))
+    [operation] = [sign for word, sign in (("gets", "+"), ("loses", "-"), ("each", "*")) if word in row["problem"]]
+    assert operation != "-" or first > second
+    return max(first, second), operation, min(first, second)
+
+
+def test_the_files_share_no_calculation_in_any_order_and_no_problem(files):
+    for out in files.values():
+        assert {path.name for path in out.iterdir()} == {f"{name}.jsonl" for name in real.SIZES}
+        assert {name: len(rows(out, name)) for name in real.SIZES} == real.SIZES
+        calculations = collections.Counter(asked_for(row) for name in real.SIZES for row in rows(out, name))
+        assert set(calculations) == set(real.calculations()) and set(calculations.values()) == {1}
+        problems = [problem for name in real.SIZES for problem in lib.data.load_problems(str(out / f"{name}.jsonl"))]
+        assert len({problem.id for problem in problems}) == sum(real.SIZES.values())
+
+
+def test_every_answer_is_right_and_is_that_of_the_words(files):
+    work_out = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+    for name in real.SIZES:
+        for row in rows(files[0], name):
+            first, operation, second = row["calculation"].split()
+            assert (int(first), operation, int(second)) == asked_for(row)
+            assert int(row["answer"]) == work_out[operation](int(first), int(second))
+
+
+def test_the_seed_decides_the_problems(files, tmp_path):
+    real.main(real.Config(out=str(tmp_path), teacher="none", student="none", seed=0))
+    for name in real.SIZES:
+        assert rows(tmp_path, name) == rows(files[0], name) != rows(files[1], name)
+
+
+def random_rollouts(count: int) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(64, (count, 12), generator=generator).tolist()
+    return [Rollout(Problem(str(n), "", ""), 0, ids[:4], ids[4:], [0.0] * 8, "stop", "") for n, ids in enumerate(texts)]
+
+
+def without_effect(model, number: int) -> None:
+    """Leaves the stream past a layer as it was: attention and MLP add nothing to it."""
+    layer = model.model.layers[number]
+    torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def test_layers_that_do_nothing_are_the_first_to_be_removed(capsys):
+    model = tiny_model(**SIZES)
+    without_effect(model, 3)
+    assert real.choose_layers(model, random_rollouts(6), 64, 1) == [3]
+    assert "without layers [3] the KL is 0.000 nats a token" in capsys.readouterr().out
+    model = tiny_model(**SIZES)
+    for number in (4, 1):
+        without_effect(model, number)
+    removed = real.choose_layers(model, random_rollouts(6), 64, 3)
+    assert set(removed[:2]) == {1, 4} and len(set(removed)) == 3
+    assert "the KL is 0.000 nats" not in capsys.readouterr().out  # the third layer did something
+
+
+def test_the_reported_kl_is_that_of_the_models(capsys):
+    """Of the whole model to the one that is left, in a plain forward pass of each, over the response tokens."""
+    model, rollouts = tiny_model(**SIZES), random_rollouts(4)
+    removed = real.choose_layers(model, rollouts, 64, 2)
+    whole, pruned = tiny_model(**SIZES), tiny_model(**SIZES)
+    pruned.model.layers = torch.nn.ModuleList(pruned.model.layers[n] for n in range(6) if n not in removed)
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids for rollout in rollouts])
+    with torch.no_grad():
+        p, q = (m(ids, use_cache=False).logits[:, 3:-1].log_softmax(-1) for m in (whole, pruned))
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert kl > 0.01 and f"the KL is {kl:.3f} nats a token" in capsys.readouterr().out
+
+
+def test_the_student_is_the_teacher_without_layers_and_has_no_history(tmp_path, monkeypatch):
+    """The healing is a run of Stage 2a; here it is made in this process, which saves the start of another one."""
+    teacher, out = write_checkpoint(tmp_path / "teacher", **{**SIZES, "vocab_size": 26}), tmp_path / "raw"
+    weights = load_file(f"{teacher}/model.safetensors")
+    for number in (1, 4):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{number}.{name}.weight"].zero_()
+    save_file(weights, f"{teacher}/model.safetensors", metadata={"format": "pt"})
+
+    def in_this_process(words, check):
+        monkeypatch.setattr(sys, "argv", words[1:])
+        monkeypatch.setattr(common, "exit_process", lambda status: status and pytest.fail(f"exit status {status}"))
+        common.cli(fkl_warmup.main, fkl_warmup.Config)
+
+    monkeypatch.setattr(real, "subprocess", SimpleNamespace(run=in_this_process))
+    real.main(real.Config(out=str(out), teacher=teacher, drop_layers=2))
+    pruned, healed = (load_file(out / name / "model.safetensors") for name in ("pruned", "raw_student"))
+    kept = (0, 2, 3, 5)
+    assert AutoConfig.from_pretrained(out / "raw_student", trust_remote_code=False).num_hidden_layers == len(kept)
+    for name, value in pruned.items():
+        number = re.search(r"layers\.(\d+)", name)
+        before = name.replace(number[0], f"layers.{kept[int(number[1])]}") if number else name
+        assert torch.equal(value, weights[before])
+    assert healed.keys() == pruned.keys() and any(not torch.equal(healed[name], pruned[name]) for name in pruned)
+    assert lib.lineage.read_lineage(str(out / "raw_student")).get("stage") is None
+    assert len(lib.data.load_tokenizer(str(out / "raw_student"))) == 26
+    healing = json.loads((out / "healing" / "run.json").read_text())["config"]
+    assert healing["prefix"] == real.PREFIX.read_text() and healing["stop"] == ["\n"]
+    assert healing["data"] == str(out / "healing.jsonl") and not healing["chat_template"] and not healing["instruction"]
