@@ -107,11 +107,12 @@ RUN := $(PY)
 # Problems are plain text after three examples, and a response ends with its line.
 TASK := --prefix @experiments/real_prefix.txt --instruction "" --no-chat-template --stop '\n' \
 	--max-prompt-tokens 128 --max-response-tokens 20 --cpu-bfloat16 --seed $(SEED)
-SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) --weight-decay 0.01
+SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) \
+	--weight-decay 0.01 --micro-batch-tokens 2048
 GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
 DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
-OPD := --prompts-per-step 8 --lr 1e-5
+OPD := --prompts-per-step 8 --lr 2e-5
 TEACHER_BUDGET := --passes 99 --max-steps 40
 SFT_TEACHER_BUDGET := --passes 99 --max-steps 10
 DIRECT_BUDGET := --passes 99 --max-steps 40
@@ -120,7 +121,7 @@ WARMUP_BUDGET := --passes 99 --max-steps 10
 OPD_BUDGET := --passes 99 --max-steps 20
 BRIDGE_BUDGET := --passes 99 --max-steps 30
 TESTS := $(RAW)/$(POOL).jsonl
-EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 8 $(TASK)
+EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 4 $(TASK)
 else ifeq ($(SCALE),paper)
 PAIR ?= qwen3-8b
 MODELS_qwen3-8b := Qwen/Qwen3-1.7B Qwen/Qwen3-8B
