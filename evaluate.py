@@ -219,10 +219,10 @@ def main(cfg: Config) -> None:
     with Stopping(f"the same command goes on from what {cfg.out} holds"), make_grader(cfg) as verifier:
         for label, model in models.items():
             results[label] = evaluate_model(model, label, cfg, datasets, verifier, engines)
-    common.on_rank_0(lambda: write_report(results, cfg))
+    common.on_rank_0(lambda: write_report(results, models, cfg))
 
 
-def write_report(results: dict[str, dict[str, dict]], cfg: Config) -> None:
+def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cfg: Config) -> None:
     """table.md, bars.png and, last because make takes it for the whole report, results.json."""
     out = Path(cfg.out)
     tables = report_tables(results, cfg)
@@ -230,7 +230,9 @@ def write_report(results: dict[str, dict[str, dict]], cfg: Config) -> None:
     averages = {
         label: {name: (result["avg"], result["se"]) for name, result in row.items()} for label, row in results.items()
     }
-    drawn = draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png")
+    configs = {label: load_config(model).get_text_config() for label, model in models.items()}
+    sizes = {label: f"{c.num_hidden_layers} layers of width {c.hidden_size}" for label, c in configs.items()}
+    drawn = draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png", sizes)
     settings = {**dataclasses.asdict(cfg), "code": code_version(), "hardware": hardware()}
     write_whole(out / "results.json", json.dumps({"settings": settings, "results": results}) + "\n")
     print("\n" + tables)

@@ -30,11 +30,13 @@ from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 import common
 from common import InputError
 from evaluate import markdown_table, percent
 from lib.lineage import consumed_problems, read_run
+from lib.plots import COLOURS, label_lines
 from lib.scores import mean_and_error, paired_difference
 
 Pair = Literal["qwen3-8b", "qwen3-14b", "llama"]
@@ -418,83 +420,88 @@ def ordering_tables(orderings: list[dict], pair: str) -> list[str]:
 
 
 REWARDS = {
-    "full/rl/teacher": "Stage 1: teacher, all labels",
-    "1H/rl/teacher": "Stage 1: teacher, 1H",
-    "full/direct": "direct GRPO of the student",
-    "1H/rl/bridge-2H": "Stage 3 on 2H",
-    "1H/rl/bridge-replay": "Stage 3, replay of 1H",
+    "full/rl/teacher": "teacher, all labels (Stage 1)",
+    "1H/rl/teacher": "teacher, 1H (Stage 1)",
+    "full/direct": "student: direct GRPO",
+    "1H/rl/bridge-2H": "student: Stage 3 on 2H",
+    "1H/rl/bridge-replay": "student: replay of 1H",
 }
 DISTANCES = {
     "full/rl/bridge": "RL'd teacher, after warmup",
     "full/rl/opd_only": "RL'd teacher, OPD only",
+    "full/rl/bridge_sampled": "the same, sampled estimator",
     "full/sft/bridge": "SFT'd teacher, after warmup",
     "full/raw/bridge": "raw teacher, after warmup",
-    "full/same/bridge": "RL'd teacher of the student's size, after warmup",
+    "full/same/bridge": "RL'd, student's size",
 }
+TEACHERS, STUDENTS = COLOURS[1], COLOURS[0]
 
 
 def draw(
     tables: dict[str, list[Row]], runs: list[dict], directories: tuple[str, ...], name: str, picture: Path
 ) -> None:
     """Bars of every checkpoint, the reward of GRPO's rollouts (C1), and the KL to the teacher along OPD (C2)."""
-    figure = Figure(figsize=(11.5, 8.2), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
+    bars = sum(map(len, tables.values())) + len(tables)
+    figure = Figure(figsize=(16, max(7, 0.36 * bars)), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
     draw_bars(figure.add_subplot(grid[:, 0]), tables, runs, name)
     axes = figure.add_subplot(grid[0, 1])
     draw_curves(axes, directories, REWARDS, "reward")
-    axes.set_title("C1: reward of GRPO's rollouts", fontsize=9)
+    axes.set_title("C1: the reward of GRPO's rollouts", fontsize=13)
     axes = figure.add_subplot(grid[1, 1])
     axes.set_yscale("log")
     draw_curves(axes, directories, DISTANCES, "reverse_kl")
-    axes.set_title("C2: KL(student || teacher) along OPD, nats a token", fontsize=9)
-    figure.savefig(picture, dpi=130)
+    axes.set_title("C2: KL(student || teacher) along OPD, nats a token", fontsize=13)
+    figure.savefig(picture, dpi=100)
 
 
 def draw_bars(axes, tables: dict[str, list[Row]], runs: list[dict], name: str) -> None:
     """A bar for each checkpoint under the first table that has it, and, of several runs, a dot for each."""
     position, labels, drawn = 0.0, {}, set()
-    for number, (title, rows) in enumerate(tables.items()):
+    for title, rows in tables.items():
         rows = [row for row in rows if row.checkpoint not in drawn]
         if not rows:
             continue
         drawn |= {row.checkpoint for row in rows}
-        axes.text(0, position, title.split(":")[0], fontsize=8, fontweight="bold", va="center")
+        axes.text(0, position, title.split(":")[0], fontsize=11, fontweight="bold", va="center")
         for row in rows:
             position += 1
             mean, error = average(runs, row.checkpoint, name)
-            axes.barh(position, 100 * mean, xerr=100 * error, color=f"C{number}", alpha=0.75, capsize=2, height=0.75)
+            colour = TEACHERS if row.checkpoint.endswith("teacher") else STUDENTS
+            axes.barh(position, 100 * mean, xerr=100 * error, color=colour, alpha=0.75, capsize=2, height=0.75)
             single = [100 * run[row.checkpoint][name]["avg"] for run in runs] if len(runs) > 1 else []
-            axes.plot(single, [position] * len(single), ".", color="black", markersize=3)
+            axes.plot(single, [position] * len(single), ".", color="black", markersize=4)
             labels[position] = row.protocol if row.teacher == "-" else f"{row.teacher}: {row.protocol}"
         position += 1.2
     axes.set_yticks(list(labels), list(labels.values()))
     axes.set_ylim(position, -0.8)
     axes.set_xlim(0, 100)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=11)
     axes.spines[["top", "right"]].set_visible(False)
+    patches = [Patch(color=STUDENTS, alpha=0.75, label="student"), Patch(color=TEACHERS, alpha=0.75, label="teacher")]
+    axes.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=11, frameon=False)
     spread = f"mean of {len(runs)} runs ± SE; dots: runs" if len(runs) > 1 else "± SE over problems"
-    axes.set_xlabel(f"{name}, avg@k in %, {spread}", fontsize=9)
+    axes.set_xlabel(f"{name}, avg@k in %, {spread}", fontsize=11)
 
 
 def draw_curves(axes, directories: tuple[str, ...], labels: dict[str, str], metric: str) -> None:
     """A metric's mean and range over the runs at each step, for checkpoints that have a metrics.jsonl in every run."""
     if not any(Path(directory, "full").is_dir() for directory in directories):
         labels = {half_of(checkpoint): label for checkpoint, label in labels.items()}
-    for checkpoint, label in labels.items():
+    for number, (checkpoint, label) in enumerate(labels.items()):
         paths = [Path(directory, checkpoint, "metrics.jsonl") for directory in directories]
         if all(path.is_file() for path in paths):
             steps = [map(json.loads, path.read_text().splitlines()) for path in paths]
             series = [[step[metric] for step in run if metric in step] for run in steps]
             shortest = min(map(len, series))
             values = np.array([run[:shortest] for run in series])  # (runs, steps)
-            [line] = axes.plot(values.mean(0), label=label, linewidth=1.4)
-            axes.fill_between(range(shortest), values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
+            axes.plot(values.mean(0), label=label, linewidth=1.6, color=COLOURS[number])
+            axes.fill_between(range(shortest), values.min(0), values.max(0), color=COLOURS[number], alpha=0.12)
     spread = f" (line: mean, band: range of {len(directories)} runs)" if len(directories) > 1 else ""
-    axes.set_xlabel("step" + spread, fontsize=8)
-    axes.tick_params(which="both", labelsize=7)
+    axes.set_xlabel("step" + spread, fontsize=11)
+    axes.tick_params(which="both", labelsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(fontsize=7)
+    label_lines(axes)
 
 
 def main(cfg: Config) -> None:

@@ -303,7 +303,7 @@ def test_a_picture_that_cannot_be_drawn_is_not_said_to_be_written(
     assert said[-1] == f"wrote {tmp_path / 'report'}: table.md, results.json and every sample"
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "draw_bars", plots.draw_bars)
-        assert plots.draw_bars({"a": {"b": (0.5, 0.1)}}, "title", tmp_path / "bars.png")
+        assert plots.draw_bars({"a": {"b": (0.5, 0.1)}}, "title", tmp_path / "bars.png", {"a": "small"})
 
 
 def test_bad_arguments(student, test_problems, tmp_path):

@@ -210,7 +210,9 @@ def test_pictures_have_room_for_rewards_below_0_and_above_1(tmp_path, monkeypatc
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
-    plots.draw_bars({"a": {"b": (2.5, 0.1)}, "c": {"b": (-0.5, 0.1)}}, "title", tmp_path / "bars.png")
+    plots.draw_bars(
+        {"a": {"b": (2.5, 0.1)}, "c": {"b": (-0.5, 0.1)}}, "title", tmp_path / "bars.png", {"a": "large", "c": "small"}
+    )
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "reward": {i - 3}}}\n' for i in range(3)))
     plots.draw_curves({"a": str(tmp_path)}, tmp_path / "curves.png")
     bars, curves = (figure.axes[0] for figure in figures)
