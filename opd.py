@@ -74,7 +74,7 @@ class Config(TrainingConfig):
 
 
 FAR_KL = 1.0  # nats a token, our rule of thumb: on (geometric) average e = 2.7 times less likely under the teacher (C2)
-OUTLIER_REWARD = -5.0  # nats (C2); the teacher finds the token e^5 = 148 times less likely than the student does
+OUTLIER_REWARD = -5.0  # nats; the teacher finds the token e^5 = 148 times less likely than the student who sampled it
 
 
 def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int) -> TokenKL:
