@@ -4,9 +4,8 @@ r"""Stage 2a: forward-KL warmup of the student on cached teacher rollouts (Secti
 
 The teacher pi_T samples `rollouts_per_prompt` responses y to each problem x once, and they are kept on disk. d_teacher
 are the states s_t = (x, y_<t) that these responses go through. At each of them the student pi_theta is trained towards
-the teacher's distribution of the next token over the whole vocabulary. With p = pi_theta and q = pi_T, the gradient
-with respect to the student's logits is p - q. The stage brings the student close to the teacher before the student
-samples for itself in Stage 2b (condition C2, minimal deviation).
+the teacher's distribution of the next token over the whole vocabulary. The stage brings the student close to the
+teacher before the student samples for itself in Stage 2b (condition C2, minimal deviation).
 
 What departs from the paper:
 - The cache holds the teacher's *responses*. Its distributions over the vocabulary would take 300 KB for each token, so
@@ -78,6 +77,8 @@ class Config(TrainingConfig):
 def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int) -> TokenKL:
     """L_F summed over the batch's tokens: KL(pi_T || pi_theta) at the teacher's own states, exact, at temperature 1.
 
+    Its gradient with respect to the student's logits at a state is p - q, with p = pi_theta and q = pi_T.
+
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
     softmaxes leave the padding out.
     """
@@ -93,7 +94,10 @@ def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
 
 def sft_loss(student: Policy, batch: Batch) -> Tensor:
-    """Cross-entropy on the teacher's sampled tokens (hard labels), summed over the batch's tokens."""
+    """Cross-entropy on the teacher's sampled tokens (hard labels), summed: teacher-sample SFT, and the SFT of App. B.
+
+    Its gradient with respect to the student's logits at a state is pi_theta - 1, with 1 at the sampled token only.
+    """
     logprobs, _ = student(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
     return -logprobs.sum()
 

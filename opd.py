@@ -8,8 +8,7 @@ teacher pi_T gives its distribution of the next token over the whole vocabulary,
 is from it.
 
 This is the reverse KL, with the student first, of one token at a time. The states are treated as constants: no gradient
-goes through the sampling of them. At a state, with p = pi_theta and q = pi_T, the gradient with respect to the
-student's logits is p (log p - log q - KL).
+goes through the sampling of them.
 
 Relation to Eq. 3. Eq. 3 is the policy gradient that lowers KL(pi_theta || pi_T) between whole responses: it multiplies
 grad log pi_theta(y_t) of each token by the sum of log pi_T - log pi_theta over the response. (The paper multiplies it
@@ -81,6 +80,9 @@ OUTLIER_REWARD = -5.0  # nats; the teacher finds the token e^5 = 148 times less 
 def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int) -> TokenKL:
     """L_R summed over the batch's tokens: KL(pi_theta || pi_T) at the student's own states, exact, at temperature 1.
 
+    Its gradient with respect to the student's logits at a state is p (log p - log q - KL), with p = pi_theta and
+    q = pi_T: minus the expectation of Eq. 3's same-token term over the next token.
+
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
     softmaxes leave the padding out. The targets, which are the sampled tokens, do not enter the loss, only the log.
     """
@@ -98,10 +100,11 @@ def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: in
 def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int, importance_cap: float) -> TokenKL:
     """A loss whose gradient estimates that of `exact_kl_loss` from the sampled tokens: Eq. 3's same-token term, summed.
 
-    It is a policy gradient with the dense reward log pi_T(y_t) - log pi_theta(y_t). Each token is weighted by the ratio
-    of its probability in the trainer to that in the sampler, at most `importance_cap`. The loss's value means nothing.
-    `kl` in the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without those
-    weights, and biased unless the sampling temperature is 1.
+    Its gradient is -w (log pi_T(y_t) - log pi_theta(y_t)) grad log pi_theta(y_t), that of a policy gradient with the
+    bracket as dense reward. (The paper's r_T lacks its second term.) The weight w is the ratio of the token's
+    probability in the trainer to that in the sampler, at most `importance_cap`. The loss's value means nothing. `kl` in
+    the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without those weights, and
+    biased unless the sampling temperature is 1.
     """
 
     def head(hidden, weight):
@@ -158,7 +161,7 @@ def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temp
 
 
 def report_c1(teacher_record: dict) -> None:
-    """Says whether the teacher's lineage has a stage that trained on the sparse reward (condition C1)."""
+    """Says whether the teacher's lineage has a stage that trained on the sparse reward (C1; what Eq. 2 assumes)."""
     stage = last_rl_stage(teacher_record)
     if stage is None:
         common.print0("C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is any good.")

@@ -90,7 +90,7 @@ def group_advantages(rewards: Tensor, normalize_by_std: bool = True) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || pi_ref) of each token. Any shape; never negative.
+    """Schulman's k3 estimate of KL(pi || pi_ref), Eq. 1's regulariser, of each token. Any shape; never negative.
 
     It is unbiased as long as pi is the policy that sampled the tokens, which after the first update of a rollout batch
     is only approximately so.
@@ -108,7 +108,7 @@ def grpo_loss(
     clip_ratio: float,
     kl_coef: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO loss *summed* over tokens, and sums of what is logged; all arguments (N,) over response tokens.
+    """The GRPO loss of Eq. 1 *summed* over tokens, and sums of what is logged; arguments (N,) over response tokens.
 
         sum_t  w_t max(-rho_t A_t, -clip(rho_t, 1 - eps, 1 + eps) A_t) + beta k3_t,    rho_t = exp(log pi - log pi_old)
 

@@ -68,7 +68,9 @@ def read_record(directory: Path) -> dict | None:
 
 
 def consumed_problems(lineage: dict) -> set[str]:
-    """Ids of every labelled problem that a checkpoint's weights have been trained on, through all its ancestors."""
+    """Ids of every labelled problem that a checkpoint's weights have been trained on, through all its ancestors: what a
+    held-out half (2H) may not contain.
+    """
     return set(lineage.get("consumed", ())).union(*(map(consumed_problems, lineage.get("parents", {}).values())))
 
 

@@ -19,13 +19,14 @@ REPORTED = TrainingConfig.exclude  # the evaluation sets that the paper reports 
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean of (P,) values and its standard error; of a single value the error is not known (nan)."""
+    """Mean of (P,) values ± its standard error (SE); of a single value the error is not known (nan)."""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return float(values.mean()), float(error)
 
 
 def summarise(samples: list[dict], k: int) -> dict:
-    """Statistics of one data set from its P*k samples: rates in [0, 1], lengths in tokens, the scores by problem id.
+    """Statistics of one data set from its P*k samples, among them avg@k ± SE (avg@16 in the paper): rates in [0, 1],
+    lengths in tokens, the scores by problem id.
 
     A sample's score is its `reward` if it has one, which need not lie in [0, 1]; otherwise 1 if it is correct, else 0.
     """
@@ -49,7 +50,7 @@ def summarise(samples: list[dict], k: int) -> dict:
 
 
 def paired_difference(first: dict[str, float], second: dict[str, float]) -> tuple[float, float]:
-    """Mean of first - second over the problems (scores by problem id), and the standard error of that mean."""
+    """Mean of first - second over the problems (scores by problem id) ± the standard error (SE) of that mean."""
     if first.keys() != second.keys():
         raise InputError(
             "two checkpoints were evaluated on different problems and cannot be compared; evaluate both anew"
@@ -106,7 +107,7 @@ def _refuse_choice(source: str, reason: str) -> None:
 
 
 class Validation:
-    """avg@k on the sets of `--validate` while a stage trains. Without any it does nothing.
+    """avg@k on the sets of `--validate` while a stage trains (Table 8). Without any it does nothing.
 
     `engine` samples the responses and `run`, the stage's lib.runs.Run, receives the scores. Successive validations use
     the same random numbers, so that less of the difference between two of them is chance.

@@ -38,7 +38,7 @@ def learns_from_texts(cfg) -> bool:
 
 
 class Texts:
-    """The .jsonl file of `--rollouts`, each line an object with a prompt, as in a data set, and a `response`.
+    """The .jsonl file of `--rollouts` (App. B): lines with a prompt, as in a data set, and a `response`.
 
     A problem may have several lines, wherever they stand. They are matched to `problems` by `problem_id`, and lines of
     other problems are left out, with a printed count. The file is read twice, because at the paper's scale its texts

@@ -292,7 +292,7 @@ class _Worker:
 
 
 class Verifier:
-    """Grades batches of responses, one batch at a time, in a with statement.
+    """Grades batches of responses, one batch at a time, in a with statement. Its verdict is the paper's R(x, y).
 
     There are `num_workers` processes (by default one for each core, 8 at most). Each has `deadline` seconds for a pair
     and `memory_bytes` of address space.
