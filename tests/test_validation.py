@@ -331,8 +331,9 @@ def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):
         {"step": 2, "validation_a": 0.4, "validation_a_se": None, "validation_a_tokens": 5.0},
     ]
     lib.plots.plot_metrics(lines, tmp_path / "curves.png")
-    assert [title for (title,) in titles] == ["validation a", "validation a tokens", "reward", "skipped steps"]
-    assert bars == [((0,), (0.1,), (0.05,))] and curves[0] == ((0, 2), (0.1, 0.4))
+    # What is zero in every step, as skipped steps should be, has no panel.
+    assert [title for (title,) in titles] == ["reward, and shares of responses", "validation a", "validation a tokens"]
+    assert bars == [((0,), (0.1,), (0.05,))] and curves[:2] == [((0, 1), (0.2, 0.3)), ((0, 2), (0.1, 0.4))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     curves.clear()
     assert lib.plots.draw_curves({"a": str(tmp_path)}, tmp_path / "all.png") and ([0.2, 0.3],) in curves
