@@ -662,7 +662,7 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def test_the_readme_says_how_many_there_are():
-    assert f"leave nothing behind: {len(CASES)} of them" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"leave nothing behind: {len(CASES)} of them" in (ROOT / "PROMISES.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", CASES)
