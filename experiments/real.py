@@ -189,6 +189,9 @@ def make_student(cfg: Config, out: Path) -> None:
         kept = [layer for n, layer in enumerate(decoder_layers(model)) if n not in removed]
         model.model.layers = torch.nn.ModuleList(kept)
         model.config.num_hidden_layers = len(kept)
+        if getattr(model.config, "layer_types", None):
+            kinds = enumerate(model.config.layer_types)
+            model.config.layer_types = [kind for n, kind in kinds if n not in removed]
         partial = out / "pruned.partial"
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
