@@ -1,0 +1,222 @@
+"""The solutions of COURSE.md's exercises: each is applied to a copy of the tree and runs there for a few steps."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import tyro
+from test_stages import distill, grpo, metrics
+
+import evaluate
+import fkl_warmup
+import lib.lineage
+import opd
+import teacher_grpo
+from common import Problem
+from experiments import toy
+from kernels import fused_linear_kl_reference
+from lib.rewards import Reward
+
+ROOT = Path(__file__).parent.parent
+EXERCISES = ROOT / "experiments/exercises"
+STEPS = f"{EXERCISES / '6-steps.py'}:right_steps"
+
+
+@pytest.fixture
+def apply(tmp_path, monkeypatch):
+    """A function that applies the solution of an exercise to a copy of the tree, and gives the copy's directory."""
+
+    def in_a_copy(number: int) -> Path:
+        [patch] = EXERCISES.glob(f"{number}-*.patch")
+        tree = tmp_path / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "runs", "results", "tests", "__pycache__"))
+        # Git would take the paths of a patch for those of a repository around the copy, so it must not look for one.
+        alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        done = subprocess.run(["git", "apply", str(patch)], cwd=tree, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        changed = re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(encoding="utf-8"), re.M)
+        assert changed and all((tree / name).read_bytes() != (ROOT / name).read_bytes() for name in changed)
+        return tree
+
+    return in_a_copy
+
+
+@pytest.fixture
+def load(apply, monkeypatch):
+    """A function that gives the stage `name` from a tree with the solution of an exercise, imported as a module."""
+
+    def from_a_copy(number: int, name: str):
+        specification = importlib.util.spec_from_file_location(f"{name}_of_exercise", apply(number) / f"{name}.py")
+        module = importlib.util.module_from_spec(specification)
+        monkeypatch.setitem(sys.modules, specification.name, module)
+        specification.loader.exec_module(module)
+        return module
+
+    return from_a_copy
+
+
+def demo(tree: Path, student: str, teacher: str, problems: str, test_problems: str) -> dict[str, list[str]]:
+    """The commands of `make demo` in a tree, with tiny checkpoints and a few steps, by their --out."""
+    small = {
+        "STUDENT": student,
+        "TEACHER": teacher,
+        "SETTINGS": f"--data {problems} --exclude {test_problems} --max-prompt-tokens 64 --max-response-tokens 8",
+        "GRPO": "--prompts-per-step 4 --mini-batch-prompts 2 --rollouts-per-prompt 4",
+        "DISTILL": "--rollouts-per-prompt 2",
+        **{f"{name}_BUDGET": "--passes 9 --max-steps 2" for name in ("TEACHER", "WARMUP", "OPD", "BRIDGE")},
+    }
+    settings = [f"{name}={value}" for name, value in small.items()]
+    command = ["make", "-n", "-o", ".venv/installed", "demo", "RUNS=runs", *settings]
+    plan = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=60)
+    assert plan.returncode == 0, plan.stderr
+    commands = [shlex.split(line) for line in plan.stdout.replace("\\\n", " ").replace(" > /dev/null", "").splitlines()]
+    commands = [words[1:] for words in commands if words and words[0].endswith("python") and words[1] != "-m"]
+    return {words[words.index("--out") + 1].removeprefix("runs/seed0/"): words for words in commands}
+
+
+STAGES = {"teacher_grpo.py": teacher_grpo, "fkl_warmup.py": fkl_warmup, "opd.py": opd}
+
+
+def run(words: list[str]) -> None:
+    stage = STAGES[words[0]]
+    stage.main(tyro.cli(stage.Config, args=words[1:]))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("number, needed", [(1, ["full/raw/warmup", "full/raw/bridge"]),
+                                            (2, ["1H/rl/teacher", "1H/rl/opd_only"])])  # fmt: skip
+def test_the_demo_has_one_more_row(number, needed, apply, student, teacher, problems, test_problems, monkeypatch):
+    """Exercise 1 adds the bridge from the raw teacher, and exercise 2 OPD of the raw student from the RL'd teacher."""
+    plain = demo(ROOT, student, teacher, problems, test_problems)
+    tree = apply(number)
+    commands = demo(tree, student, teacher, problems, test_problems)
+    assert needed[-1] not in plain and plain.keys() < commands.keys()
+    report = tyro.cli(evaluate.Config, args=commands["report-test/demo"][1:])
+    assert f"runs/seed0/{needed[-1]}" in report.models and len(report.models) == len(report.labels)
+    monkeypatch.chdir(tree)
+    for out in needed:
+        run(commands[out])
+    record = lib.lineage.read_lineage(f"runs/seed0/{needed[-1]}")
+    trained_by = {role: parent.get("stage") for role, parent in record["parents"].items()}
+    assert record["stage"] == "opd"
+    if number == 1:
+        assert trained_by == {"model": "fkl_warmup", "teacher": None}
+    else:
+        assert trained_by == {"model": None, "teacher": "teacher_grpo"}
+
+
+def loss_and_gradient(module, beta: float | None = None):
+    """`exact_kl_loss` of an exercise on random hidden states, and the gradient of its loss with respect to them.
+
+    Returned with the reverse and the forward KL of the same states, by the formulas: pairs of loss and gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, teacher_hidden, teacher_weight = (
+        torch.randn(size, generator=generator) for size in ((7, 4), (26, 4), (7, 6), (26, 6))
+    )
+    targets = torch.arange(7)
+    if beta is not None:
+        module.BETA = beta
+    hidden.requires_grad_()
+    student, teacher = (
+        lambda batch, head, at=at: head(*at) for at in ((hidden, weight), (teacher_hidden, teacher_weight))
+    )
+    result = module.exact_kl_loss(student, teacher, SimpleNamespace(targets=targets), 26)
+    pairs = [(result.loss, torch.autograd.grad(result.loss, hidden)[0])]
+    for direction in ("reverse", "forward"):
+        loss = fused_linear_kl_reference(hidden, weight, teacher_hidden, teacher_weight, targets, direction).loss
+        pairs.append((loss, torch.autograd.grad(loss, hidden)[0]))
+    return result, *pairs
+
+
+def finite_steps(module, student, teacher, problems, out) -> list[dict]:
+    """The log of a few steps of an exercise's opd.py."""
+    settings = {**vars(distill(student, teacher, problems, out)), "max_steps": 3}
+    module.main(module.Config(**settings))
+    lines = metrics(out)
+    assert len(lines) == 3 and all(math.isfinite(line["reverse_kl"]) and not line["skipped_steps"] for line in lines)
+    return lines
+
+
+def test_forward_kl_on_the_students_own_states(load, student, teacher, problems, tmp_path):
+    module = load(3, "opd")
+    result, ours, reverse, forward = loss_and_gradient(module)
+    torch.testing.assert_close(ours, forward)
+    assert (ours[0] - reverse[0]).abs() > 0.1
+    exercise = finite_steps(module, student, teacher, problems, tmp_path / "out")
+    plain = finite_steps(opd, student, teacher, problems, tmp_path / "plain")
+    # The first step has the same responses, and so the same rewards, though another loss.
+    assert (
+        exercise[0]["dense_reward"] == plain[0]["dense_reward"] and exercise[0]["reverse_kl"] != plain[0]["reverse_kl"]
+    )
+
+
+def test_generalised_jsd(load, student, teacher, problems, tmp_path):
+    """At 1/2 it is symmetric and bounded by log 2; at its ends it goes in the two directions of the KL."""
+    module = load(5, "opd")
+    result, ours, reverse, forward = loss_and_gradient(module)
+    torch.testing.assert_close(result.kl.sum(), reverse[0].detach())  # what is logged
+    assert 0 < ours[0] < 7 * math.log(2)
+    for beta, limit in ((1e-3, forward), (1 - 1e-3, reverse)):
+        _, (loss, gradient), *_ = loss_and_gradient(module, beta)
+        torch.testing.assert_close(loss / 1e-3, limit[0], rtol=0.05, atol=0)
+        assert torch.cosine_similarity(gradient.flatten(), limit[1].flatten(), dim=0) > 0.99
+    finite_steps(module, student, teacher, problems, tmp_path / "out")
+
+
+def test_dr_grpo_divides_by_a_constant(load, student, teacher, problems, tmp_path, monkeypatch):
+    """The number of responses times the longest one that is allowed, however long they are."""
+    module = load(4, "teacher_grpo")
+    denominators, lengths = [], []
+    train, pack = module.train_mini_batch, module.make_batches
+
+    def packed(rollouts, *rest):
+        lengths.append(sum(len(rollout.response_ids) for rollout in rollouts))
+        return pack(rollouts, *rest)
+
+    def trained(policy, optimizer, batches, num_tokens, *rest):
+        denominators.append(num_tokens)
+        return train(policy, optimizer, batches, num_tokens, *rest)
+
+    monkeypatch.setattr(module, "train_mini_batch", trained)
+    monkeypatch.setattr(module, "make_batches", packed)
+    settings = vars(grpo(teacher, problems, tmp_path / "out", normalize_by_std=False, reward=STEPS, max_steps=3))
+    module.main(module.Config(**settings))
+    assert len(denominators) == 6 and set(denominators) == {2 * 4 * 8}  # prompts, responses to each, longest response
+    assert len(set(lengths)) > 1
+    assert all(line["frac_tokens_trained"] < 1 and math.isfinite(line["loss"]) for line in metrics(tmp_path / "out"))
+
+
+def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path):
+    row = {"problem": f"{toy.TASK}7*8+3-4*2", "answer": "0"}
+    responses = {
+        "Carefully:7*8=6+3=9-4=5*2=0 \\boxed{0}": 1.0,
+        "Roughly:7*8=6+3=9-4=4*2=8 \\boxed{8}": 0.25,
+        "Roughly:7*8=5+3=9-4=5*2=0 \\boxed{0}": 0.5,
+        "Guess: \\boxed{0}": 0.5,
+        "Hmm,7*8+3-4*2=7*8+3-4*2=7*8+": 0.0,
+    }
+    problem = Problem("one", row["problem"], row["answer"], row)
+    assert Reward(STEPS).check(list(responses), [problem] * len(responses)) == list(responses.values())
+    teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", reward=STEPS, max_steps=1))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["config"]["reward"] == STEPS and record["reward_sha256"]
+
+
+def test_the_course_names_every_solution():
+    text = (ROOT / "COURSE.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    solutions = {path.name for path in EXERCISES.iterdir() if path.is_file()}
+    assert solutions == set(re.findall(r"experiments/exercises/([\w.-]+\.(?:patch|py))", text))
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
