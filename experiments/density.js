@@ -9,19 +9,22 @@ const make = (parent, name, text, className) => {
   return element;
 };
 const visible = text => text.replace(/\n/g, "⏎").replace(/ /g, "␣");
-const percent = p => p >= 0.0995 ? (100 * p).toFixed(0) + " %" : p >= 0.00095 ? (100 * p).toFixed(1) + " %" : "< 0.1 %";
+const percent = p => p >= 0.0995 ? (100 * p).toFixed(0) + " %" : p >= 0.00095 ? (100 * p).toFixed(1) + " %" : (100 * p).toPrecision(1) + " %";
 const show = event => {
   const token = event.target.closest(".token");
   tip.style.display = token ? "block" : "none";
   if (!token) return;
-  const {ids, rewards, student, teacher} = responses[token.parentElement.dataset.response];
+  const {ids, logprobs, rewards, student, teacher} = responses[token.parentElement.dataset.response];
   const at = Number(token.dataset.at), reward = rewards[at];
   const times = Math.exp(Math.abs(reward));
-  const says = times < 1.05 ? "about as likely as" : `${times < 9.5 ? times.toFixed(1) : Math.round(times).toLocaleString("en")} times ${reward < 0 ? "less" : "more"} likely than`;
+  const factor = times < 9.5 ? times.toFixed(1) : Math.round(times).toLocaleString("en");
+  const compared = times < 1.05 ? "about as often" : `${factor} times ${reward < 0 ? "more seldom" : "as often"}`;
   tip.replaceChildren();
   const line = make(tip, "div", "", "says");
   make(line, "b", visible(texts[ids[at]]));
-  line.append(`  dense reward ${reward.toFixed(2).replace("-", "−")} nats. The teacher finds it ${says} the student who wrote it.`);
+  const chances = [logprobs[at], logprobs[at] + reward].map(logprob => percent(Math.exp(logprob)));
+  line.append(`  dense reward ${reward.toFixed(2).replace("-", "−")} nats. The student writes this with probability `
+    + `${chances[0]} and the teacher with ${chances[1]}, ${compared}.`);
   const both = make(tip, "div", "", "both");
   [["the student", student], ["the teacher", teacher]].forEach(([name, model]) => {
     const column = make(both, "div", "");

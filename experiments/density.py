@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers.utils
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -179,7 +180,7 @@ def in_words(found: dict) -> tuple[str, str]:
         f"{first[2]}; chance {100 * found['chance']:.0f} %), and that of any wrong result in {each[0]} % and {each[1]} % "
         f"(difference {each[2]}). The first wrong result gets {depth[0]} nats from the trained teacher and {depth[1]} from the "
         f"raw one (difference {depth[2]}).",
-        f"The trained teacher's lowest number is at a wrong step in {each[0]} % of the student's wrong answers.",
+        f"The trained teacher's lowest number is at a wrong step in {each[0]} % of the student's wrong step-by-step answers.",
     )
 
 
@@ -224,7 +225,7 @@ def sample(
 
         own, theirs = answers(problems, cfg.responses), []
         shown: dict[str, Rollout] = {}
-        for rollout in sorted(own, key=lambda r: (not find_mistakes(r, tokenizer), why(r) != "wrong")):
+        for rollout in sorted(own, key=lambda r: (not find_mistakes(r, tokenizer), why(r) != "wrong", r.sample)):
             shown.setdefault(rollout.problem.id, rollout)
         chosen = list(shown.values())[: cfg.problems]
         if cfg.bridge:
@@ -234,6 +235,7 @@ def sample(
 
 
 def main(cfg: Config) -> None:
+    transformers.utils.logging.disable_progress_bar()  # of the weights that are loaded, six times
     problems, tokenizer, prompts = prepare(cfg)
     own, chosen, theirs = sample(cfg, problems, tokenizer, prompts)
 
@@ -244,8 +246,8 @@ def main(cfg: Config) -> None:
     by_teacher = score(cfg.teacher, scored + theirs, cfg, len(tokenizer))
     rows = [
         (
-            Shown("The student's answer, as the trained teacher sees it", rollout, student, teacher),
-            Shown("The same answer, as the raw teacher sees it", rollout, student, raw),
+            Shown("The student's answer, and its dense reward from the trained teacher", rollout, student, teacher),
+            Shown("The same answer, and its dense reward from the raw teacher", rollout, student, raw),
         )
         for rollout, student, teacher, raw in zip(scored, by_student, by_teacher, by_raw)
     ]
@@ -253,7 +255,7 @@ def main(cfg: Config) -> None:
     for rollout, bridge, teacher in zip(
         theirs, score(cfg.bridge, theirs, cfg, len(tokenizer)) if theirs else [], by_teacher[len(scored) :]
     ):
-        title = "The bridged student's own answer, as the trained teacher sees it"
+        title = "The bridged student's own answer, and its dense reward from the trained teacher"
         groups[rollout.problem.id].append(Shown(title, rollout, bridge, teacher))
 
     # How often the dense reward finds a mistake, and the pictures.

@@ -117,7 +117,7 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
         rows.append((0.62, f"{question}    right answer: {clipped(printable(problem.answer), 20)}", None))
         for shown in responses:
             texts = [readable(text) for text in texts_of(shown.rollout, tokenizer)]
-            widths = [max(0.38, 0.122 * len(text) + 0.1) for text in texts]
+            widths = [max(0.38, 0.125 * len(text) + 0.13) for text in texts]
             lines = wrap(widths, room)
             kept = around(lines, int(shown.rewards.argmin()), most=4)
             part = f" ({sum(map(len, kept))} of its {len(texts)} tokens)" if len(kept) < len(lines) else ""
@@ -141,6 +141,8 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
         if isinstance(content, str):
             style = dict(size=15, weight="bold", family="monospace") if tall > 0.5 else dict(size=13)
             put(margin, top + tall - 0.15, content, **style)
+            if tall < 0.5:
+                put(margin + room + 0.77, top + tall - 0.15, "sparse reward", size=12, ha="center")
             content = []
         left = margin
         for text, wide, reward in content:
@@ -153,7 +155,7 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
                 left + wide / 2,
                 top + 0.45,
                 nats(reward),
-                size=9,
+                size=10,
                 ha="center",
                 color=front if nats(reward) != "0" else "#8a8a8a",
             )
@@ -164,7 +166,14 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
             axis.add_patch(
                 FancyBboxPatch(*place, boxstyle="round,pad=0.03", facecolor="white", edgecolor="#1c1c1c", lw=1.6)
             )
-            put(left + 0.6, top + cell / 2, mark(ended), size=13, ha="center", weight="bold")
+            put(
+                left + 0.6,
+                top + cell / 2,
+                mark(ended),
+                size=13 if len(mark(ended)) < 12 else 10,
+                ha="center",
+                weight="bold",
+            )
         top += tall
     bar = figure.add_axes((margin / width, 0.56 / height, 1 - 2 * margin / width, 0.16 / height))
     figure.colorbar(ScalarMappable(Normalize(-LIMIT, LIMIT), "RdBu"), bar, orientation="horizontal", extend="both")
@@ -201,7 +210,9 @@ def page(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
             tops = {
                 name: likeliest(scores) for name, scores in (("student", shown.student), ("teacher", shown.teacher))
             }
-            responses.append({"ids": ids, "rewards": [round(reward, 2) for reward in rewards], **tops})
+            responses.append(
+                {"ids": ids, "rewards": rounded(shown.rewards), "logprobs": rounded(shown.student.logprobs), **tops}
+            )
             used |= {*ids, *(token for top in tops.values() for place in top for token, _ in place)}
         sections.append(f"<section>{''.join(parts)}</section>")
     texts = {token: printable(tokenizer.decode([token])) for token in used}
@@ -222,7 +233,11 @@ def escaped(text: str) -> str:
     return html.escape(printable(text))
 
 
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
+
+
 def likeliest(scores: Scores) -> list[list[list]]:
     """For each token's place [[token, probability], ...], from likely to unlikely."""
-    probs = [[round(p, 4) for p in place] for place in scores.top_probs.tolist()]
+    probs = [[float(f"{p:.2g}") for p in place] for place in scores.top_probs.tolist()]
     return [[list(pair) for pair in zip(*place)] for place in zip(scores.top_ids.tolist(), probs)]
