@@ -18,7 +18,7 @@ const show = event => {
   const at = Number(token.dataset.at), reward = rewards[at];
   const times = Math.exp(Math.abs(reward));
   const factor = times < 9.5 ? times.toFixed(1) : Math.round(times).toLocaleString("en");
-  const compared = times < 1.05 ? "about as often" : `${factor} times ${reward < 0 ? "more seldom" : "as often"}`;
+  const compared = times < 1.05 ? "about as often" : `${factor} times ${reward < 0 ? "less" : "as"} often`;
   tip.replaceChildren();
   const line = make(tip, "div", "", "says");
   make(line, "b", visible(texts[ids[at]]));
