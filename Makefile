@@ -93,6 +93,7 @@ OPD_BUDGET := --passes 99 --max-steps 90
 BRIDGE_BUDGET := --passes 99 --max-steps 120
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --top-k -1 --max-response-tokens 24 --seed $(SEED)
+DENSITY := --max-response-tokens 24 --seed $(SEED) --tried 250 --responses 4
 else ifeq ($(SCALE),real)
 # A pretrained language model on word problems (experiments/real.py). For another pair, which needs a GPU:
 # make demo-real TEACHER=HuggingFaceTB/SmolLM2-360M-Instruct STUDENT=HuggingFaceTB/SmolLM2-135M-Instruct REAL=runs/real-360M
@@ -333,6 +334,8 @@ demo: $(REPORT)/demo/results.json
 	@echo "bridge to beat direct GRPO. A difference of less than two standard errors (±) may be chance."
 	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png. The curves are of training problems."
 	@echo "Stage 3 begins lower there than the bridge ends, because the problems of its half are new to it."
+	@$(if $(DENSITY),echo && $(PY) -m experiments.density --student $(STUDENT) --teacher $(S)/1H/rl/teacher --raw-teacher $(TEACHER) \
+		--bridge $(S)/1H/rl/bridge --data $(TESTS) --out $(<D) $(DENSITY))
 
 # The same chain with a pretrained language model, and the bridge from the raw teacher.
 demo-real:

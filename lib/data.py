@@ -394,14 +394,22 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[
     return set().union(*found.values())
 
 
-def check_same_tokenizer(student: str, teacher: str, problems: Sequence[Problem], cfg: SamplerConfig) -> None:
+def check_same_tokenizer(
+    student: str,
+    teacher: str,
+    problems: Sequence[Problem],
+    cfg: SamplerConfig,
+    arguments: tuple[str, str] = ("--model", "--teacher"),
+) -> None:
     """Raises InputError, saying what differs, unless teacher and student read and write the same tokens.
+
+    `arguments` are the names that the two have on the command line.
 
     A KL between two distributions over tokens has a meaning only if both are over the same tokens. Compared are the
     vocabularies, the special tokens, and for each order of turns among the problems one prompt as the run renders it.
     """
-    ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
-    pair = f"--model {student!r} and --teacher {teacher!r}"
+    ours, theirs = load_tokenizer(student, arguments[0]), load_tokenizer(teacher, arguments[1])
+    pair = f"{arguments[0]} {student!r} and {arguments[1]} {teacher!r}"
     first, second = ours.get_vocab(), theirs.get_vocab()
     if first != second:
         differing = sorted(

@@ -180,7 +180,7 @@ def test_a_hub_package_named_kernels_does_no_harm(name, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-EXPLAINED = sorted(STAGES | {f"experiments.{name}" for name in ("toy", "real", "tables", "audit")})
+EXPLAINED = sorted(STAGES | {f"experiments.{name}" for name in ("toy", "real", "tables", "audit", "density")})
 
 
 @pytest.mark.parametrize("name", EXPLAINED)
