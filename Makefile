@@ -123,6 +123,7 @@ OPD_BUDGET := --passes 99 --max-steps 16
 BRIDGE_BUDGET := --passes 99 --max-steps 26
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 4 $(TASK)
+DENSITY := --tried 64 $(TASK)
 else ifeq ($(SCALE),paper)
 PAIR ?= qwen3-8b
 MODELS_qwen3-8b := Qwen/Qwen3-1.7B Qwen/Qwen3-8B
