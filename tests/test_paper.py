@@ -92,19 +92,24 @@ def test_docstrings_say_which_object_of_the_paper_they_are(row):
 
 
 def test_the_table_of_the_first_screen_has_the_recorded_figures():
-    """Of the toy those in results.json, of the paper those that the tables put beside ours."""
+    """Of the toy and the real model those in results.json, of the paper those that the tables put beside ours."""
     from experiments.tables import PAPER
 
-    entries = json.loads((ROOT / "results/toy/results.json").read_text(encoding="utf-8"))["entries"]
+    entries, real_entries = (
+        json.loads((ROOT / f"results/{task}/results.json").read_text(encoding="utf-8"))["entries"]
+        for task in ("toy", "real")
+    )
     rows = [line.split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     rows = {cells[1].strip("`"): cells[2:] for cells in rows if len(cells) == 5 and cells[1].strip("`") in PAPER}
     assert list(rows) == [
         "full/raw/bridge", "full/direct", "full/rl/bridge", "full/rl/opd_only", "full/rl/sft_only", "1H/rl/bridge",
         "1H/rl/bridge-2H",
     ]  # fmt: skip
-    for checkpoint, (toy, _, paper) in rows.items():
+    for checkpoint, (toy, real, paper) in rows.items():
         mean, error = entries[checkpoint]["test"]
         assert toy.strip("*") == f"{100 * mean:.1f} ± {100 * error:.1f}", checkpoint
+        mean, error = real_entries[checkpoint.replace("full/", "1H/")]["test"]
+        assert real.strip("*") == f"{100 * mean:.1f} ± {100 * error:.1f}", checkpoint
         assert paper.strip(" |*").replace(" ± ", "±") == PAPER[checkpoint][0].split(" / ")[0], checkpoint
 
 
