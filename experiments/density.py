@@ -60,7 +60,7 @@ class Config(SamplerConfig):
     problems: int = 3  # number of problems to show
     tried: int = 32  # problems that the student answers, the first of the data, from which those to show are taken
     responses: int = 1  # responses to each of these problems
-    temperature: float = 1.0  # sampling temperature, in the training 1 (Table 9)
+    temperature: float = 1.0  # sampling temperature; the stages train at 1 (Table 9)
     max_prompt_tokens: int = 2048  # longest prompt (Table 9)
     max_response_tokens: int = 16384  # length at which a response is cut (Table 9)
 
@@ -103,7 +103,7 @@ def wrong_steps(tokens: Sequence[str], expression: str) -> list[int] | None:
     problem's digits and operators with a result after each step, and the last result in the box.
     """
     steps = [expression[start : start + 2] for start in range(1, len(expression), 2)]  # 7*8+3 -> *8, +3
-    results = tokens[5 : 2 + 4 * len(steps) : 4]  # the habit and the first digit, then four tokens a step
+    results = tokens[5 : 2 + 4 * len(steps) : 4]  # two tokens before the first step, and four in each
     written = expression[0] + "".join(f"{step}={result}" for step, result in zip(steps, results))
     form = [*written, " \\boxed{", *results[-1:], "}", toy.EOS]
     if (
@@ -130,7 +130,7 @@ class Case(NamedTuple):
     """A response with mistakes."""
 
     problem: str  # the id of its problem
-    mistakes: list[int]  # indices of the wrong results among its T tokens
+    mistakes: list[int]  # where its wrong results stand, as indices of its T tokens
     rewards: tuple[Tensor, Tensor]  # (T,) each, from the trained and from the raw teacher
 
 
@@ -235,7 +235,7 @@ def sample(
 
 
 def main(cfg: Config) -> None:
-    transformers.utils.logging.disable_progress_bar()  # of the weights that are loaded, six times
+    transformers.utils.logging.disable_progress_bar()  # otherwise each of the loaded models would draw one
     problems, tokenizer, prompts = prepare(cfg)
     own, chosen, theirs = sample(cfg, problems, tokenizer, prompts)
 

