@@ -265,7 +265,7 @@ def on_half(runs: list[dict]) -> bool:
     return not any(checkpoint.startswith("full/") for run in runs for checkpoint in run)
 
 
-def half_of(checkpoint: str) -> str:
+def on_1h(checkpoint: str) -> str:
     return checkpoint.replace("full/", "1H/", 1)
 
 
@@ -273,7 +273,7 @@ def tables_on_half(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """The tables for runs on 1H: rows on all labels become rows on 1H, and of two rows of one checkpoint one stays."""
     renamed = {}
     for title, rows in tables.items():
-        distinct = {half_of(row.checkpoint): replace(row, checkpoint=half_of(row.checkpoint)) for row in rows}
+        distinct = {on_1h(row.checkpoint): replace(row, checkpoint=on_1h(row.checkpoint)) for row in rows}
         renamed[title.replace("all labels", "1H")] = list(distinct.values())
     return renamed
 
@@ -283,7 +283,7 @@ def predictions_on_half(predictions: Iterable[Prediction]) -> list[Prediction]:
     renamed = []
     for prediction in predictions:
         if prediction.name != "App. C":
-            claims = [replace(c, first=half_of(c.first), second=half_of(c.second)) for c in prediction.claims]
+            claims = [replace(c, first=on_1h(c.first), second=on_1h(c.second)) for c in prediction.claims]
             renamed.append(replace(prediction, claims=tuple(claims)))
     return renamed
 
@@ -487,7 +487,7 @@ def draw_bars(axes, tables: dict[str, list[Row]], runs: list[dict], name: str) -
 def draw_curves(axes, directories: tuple[str, ...], labels: dict[str, str], metric: str) -> None:
     """A metric's mean and range over the runs at each step, for checkpoints that have a metrics.jsonl in every run."""
     if not any(Path(directory, "full").is_dir() for directory in directories):
-        labels = {half_of(checkpoint): label for checkpoint, label in labels.items()}
+        labels = {on_1h(checkpoint): label for checkpoint, label in labels.items()}
     for number, (checkpoint, label) in enumerate(labels.items()):
         paths = [Path(directory, checkpoint, "metrics.jsonl") for directory in directories]
         if all(path.is_file() for path in paths):
