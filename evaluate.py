@@ -231,7 +231,7 @@ def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cf
         label: {name: (result["avg"], result["se"]) for name, result in row.items()} for label, row in results.items()
     }
     configs = {label: load_config(model).get_text_config() for label, model in models.items()}
-    sizes = {label: f"{c.num_hidden_layers} layers of width {c.hidden_size}" for label, c in configs.items()}
+    sizes = {label: f"{c.num_hidden_layers} x {c.hidden_size} (layers x width)" for label, c in configs.items()}
     drawn = draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png", sizes)
     settings = {**dataclasses.asdict(cfg), "code": code_version(), "hardware": hardware()}
     write_whole(out / "results.json", json.dumps({"settings": settings, "results": results}) + "\n")

@@ -445,12 +445,16 @@ def draw(
     figure = Figure(figsize=(16, max(7, 0.36 * bars)), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
     draw_bars(figure.add_subplot(grid[:, 0]), tables, runs, name)
+    rewards, distances = (
+        {on_1h(checkpoint) if on_half(runs) else checkpoint: label for checkpoint, label in labels.items()}
+        for labels in (REWARDS, DISTANCES)
+    )
     axes = figure.add_subplot(grid[0, 1])
-    draw_curves(axes, directories, REWARDS, "reward")
+    draw_curves(axes, directories, rewards, "reward")
     axes.set_title("C1: the reward of GRPO's rollouts", fontsize=13)
     axes = figure.add_subplot(grid[1, 1])
     axes.set_yscale("log")
-    draw_curves(axes, directories, DISTANCES, "reverse_kl")
+    draw_curves(axes, directories, distances, "reverse_kl")
     axes.set_title("C2: KL(student || teacher) along OPD, nats a token", fontsize=13)
     figure.savefig(picture, dpi=100)
 
@@ -486,8 +490,6 @@ def draw_bars(axes, tables: dict[str, list[Row]], runs: list[dict], name: str) -
 
 def draw_curves(axes, directories: tuple[str, ...], labels: dict[str, str], metric: str) -> None:
     """A metric's mean and range over the runs at each step, for checkpoints that have a metrics.jsonl in every run."""
-    if not any(Path(directory, "full").is_dir() for directory in directories):
-        labels = {on_1h(checkpoint): label for checkpoint, label in labels.items()}
     for number, (checkpoint, label) in enumerate(labels.items()):
         paths = [Path(directory, checkpoint, "metrics.jsonl") for directory in directories]
         if all(path.is_file() for path in paths):
