@@ -8,7 +8,7 @@ RUNS ?= runs/toy
 VENV := .venv
 PY := $(VENV)/bin/python
 # The scales that need a GPU get vLLM on a machine without one, too: a cluster's login node often has none.
-REQUIREMENTS := $(if $(or $(filter paper one-gpu,$(SCALE)),$(shell command -v nvidia-smi)),requirements.txt,requirements-cpu.txt)
+REQUIREMENTS := $(if $(or $(filter paper,$(SCALE)),$(shell command -v nvidia-smi)),requirements.txt,requirements-cpu.txt)
 
 # One thread for each process, because the toy's matrices are too small to be shared between threads.
 export OMP_NUM_THREADS ?= 1
@@ -19,7 +19,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .DELETE_ON_ERROR:
-.PHONY: setup reinstall tables paper-toy demo demo-real one-gpu distributed-demo gpu-check test test-long lint clean
+.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check test test-long lint clean
 # Make deletes intermediate files by default; a checkpoint on the way to another one has to stay.
 .SECONDARY:
 
@@ -65,7 +65,6 @@ lint: setup
 # (raw; sft: SFT on its own verified responses; rl: Stage 1; same: the direct-GRPO student, a teacher of the student's own
 # size), and what was done with it. -2H and -replay are Stage 3. HALF/direct is direct GRPO of the base student.
 # SCALE=paper runs the same graph with the paper's models and with its hyperparameters, which are the scripts' defaults.
-# SCALE=one-gpu is the same graph on a pair and on lengths that fit one GPU of CARD GB, 24 or 80.
 # The scales differ in the variables below and in nothing else.
 SCALE ?= toy
 POOL ?= test
@@ -78,7 +77,7 @@ MADE := $(RAW)/test.jsonl
 MAKE_DATA := -m experiments.toy
 RUN := $(PY)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
-	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5 --weight-decay 0.01
+	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5 --weight-decay 0.01 --micro-batch-tokens 16384
 GRPO := --lr 3e-4 --prompts-per-step 32 --mini-batch-prompts 16
 DISTILL := --lr 2e-3
 WARMUP := --mini-batch-prompts 16
@@ -140,7 +139,7 @@ MEET = --nnodes=$(NODES) --rdzv_backend=c10d --rdzv_endpoint=$(FIRST_NODE):29500
 RUN := $(VENV)/bin/torchrun --nproc_per_node=$(GPUS) $(if $(filter 1,$(NODES)),--standalone,$(MEET))
 # The weights and optimizer states of a 70B teacher need two nodes.
 LARGE := $(if $(filter llama,$(PAIR)),--tensor-parallel 8)
-SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing $(LARGE) $(if $(LARGE),--shard-nodes 2)
+SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing $(LARGE)
 TEACHER_BUDGET := --passes 10
 SFT_TEACHER_BUDGET := --passes 2
 DIRECT_BUDGET := --passes 10
@@ -152,38 +151,8 @@ TESTS := math500 aime24 aime25
 EVALUATE := --seed $(SEED) $(LARGE)
 $(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14b or llama))
 $(if $(findstring endpoint=:,$(RUN)),$(error NODES=$(NODES) have to meet; give FIRST_NODE, the host name of the first of them))
-else ifeq ($(SCALE),one-gpu)
-CARD ?= 80
-S := runs/one-gpu-$(CARD)/seed$(SEED)
-STUDENT := Qwen/Qwen3-0.6B
-MADE :=
-RUN := $(PY)
-# No larger Qwen3 can be trained with AdamW in 24 GB, so there the teacher is of the student's size, as in some of the paper's rows.
-ifeq ($(CARD),24)
-TEACHER := Qwen/Qwen3-0.6B
-FITS := --micro-batch-tokens 4096 --kv-cache-gib 5 --max-sequences 128
-else ifeq ($(CARD),80)
-TEACHER := Qwen/Qwen3-1.7B
-FITS := --micro-batch-tokens 16384 --kv-cache-gib 16 --max-sequences 512
 else
-$(error CARD=$(CARD) is unknown; give 24 or 80, the GB of the GPU)
-endif
-LENGTHS := --max-prompt-tokens 512 --max-response-tokens 1024
-SETTINGS := --data gsm8k-train --exclude gsm8k --seed $(SEED) --resume --activation-checkpointing $(LENGTHS) $(FITS)
-# Mini-batches are smaller than in Table 9, so that half of GSM8K gives as many updates there as in the paper.
-WARMUP := --mini-batch-prompts 32
-OPD := --prompts-per-step 32
-TEACHER_BUDGET := --passes 2
-SFT_TEACHER_BUDGET := --passes 2
-DIRECT_BUDGET := --passes 2
-STAGE3_BUDGET := --passes 2
-WARMUP_BUDGET := --passes 1
-OPD_BUDGET := --passes 1
-BRIDGE_BUDGET := --passes 2
-TESTS := gsm8k
-EVALUATE := --k 4 --seed $(SEED) $(LENGTHS)
-else
-$(error SCALE=$(SCALE) is unknown; give toy, real, one-gpu or paper)
+$(error SCALE=$(SCALE) is unknown; give toy, real or paper)
 endif
 # BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
 
@@ -341,10 +310,6 @@ demo: $(REPORT)/demo/results.json
 # The same chain with a pretrained language model, and the bridge from the raw teacher.
 demo-real:
 	@$(MAKE) --no-print-directory demo SCALE=real
-
-# The chain of the four stages and its report, on one GPU. It has never run.
-one-gpu:
-	@$(MAKE) --no-print-directory demo SCALE=one-gpu
 
 # The toy chain as on a machine with several GPUs: two processes, sharded weights, and a vLLM engine in each. The models'
 # attention heads are larger than the demo's, because vLLM's attention on a CPU needs that.

@@ -77,29 +77,19 @@ class TrainingConfig(SamplerConfig):
     _: KW_ONLY
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
-    split_seed: int = 0  # decides the two halves; keep it the same in all stages of a chain
     exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
     max_steps: int | None = None  # stop after this many steps, before the passes over the data are complete
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls towards a tenth of --lr; not in the paper
     warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code; not in this paper)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (Table 8; Table 9 does not say)
-    micro_batch_tokens: int | None = None  # positions in one forward and backward pass; by default as memory allows
-    share_prompts: bool | None = None  # compute a prompt once for all its responses; by default on a CPU only
+    micro_batch_tokens: int | None = None  # positions in one pass; by default 16,384 on a GPU and 2,048 on a CPU
     activation_checkpointing: bool = False  # compute activations again in the backward pass, which saves memory
-    shard_nodes: int = 1  # nodes that share one copy of the weights, for a model too large for one node
     save_every: int = 20  # steps between saved training states, from which --resume continues
     validate: tuple[str, ...] = ()  # problem sets on which avg@k is measured while the stage trains (Table 8)
     validate_every: int = 20  # steps between two validations; there is one before the first step and one at the end
     validate_k: int = 4  # responses sampled for each validation problem
-    validate_temperature: float = 0.7  # sampling temperature of the validation (authors' earlier code)
-    validate_top_p: float = 0.8  # probability mass that the validation samples from (authors' earlier code)
-    validate_top_k: int = 20  # likeliest tokens that the validation samples from, -1 for all (authors' earlier code)
-    keep_best: bool = False  # finish with the weights that scored best in validation, on sets that no report is about
     export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
-    save_dtype: Literal["float32", "bfloat16"] = "float32"  # type of the saved weights; bfloat16 is half the size
-    dry_run: bool = False  # print the memory that each GPU would need and the disk space, and stop
-    gpus: int | None = None  # number of GPUs that --dry-run plans for; by default those of this command
     resume: bool = False  # continue an interrupted run of the same settings, if there is one
 
 
@@ -113,10 +103,9 @@ class AlreadyFinished(InputError):
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
     """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive."""
-    allowed = {"seed", "split_seed", "kl_coef", "warmup_steps", "weight_decay", "validate_temperature", *may_be_zero}
-    may_be_minus_one = ("top_k", "validate_top_k")  # which means all tokens
+    allowed = {"seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
     for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in may_be_minus_one:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # -1: all tokens
             flag = f"--{name.replace('_', '-')} {value}"
             if value < 0 or (value == 0 and name not in allowed):
                 least = "zero or more" if name in allowed else "a number above zero"

@@ -46,7 +46,7 @@ from torch import Tensor
 import common
 from common import Batch, InputError, Problem, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
-from lib import data, memory
+from lib import data
 from lib.engines import Sampling, chosen_engine, make_engine
 from lib.packing import make_batches
 from lib.policy import Policy, load_policy
@@ -107,7 +107,7 @@ def rollout_identity(cfg: Config, source_sha256: str, problems: Sequence[Problem
 
     `source_sha256` is the hash of the teacher, or of the file of texts.
     """
-    names = ("data", "half", "split_seed", "rollouts_per_prompt", "temperature", "max_response_tokens", "prefix",
+    names = ("data", "half", "rollouts_per_prompt", "temperature", "max_response_tokens", "prefix",
              "instruction", "system_prompt", "chat_template", "stop", "thinking", "reward", "seed")  # fmt: skip
     digest = hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest()
     identity = {"teacher_sha256": source_sha256, "problems": digest, "reward_sha256": reward_sha256(cfg)}
@@ -163,8 +163,6 @@ def training_order(cache: RolloutCache, order: Sequence[Problem], keep: str) -> 
 def main(cfg: Config) -> None:
     role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
-    if not memory.fit(cfg, frozen=cfg.teacher, in_loss=True):
-        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as verifier:
         torch.manual_seed(cfg.seed)
@@ -208,7 +206,7 @@ def main(cfg: Config) -> None:
             lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             loss_sum = 0.0
             with run.phase("update"):
-                for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts):
+                for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.loss == "fkl":
                         loss = forward_kl_loss(policy, teacher, batch, len(tokenizer)).loss
                     else:

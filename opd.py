@@ -47,7 +47,7 @@ import torch
 import common
 from common import Batch, TrainingConfig
 from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
-from lib import data, memory
+from lib import data
 from lib.engines import Sampling, make_engine
 from lib.lineage import last_rl_stage
 from lib.packing import make_batches
@@ -175,8 +175,6 @@ def report_c1(teacher_record: dict) -> None:
 
 def main(cfg: Config) -> None:
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
-    if not memory.fit(cfg, frozen=cfg.teacher, in_loss=True):
-        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as verifier:
         report_c1(run.record["parents"]["teacher"])
@@ -209,7 +207,7 @@ def main(cfg: Config) -> None:
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
             loss_sum, statistics = 0.0, []  # of this rank; the sum only shows whether the loss is finite
             with run.phase("update"):
-                for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts):
+                for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.estimator == "full":
                         result = exact_kl_loss(policy, teacher, batch, len(tokenizer))
                     else:

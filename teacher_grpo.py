@@ -41,7 +41,7 @@ from torch import Tensor
 import common
 from common import Batch, InputError, Rollout, TrainingConfig
 from kernels import fused_linear_logprob
-from lib import data, memory
+from lib import data
 from lib.engines import Sampling, make_engine
 from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
@@ -189,7 +189,7 @@ def update(
     for start in range(0, len(rollouts), size):
         chosen = rollouts[start : start + size]
         learnt_from = [rollout for rollout in chosen if rollout.advantage or reference is not None]
-        batches = make_batches(learnt_from, cfg.micro_batch_tokens, common.this_device(), cfg.share_prompts)
+        batches = make_batches(learnt_from, cfg.micro_batch_tokens, common.this_device())
         mini_batches.append((batches, common.count_tokens(chosen)))
 
     # The ratio rho is relative to the trainer's own policy before the first update of this rollout batch. The first
@@ -231,8 +231,6 @@ def main(cfg: Config) -> None:
             f"--rollouts-per-prompt {cfg.rollouts_per_prompt} leaves nothing to compare a response with; give 2 or more"
         )
     problems, tokenizer, prompts = prepare(cfg)
-    if not memory.fit(cfg, frozen=cfg.model if cfg.kl_coef else None, in_loss=False):
-        return  # --dry-run ends here
 
     with Run(cfg, parents={"model": cfg.model}) as run, make_grader(cfg) as verifier:
         torch.manual_seed(cfg.seed)

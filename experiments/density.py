@@ -78,7 +78,7 @@ def score(model: str, rollouts: Sequence[Rollout], cfg: Config, vocab_size: int)
     """The scores of each rollout under a checkpoint, which is loaded for this. `vocab_size` is the tokenizer's."""
     policy = Policy(load_causal_lm(model, compute_dtype(cfg), common.this_device()))
     scores: dict[int, Scores] = {}
-    for batch in make_batches(rollouts, PACK, common.this_device(), share_prompts=None):
+    for batch in make_batches(rollouts, PACK, common.this_device()):
         found = policy(batch, lambda hidden, weight: token_scores(hidden, weight, batch.targets, vocab_size))
         for index in batch.rollout_index.unique().tolist():
             scores[index] = Scores(*(values[batch.rollout_index == index].cpu() for values in found))

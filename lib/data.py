@@ -190,10 +190,10 @@ def _read_rows(source: str, argument: str = "--data") -> Iterable[dict]:
             ) from error
 
 
-def half_of(problems: Sequence[Problem], half: str, split_seed: int = 0) -> list[Problem]:
+def half_of(problems: Sequence[Problem], half: str) -> list[Problem]:
     """The paper's fixed random split into two equal halves (App. F); `half` is "full", "1H" or "2H".
 
-    The split depends on the problems' ids and `split_seed` alone, not on the order of rows; of an odd number of
+    The split depends on the problems' ids alone, not on the order of rows; of an odd number of
     problems one is left out of both halves, so that the halves are equal.
 
     Raises InputError when there are fewer than two problems to split.
@@ -203,20 +203,18 @@ def half_of(problems: Sequence[Problem], half: str, split_seed: int = 0) -> list
     if len(problems) < 2:
         raise InputError(f"--half {half} needs at least two problems, and there is {len(problems)}; use --half full")
     shuffled = sorted(problems, key=lambda problem: problem.id)
-    random.Random(split_seed).shuffle(shuffled)
+    random.Random(0).shuffle(shuffled)
     middle = len(shuffled) // 2
     return shuffled[:middle] if half == "1H" else shuffled[middle : 2 * middle]
 
 
-def load_training_problems(
-    data: str, half: str, split_seed: int, exclude: Sequence[str], validate: Sequence[str] = ()
-) -> list[Problem]:
+def load_training_problems(data: str, half: str, exclude: Sequence[str], validate: Sequence[str] = ()) -> list[Problem]:
     """The problems of one half of `data`, without those that stand in a set of `exclude` or `validate`, too.
 
     A question of such a set is dropped also where other messages stand before it. The halves are cut before the
     exclusion, so that a checkpoint's half does not depend on what is evaluated.
     """
-    problems = half_of(load_problems(data), half, split_seed)
+    problems = half_of(load_problems(data), half)
     sources = [*((source, "--exclude") for source in exclude), *((source, "--validate") for source in validate)]
     held_out = set()
     for source, argument in sources:

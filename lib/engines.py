@@ -27,7 +27,6 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from common import InputError, all_max, barrier, start_process, this_device, world_size
 from lib.data import end_tokens
-from lib.memory import BESIDE_A_TRAINER, GIB, RESERVE, size_of
 from lib.policy import (
     Policy,
     checkpoint_weights,
@@ -37,7 +36,10 @@ from lib.policy import (
     load_causal_lm,
     load_config,
     load_generation_config,
+    meta_causal_lm,
 )
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,12 @@ def cache_bytes_for(cfg, model: str, alone: bool) -> int:
     if cfg.kv_cache_gib is not None:
         return int(cfg.kv_cache_gib * GIB)
     if not alone:
-        return BESIDE_A_TRAINER
+        return 16 * GIB
     free, _ = torch.cuda.mem_get_info(this_device())
     # Ranks that share an engine must agree on the size, so it follows from the rank that has the least free.
     free = -int(all_max({"negated": -free})["negated"])
-    weights = 2 * size_of(load_config(model)).parameters // cfg.tensor_parallel
-    return max(free - weights - 2 * RESERVE, GIB)  # vLLM also needs room for activations and CUDA graphs
+    weights = 2 * meta_causal_lm(model, torch.bfloat16).num_parameters() // cfg.tensor_parallel  # bytes in bfloat16
+    return max(free - weights - 12 * GIB, GIB)  # vLLM also needs room for activations and CUDA graphs
 
 
 def make_engine(

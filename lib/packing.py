@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,9 +12,11 @@ from common import Batch, Rollout, Span, rank, world_size
 
 
 def make_batches(
-    rollouts: Sequence[Rollout], max_tokens: int | None, device: torch.device, share_prompts: bool | None
+    rollouts: Sequence[Rollout], max_tokens: int | None, device: torch.device, share_prompts: bool | None = None
 ) -> list[Batch]:
-    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions; None is no limit.
+    """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions.
+
+    None is 16,384 on a GPU and 2,048 on a CPU, where real models keep several megabytes for each position.
 
     A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to exactly one
     micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of micro-batches,
@@ -26,7 +27,7 @@ def make_batches(
     """
     if share_prompts is None:
         share_prompts = device.type == "cpu"
-    max_tokens = max_tokens or sys.maxsize
+    max_tokens = max_tokens or (16384 if device.type == "cuda" else 2048)
     shares = balance_groups(rollouts, world_size(), share_prompts)
     shares = [split_micro_batches(rollouts, share, max_tokens) for share in shares]
     micro_batches = shares[rank()]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 import huggingface_hub
@@ -264,7 +261,7 @@ def load_policy(model: str, cfg, trainable: bool) -> Policy:
     With several ranks, a GPU or bfloat16 it is sharded over a `device_mesh`, and the call is collective.
     """
     device, compute = this_device(), compute_dtype(cfg)
-    mesh = device_mesh(cfg.shard_nodes, alone_too=compute == torch.bfloat16)
+    mesh = device_mesh(alone_too=compute == torch.bfloat16)
     dtype = torch.float32 if trainable else compute
     policy = Policy(load_causal_lm(model, dtype, device) if mesh is None else meta_causal_lm(model, dtype))
     policy.requires_grad_(trainable)
@@ -289,28 +286,16 @@ def recompute_layers(policy: Policy) -> None:
     policy.recomputed_layers = tuple(decoder_layers(policy.model))
 
 
-@cache  # before vLLM overwrites LOCAL_WORLD_SIZE
-def device_mesh(shard_nodes: int = 1, alone_too: bool = False) -> DeviceMesh | None:
-    """The ranks that weights are sharded over: those of `shard_nodes` nodes, with a copy on every further such group.
-
-    With one node, weights are gathered inside a node and only gradients cross between nodes (hybrid sharding); a model
-    too large for a node needs more. For a lone process on a CPU it is None unless `alone_too`: FSDP2 is also what
-    computes in another type than that of the weights. InputError if the nodes cannot be grouped so.
+def device_mesh(alone_too: bool = False) -> DeviceMesh | None:
+    """All ranks, over which weights are sharded. For a lone process on a CPU it is None unless `alone_too`: FSDP2 is
+    also what computes in another type than that of the weights.
     """
     start_process(alone_too)
     if world_size() == 1 and not (torch.cuda.is_available() or alone_too):
         return None
-    together = shard_nodes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world_size() % together:
-        raise InputError(
-            f"--shard-nodes {shard_nodes}: {world_size()} processes cannot be grouped by {together}; give a divisor of the "
-            "number of nodes"
-        )
-    sizes, names = (world_size() // together, together), ("replicate", "shard")
-    keep = slice(1, None) if world_size() == together else slice(None)
-    mesh = init_device_mesh(this_device().type, sizes[keep], mesh_dim_names=names[keep])
-    for name in names[keep]:  # groups of a mesh have PyTorch's short default time-out, not that of the whole group
-        dist.distributed_c10d._set_pg_timeout(TIMEOUT, mesh.get_group(name))
+    mesh = init_device_mesh(this_device().type, (world_size(),))
+    # The mesh's group has PyTorch's short default time-out, not that of the whole group.
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT, mesh.get_group())
     return mesh
 
 
@@ -390,18 +375,14 @@ def checkpoint_weights(model: str, dtype: torch.dtype) -> Iterator[tuple[str, Te
                     yield synonym, value.to(dtype)
 
 
-def save_pretrained(policy: Policy, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes config and safetensors, from rank 0, in `dtype` or else in the policy's own; gathering is collective."""
+def save_pretrained(policy: Policy, directory: Path) -> None:
+    """Writes config and safetensors, from rank 0; gathering the weights is collective."""
     weights, kept = {}, {}  # kept: a tied matrix is kept, and so written, once
-    for (name, value), source in zip(full_weights(policy, dtype), policy.model.state_dict(keep_vars=True).values()):
+    for (name, value), source in zip(full_weights(policy), policy.model.state_dict(keep_vars=True).values()):
         if rank() == 0:
             weights[name] = kept.setdefault(id(source), value.cpu())
     if rank() == 0:
         policy.model.save_pretrained(directory, state_dict=weights)
-        if dtype not in (None, policy.model.dtype):  # transformers has written the dtype of the policy into the config
-            config = copy.deepcopy(policy.model.config)
-            config.dtype = dtype
-            config.save_pretrained(directory)
 
 
 # Checkpoints as files

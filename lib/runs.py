@@ -51,7 +51,7 @@ from lib.engines import check_engine, check_lengths
 from lib.files import drop_steps
 from lib.lineage import file_sha256, new_record, read_record, read_run
 from lib.plots import plot_metrics
-from lib.policy import Policy, check_checkpoint, device_mesh, save_pretrained
+from lib.policy import Policy, check_checkpoint, save_pretrained
 from lib.scores import validation_sets
 from lib.stopping import Stopping, signal_name
 from lib.watch import find_warnings, is_training, one_sample, sample_lines
@@ -71,11 +71,10 @@ def prepare(
     check_settings(cfg)
     if cfg.passes > 1000 and cfg.max_steps is None:  # the order of the data is made before the first step
         raise InputError(f"--passes {cfg.passes} is more than 1000; give fewer, or say with --max-steps when to stop")
-    device_mesh(cfg.shard_nodes)  # raises InputError if the nodes cannot be grouped as --shard-nodes says
     tokenizer = load_tokenizer(cfg.model)
     stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
-    problems = load_training_problems(cfg.data, cfg.half, cfg.split_seed, cfg.exclude, cfg.validate)
+    problems = load_training_problems(cfg.data, cfg.half, cfg.exclude, cfg.validate)
     if teacher:
         check_same_tokenizer(cfg.model, teacher, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
@@ -83,9 +82,8 @@ def prepare(
     prompts = tokenize_prompts(tokenizer, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())
-    if not cfg.dry_run:
-        for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
-            check_engine(cfg, model)
+    for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
+        check_engine(cfg, model)
     return problems, tokenizer, prompts
 
 
@@ -129,8 +127,8 @@ class Run:
     Everything is written to OUT.partial: `metrics.jsonl` (one line for each step and one for each validation),
     `samples.jsonl` (a few responses of each step), `run.json` and, every `save_every` steps, the training state from
     which `--resume` continues. Only a complete checkpoint is renamed to OUT. So a directory called OUT is always whole,
-    however the process ends, and a Makefile can use it as a target. Beside them are checkpoints along the way:
-    `step-NNNNNN` of `--export-every`, and until the end `best-NNNNNN` of `--keep-best`.
+    however the process ends, and a Makefile can use it as a target. Beside them are the checkpoints along the way,
+    `step-NNNNNN`, of `--export-every`.
 
     The files of a training state are hashed when it is saved, and a state is resumed from only if the hashes still fit.
 
@@ -145,8 +143,7 @@ class Run:
     def __init__(self, cfg, parents: dict[str, str]):
         self.out = Path(cfg.out)
         self.partial = Path(f"{self.out}.partial")  # of the Path, so that "runs/x/" becomes "runs/x.partial"
-        self.save_every, self.export_every, self.keep_best = cfg.save_every, cfg.export_every, cfg.keep_best
-        self.save_dtype = getattr(torch, cfg.save_dtype)
+        self.save_every, self.export_every = cfg.save_every, cfg.export_every
         self.total_steps: int | None = None  # known once `steps` is called
         self._stopping = Stopping(f"the same command with --resume continues from what {self.partial} holds")
         self._require_finished = getattr(cfg, "require_finished", False)
@@ -321,7 +318,7 @@ class Run:
         From here on a signal to stop waits for the end of the step, which `save` is told of.
         """
         self.total_steps = total
-        on_rank_0(lambda: self._write_record(self.partial))  # for those who follow the run, as experiments.track does
+        on_rank_0(lambda: self._write_record(self.partial))
         self._stopping.patient = True
         transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would tear that of the steps
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
@@ -469,13 +466,11 @@ class Run:
             (unfinished / "SHA256SUMS").write_text(lines, encoding="utf-8")
             shutil.rmtree(state, ignore_errors=True)  # an older, damaged state of the same step
             unfinished.rename(state)
-        # Earlier best weights go only now. A run that was resumed from the state before might still have needed them.
-        best = self.partial / f"best-{self._best_step():06d}" if self.keep_best else None
-        for older in (*self.partial.glob("state-*"), *self.partial.glob("best-*")):
-            if older not in (state, best):
+        for older in self.partial.glob("state-*"):
+            if older != state:
                 shutil.rmtree(older)
 
-    def _write_record(self, directory: Path, **changes) -> None:
+    def _write_record(self, directory: Path) -> None:
         """Writes run.json: the record as it is after this step, with the first and last line of the metrics so far."""
         seconds = self.record["seconds"] + time.monotonic() - self._began
         cpu_seconds = self.record["cpu_seconds"] + time.process_time() - self._cpu_began
@@ -488,7 +483,7 @@ class Run:
                 {k: v for k, v in line.items() if not k.startswith("seconds")} for line in validated
             ]
         with self._writing("run.json"):
-            (directory / "run.json").write_text(json.dumps(record | changes, indent=1) + "\n", encoding="utf-8")
+            (directory / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def export(self, steps: int, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes the checkpoint OUT/step-NNNNNN every `export_every` steps. Collective.
@@ -499,25 +494,11 @@ class Run:
         if self.export_every and steps and steps % self.export_every == 0:
             self._write_checkpoint(f"step-{steps:06d}", policy, tokenizer)
 
-    def keep_if_best(self, steps: int, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """With `--keep-best`, writes the weights to OUT.partial if their validation is the best so far. Collective."""
-        if self.keep_best and self._best_step() == steps:
-            self._write_checkpoint(f"best-{steps:06d}", policy, tokenizer)
-
-    def _best_step(self) -> int:
-        """The step before which the validation had the highest mean over its sets, the earlier one of equals."""
-
-        def mean(line: dict) -> float:
-            averages = [value for name, value in line.items() if f"{name}_se" in line]
-            return sum(averages) / len(averages)
-
-        return max((line for line in self.lines if not is_training(line)), key=mean)["step"]
-
     def _write_checkpoint(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a checkpoint with its own run.json, and gives it its name once it is whole. Collective."""
         with self._new_directory(name) as unfinished:
             with self._writing(f"the checkpoint {name}"):
-                save_pretrained(policy, unfinished, self.save_dtype)
+                save_pretrained(policy, unfinished)
             on_rank_0(lambda: self._accept_checkpoint(unfinished, tokenizer))
 
     def _accept_checkpoint(self, unfinished: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -533,44 +514,24 @@ class Run:
 
         With `--keep-best` it has the weights that scored best in validation.
         """
-        if not self.keep_best:
-            with self._writing("the checkpoint"):
-                save_pretrained(policy, self.partial, self.save_dtype)
-        else:  # then OUT is not the checkpoint after the last step, which may be due as one along the way
-            self.export(self.steps_done, policy, tokenizer)
+        with self._writing("the checkpoint"):
+            save_pretrained(policy, self.partial)
         on_rank_0(lambda: self._complete(tokenizer))
 
     def _complete(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        changes = {}
         with self._writing("the checkpoint"):
             tokenizer.save_pretrained(self.partial)
             self._metrics.close()
             plot_metrics(self.lines, self.partial / "curves.png")
-            if self.keep_best:
-                changes = self._take_best()
-        self._write_record(self.partial, **changes)
+        self._write_record(self.partial)
         self.partial.rename(self.out)
         _tidy(self.out)  # last, because a run that is killed before the renaming continues from the training state
         print(f"wrote {self.out}")
 
-    def _take_best(self) -> dict:
-        """Copies the best weights to their place; returns what run.json has to say of them and not of the last ones.
-
-        The original stays until OUT has its name: a run that is killed before that has to finish once more.
-        """
-        best = self.partial / f"best-{self._best_step():06d}"
-        for path in best.iterdir():
-            if path.name != "run.json":
-                shutil.copyfile(path, self.partial / path.name)
-        described = read_run(str(best))
-        print(f"{self.out}: kept the weights after {described['steps']} steps, which scored best in validation")
-        own = {"steps": described["steps"], "consumed": described["consumed"]}
-        return {**own, "kept_step": described["steps"], **{name: described.get(name, {}) for name in ("first", "last")}}
-
 
 def _tidy(checkpoint: Path) -> None:
     """Removes what a finished run no longer needs."""
-    for directory in (*checkpoint.glob("state-*"), *checkpoint.glob("best-*")):
+    for directory in checkpoint.glob("state-*"):
         shutil.rmtree(directory, ignore_errors=True)
     (checkpoint / "lock").unlink(missing_ok=True)
 

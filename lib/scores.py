@@ -15,8 +15,6 @@ from lib.rollouts import grade, sample_rollouts
 from lib.samples import as_sample
 from lib.verifier import Verifier
 
-REPORTED = TrainingConfig.exclude  # the evaluation sets that the paper reports on
-
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Mean of (P,) values ± its standard error (SE); of a single value the error is not known (nan)."""
@@ -58,12 +56,12 @@ def paired_difference(first: dict[str, float], second: dict[str, float]) -> tupl
     return mean_and_error(np.array([first[problem_id] - second[problem_id] for problem_id in first]))
 
 
-def check_decoding(top_p: float, top_k: int, prefix: str = "--") -> None:
-    """InputError for a top-p above 1 or a top-k that keeps no token. `prefix` is how the names of both arguments begin."""
+def check_decoding(top_p: float, top_k: int) -> None:
+    """InputError for a top-p above 1 or a top-k that keeps no token."""
     if top_p > 1:
-        raise InputError(f"{prefix}top-p {top_p} is more than all of the distribution; give 1 or less")
+        raise InputError(f"--top-p {top_p} is more than all of the distribution; give 1 or less")
     if top_k < 1 and top_k != -1:
-        raise InputError(f"{prefix}top-k {top_k} keeps no token; give 1 or more, or -1 for all")
+        raise InputError(f"--top-k {top_k} keeps no token; give 1 or more, or -1 for all")
 
 
 # Validation
@@ -74,16 +72,10 @@ def validation_sets(
 ) -> dict[str, tuple[list[Problem], dict[str, list[int]]]]:
     """Each set of `--validate` by its name: the problems, and their prompts' token ids by problem id.
 
-    InputError for a set that cannot be had or has the name of another one, for a prompt that is too long, for a wrong
-    decoding setting, and for a set by which `--keep-best` may not choose.
+    InputError for a set that cannot be had or has the name of another one, and for a prompt that is too long.
     """
-    check_decoding(cfg.validate_top_p, cfg.validate_top_k, "--validate-")
-    if cfg.keep_best and not cfg.validate:
-        raise InputError("--keep-best has no scores to choose by; name a set with --validate, or leave --keep-best out")
     sets = {}
     for source in cfg.validate:
-        if cfg.keep_best and source in REPORTED:
-            _refuse_choice(source, "it is an evaluation set")
         name = Path(source).stem
         if name in sets:
             raise InputError(
@@ -92,18 +84,7 @@ def validation_sets(
         problems = load_problems(source, quiet=True, argument="--validate")
         prompts = tokenize_prompts(tokenizer, problems, cfg)
         sets[name] = problems, prompts
-        for reported in (name for name in REPORTED if cfg.keep_best and name in cfg.exclude):
-            shared = {problem.id for problem in load_problems(reported, quiet=True)} & prompts.keys()
-            if shared:
-                _refuse_choice(source, f"{len(shared)} of its {len(problems)} problems stand in {reported}")
     return sets
-
-
-def _refuse_choice(source: str, reason: str) -> None:
-    raise InputError(
-        f"--keep-best would choose the weights by --validate {source!r}, and later scores on the same problems would be "
-        f"too good ({reason}); validate on other problems, or leave --keep-best out"
-    )
 
 
 class Validation:
@@ -123,15 +104,12 @@ class Validation:
     ):
         self.cfg, self.tokenizer, self.engine, self.verifier, self.run = cfg, tokenizer, engine, verifier, run
         self.sets = validation_sets(cfg, tokenizer)
-        self.sampling = Sampling(
-            cfg.max_response_tokens, cfg.validate_temperature, cfg.validate_top_p, cfg.validate_top_k
-        )
+        self.sampling = Sampling(cfg.max_response_tokens, 0.7, 0.8, 20)  # the defaults of evaluate.py
 
     def score(self, steps: int, policy: Policy) -> None:
         """Measures and logs the policy's scores if they are due: every `validate_every` steps, and after the last one.
 
-        `steps` counts the finished steps. With `--keep-best` the weights are kept if they are the best so far.
-        Collective.
+        `steps` counts the finished steps. Collective.
         """
         if not self.sets or (steps % self.cfg.validate_every and steps != self.run.total_steps):
             return
@@ -146,4 +124,3 @@ class Validation:
                 scores[name] = summarise([as_sample(rollout) for rollout in rollouts], self.cfg.validate_k)
             self.engine.sleep()
         self.run.log_validation(steps, scores)
-        self.run.keep_if_best(steps, policy, self.tokenizer)

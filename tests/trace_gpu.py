@@ -19,14 +19,15 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+
 import common  # noqa: E402
 import fkl_warmup  # noqa: E402
 import kernels  # noqa: E402
 import lib.policy  # noqa: E402
 import opd  # noqa: E402
 import teacher_grpo  # noqa: E402
-from experiments.hours import MODELS  # noqa: E402
 from lib.packing import make_batches  # noqa: E402
+from tests.rehearsal import MODELS  # noqa: E402
 
 STUDENT_AND_TEACHER = "Qwen3-1.7B", "Qwen3-8B"
 N, V = 16384, MODELS["Qwen3-8B"].vocab_size
