@@ -4,9 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common import InputError
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields PATH.tmp, where the block writes a file or a directory, and then renames it to PATH.
+
+    Everything is flushed to the disk before the rename, so PATH is complete or absent however the process or the
+    machine ends. An older PATH is replaced. If the block fails, PATH.tmp is removed and PATH stays as it was.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(unfinished)
+    try:
+        yield unfinished
+        written = [*unfinished.rglob("*"), unfinished] if unfinished.is_dir() else [unfinished]
+        for each in written:
+            flush(each)
+    except BaseException:
+        remove(unfinished)
+        raise
+    if unfinished.is_dir():
+        remove(path)  # a directory cannot be renamed onto one that is not empty
+    unfinished.rename(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Has the system write a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(out: str) -> None:

@@ -404,16 +404,20 @@ def load_config(model: str) -> PreTrainedConfig:
         ) from None
 
 
-def load_generation_config(model: str) -> GenerationConfig | None:
-    """The checkpoint's generation settings, which name its end-of-sequence tokens; None if it has none."""
+def load_generation_config(model: str) -> GenerationConfig:
+    """The checkpoint's generation_config.json, which names its end-of-sequence tokens; without one, what its
+    config.json says of them, as transformers does.
+    """
+    if Path(model).is_dir() and not (Path(model) / "generation_config.json").exists():
+        return GenerationConfig.from_model_config(load_config(model))
     try:
         return GenerationConfig.from_pretrained(model)
     except OSError as error:
-        if (Path(model) / "generation_config.json").exists():
+        if Path(model).is_dir():
             raise InputError(
-                f"model {model!r} has a generation_config.json that cannot be read ({first_line(error)}); mend or delete it"
+                f"model {model!r} has a generation_config.json that cannot be read ({first_line(error)}); fetch it anew"
             ) from None
-        return None
+        return GenerationConfig.from_model_config(load_config(model))
 
 
 def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
@@ -460,7 +464,7 @@ def meta_causal_lm(model: str, dtype: torch.dtype) -> nn.Module:
         raise InputError(f"model {model!r} is no causal language model ({first_line(error)}); name another") from None
     # A model made from a config has default generation settings. The checkpoint's own may name several end-of-sequence
     # tokens, and have to reach the checkpoints that are saved from this model.
-    causal_lm.generation_config = load_generation_config(model) or causal_lm.generation_config
+    causal_lm.generation_config = load_generation_config(model)
     refuse_unusual_heads(model, causal_lm)
     return causal_lm.eval()  # without dropout, in training too: the sampler and the trainer must be the same policy
 
