@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import InputError
+from common import InputError, on_rank_0
 
 
 @contextmanager
@@ -34,6 +35,29 @@ def whole(path: Path) -> Iterator[Path]:
         remove(path)  # a directory cannot be renamed onto one that is not empty
     unfinished.rename(path)
     flush(path.parent)
+
+
+@contextmanager
+def locked(directory: Path, argument: str) -> Iterator[None]:
+    """Rank 0 holds DIRECTORY/lock inside the block. InputError, on every rank, if another process holds it. Collective."""
+
+    def lock():
+        directory.mkdir(parents=True, exist_ok=True)
+        held.append((directory / "lock").open("w"))
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{argument} {str(directory)!r} is in use by another process; name another, or wait for it"
+            ) from None
+
+    held: list = []
+    try:
+        on_rank_0(lock)
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 def flush(path: Path) -> None:

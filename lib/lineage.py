@@ -122,3 +122,8 @@ def file_sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def history_notes(lineage: dict) -> list[str]:
+    """What a checkpoint's record cannot tell: one sentence each."""
+    return [] if "stage" in lineage else ["no history on record: held-out labels cannot be checked"]
