@@ -4,21 +4,20 @@ r"""Grade a model's response against the right answer ("gold"): is what its last
         verdicts = verifier.check(responses, golds)           # a Verdict for each response, in order
     python -m lib.verifier '\frac12' 'so we get \boxed{0.5}'  # grades one response by hand
 
-A model in training finds and exploits whatever its grader gets wrong. So this grader is
+A model in training exploits whatever its grader gets wrong. So this grader is
 
 strict: accepting a wrong answer costs more than refusing a right one. Only the last box of a response counts, decimals
     are exact (0.333333 is not 1/3), and answers in different units, number bases or letter cases differ. An answer that
     cannot be decided is wrong.
-bounded: ten characters such as 9^{9^{9^9}} keep sympy busy forever, and math-verify's own time-outs work in a main
-    thread only and do not interrupt C code. So sympy runs in worker processes with a memory limit, which are killed at
-    a deadline. A time-out counts as wrong.
+bounded: 9^{9^{9^9}} keeps sympy busy forever, and math-verify's own time-outs do not interrupt C code. So sympy runs in
+    worker processes with a memory limit, which are killed at a deadline. A time-out counts as wrong.
 inert: model output is never evaluated as Python, although much of sympy evaluates text. Answers go through a LaTeX
     grammar, and a worker refuses to compile source text.
 
-`quick_check` decides plain numbers and equal strings, which are most answers, in this process. The others go to workers
-(lib/verifier_worker.py). Workers are programs of their own because a fork would copy a process that holds CUDA and
-threads, and multiprocessing's "spawn" would import the training script again. Neither file imports torch, so that a
-worker starts in about a second.
+`quick_check` decides most answers, which are plain numbers or equal strings. Workers (lib/verifier_worker.py) decide
+the others. They are programs of their own because a fork would copy a process that holds CUDA and threads, and
+multiprocessing's "spawn" would import the training script again. Neither file imports torch, whose import takes longer
+than that of sympy.
 """
 
 import json
@@ -88,7 +87,6 @@ _CLEAN = [  # typography that never changes the meaning, and what replaces it, i
     (re.compile(r"^(\d+)_\{(\d)\}$", re.ASCII), r"\1_\2"),
     (re.compile(r"^\\text\{([-+]?[\d.,]+)\}$", re.ASCII), r"\1"),
 ]
-_DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
 _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d*)(?:\.(\d*))?", re.ASCII)
 _BASED = re.compile(r"(\d+)_(?:\d|\{\d+\})", re.ASCII)  # a number with its base: 52_8
 _TEXT = re.compile(r"\\text\{([^{}\\]*)\}")
@@ -104,10 +102,10 @@ _UNITS = {  # the name we use for a unit: its other spellings, without a final s
 }  # fmt: skip
 _UNIT_NAME = {spelling: name for name, others in _UNITS.items() for spelling in [name, *others.split()]}
 _POWER = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
-_FACTOR = {"percent": r"\%", "pct": r"\%"} | {
-    word: rf"\cdot 10^{{{zeros}}}"
-    for word, zeros in {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.items()
-}
+_FACTOR = {
+    "percent": r"\%", "pct": r"\%", "hundred": r"\cdot 10^{2}", "thousand": r"\cdot 10^{3}",
+    "million": r"\cdot 10^{6}", "billion": r"\cdot 10^{9}", "trillion": r"\cdot 10^{12}",
+}  # fmt: skip
 _NO_UNIT = set(_FACTOR) | set(  # words that change or hedge the number before them
     "a an about almost and approx approximately around at base but by choose cubed divided dozen dozens e each either "
     "else exactly factorial false fifth for fourth from half halves i if in infinity into is it least less maybe minus "
@@ -121,12 +119,11 @@ def normalise(text: str) -> str:
     text, before = text.strip(), None
     while text != before:
         before = text
-        if text.endswith(".") and not text.endswith((r"\.", "..")):
-            text = text[:-1].rstrip()
+        text = text if text.endswith((r"\.", "..")) else text.removesuffix(".").rstrip()
         inner = extract_answer(text)
         if text in (rf"\boxed{{{inner}}}", rf"\fbox{{{inner}}}"):
             text = inner
-        for opening, closing in _DELIMITERS:
+        for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = text[len(opening) : -len(closing)]
             # The two ends must belong together: "$1$ or $2$" is not one formula between dollar signs.
             if text == opening + inner + closing and opening not in inner and closing not in inner:
@@ -163,9 +160,8 @@ def split_unit(text: str) -> tuple[str, str]:
     if words[0] in _POWER and len(words) > 1 and not power:
         power = _POWER[words.pop(0)]
     names = [_UNIT_NAME.get(word) or _UNIT_NAME.get(word.removesuffix("s")) for word in words]
-    if match[2] and not names[0]:  # A word outside \text must be a known unit, since "5ab" is a product.
-        return text, ""
-    if len(words) > 3 or not _NO_UNIT.isdisjoint(words) and names != ["in"]:
+    hedged = len(words) > 3 or not _NO_UNIT.isdisjoint(words) and names != ["in"]
+    if hedged or match[2] and not names[0]:  # A word outside \text must be a known unit, since "5ab" is a product.
         return text, ""
     return value, " ".join(name or word.removesuffix("s") for name, word in zip(names, words)) + power
 
@@ -174,8 +170,8 @@ def _words(text: str) -> str | None:
     r"""The words of an answer that is text ("\text{(C)}" -> "C", "\text{No solution.}" -> "no solution"), else None."""
     bare = _TEXT.sub(r"\1", text).strip().rstrip(".")
     bare = bare[1:-1] if re.fullmatch(r"\([A-Za-z]\)", bare) else bare
-    hyphen = "-" if r"\text" in text else ""  # Outside of \text it is a minus sign.
-    if not re.fullmatch(rf"[A-Za-z][A-Za-z '{hyphen}]*", bare):
+    # A hyphen outside of \text is a minus sign.
+    if not re.fullmatch(r"[A-Za-z][A-Za-z '-]*", bare) or "-" in bare and r"\text" not in text:
         return None
     return bare if len(bare) == 1 else " ".join(bare.lower().split())
 

@@ -56,46 +56,26 @@ def test_corpus(shared, cases):
 # ---- extraction
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("no box at all, 7", None),
-        (r"\boxed 7, as shown", "7"),
-        (r"\boxed{3} and then \fbox{ 4 }", "4"),
-        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\boxed{\left\{x\right.}", r"\left\{x\right."),
-        (r"\boxed{}", ""),
-        (r"\boxed{7} \boxed{", None),
-        (r"\boxed{7}}}} {{", "7"),
-        (r"\boxed{\frac{1}{2} so, properly: \boxed{0.5}", "0.5"),  # An early box that never closes hides no later one.
-        (r"\boxed{1 + \boxed{2}}", r"1 + \boxed{2}"),
-        (r"put it in \boxed, so \boxed{7}", "7"),
-        (r"\boxedx{7}", None),
-        (r"\\boxed{7}", "7"),
-        ("\\boxed\n{7}", "7"),
-        (r"\boxed{a\\{b}}", r"a\\{b}"),
-    ],
-)
-def test_extract(text, answer):
-    assert extract_answer(text) == answer
+def test_extract():
+    for text, answer in {
+        "no box at all, 7": None, r"\boxed 7, as shown": "7", r"\boxed{3} and then \fbox{ 4 }": "4", r"\boxed{}": "",
+        r"\boxed{\{1,2\}}": r"\{1,2\}", r"\boxed{\left\{x\right.}": r"\left\{x\right.", r"\boxed{a\\{b}}": r"a\\{b}",
+        r"\boxed{7} \boxed{": None, r"\boxed{7}}}} {{": "7", r"\boxed{1 + \boxed{2}}": r"1 + \boxed{2}",
+        r"\boxed{\frac{1}{2} so, properly: \boxed{0.5}": "0.5",  # An early box that never closes hides no later one.
+        r"put it in \boxed, so \boxed{7}": "7", r"\boxedx{7}": None, r"\\boxed{7}": "7", "\\boxed\n{7}": "7",
+    }.items():  # fmt: skip
+        assert extract_answer(text) == answer, text
 
 
-@pytest.mark.parametrize(
-    ("head", "repeated", "tail"),
-    [
-        (r"\boxed{", "{", "7" + "}" * 10**6),
-        ("", r"\boxed{", "}" * 70_000),
-        ("", r"\boxed ", ""),
-        ("", r"\boxed{7}", ""),
-        (r"\boxed", " ", ""),
-        ("", "\\", ""),
-        (r"\boxed{", "7", "}"),
-    ],
-)
-def test_extraction_is_linear(head, repeated, tail):
-    start = time.monotonic()
-    extract_answer(head + repeated * (10**6 // len(repeated)) + tail)
-    assert time.monotonic() - start < 10.0  # It takes about 1 s, while a quadratic scan would take hours.
+def test_extraction_is_linear():
+    million = 10**6
+    for text in (
+        r"\boxed{" + "{" * million + "7" + "}" * million, r"\boxed{" * 100_000 + "}" * 50_000, r"\boxed " * 100_000,
+        r"\boxed{7}" * 100_000, r"\boxed" + " " * million, "\\" * million, r"\boxed{" + "7" * million + "}",
+    ):  # fmt: skip
+        start = time.monotonic()
+        extract_answer(text)
+        assert time.monotonic() - start < 10.0  # It takes about 1 s, while a quadratic scan would take hours.
 
 
 @settings(max_examples=200, deadline=None)
@@ -148,15 +128,6 @@ def test_plain_answers_start_no_worker():
 # ---- the algebra
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.fractions(-50, 50, max_denominator=40), st.fractions(-50, 50, max_denominator=40))
-def test_fractions(shared, gold, other):
-    latex = lambda x, factor: rf"\frac{{{factor * x.numerator}}}{{{factor * x.denominator}}}"
-    answers = [latex(gold, 3), f"{gold.numerator}/{gold.denominator}", latex(other, 3)]
-    verdicts = shared.check([box(answer) for answer in answers], [latex(gold, 1)] * 3)
-    assert [verdict.correct for verdict in verdicts] == [True, True, gold == other]
-
-
 def test_order(shared):
     """Verdicts come in the order of the responses, whichever worker finishes first."""
     answers = [rf"\frac{{{i % 5}}}{{3}}" for i in range(40)]
@@ -178,36 +149,24 @@ def test_equal_pairs_are_asked_once(monkeypatch):
 # ---- hostile answers
 
 CANARY = "verifier_canary_was_here"
-HOSTILE = {
-    "power tower": "9^{9^{9^9}}",
-    "factorials": "((((9!)!)!)!)",
-    "memory": r"\operatorname{zeros}(100000,100000)",
-    "million factorial": "1000000!",
-    "large power": "3^{10^8}",
-    "tiny": "10^{-10^{10}}",
-    "exponent": "1E999999999",
-    "parentheses": "(" * 300 + "1" + ")" * 300,
-    "square roots": r"\sqrt{" * 140 + "2" + "}" * 140,
-    "million braces": "{" * 10**6 + "1" + "}" * 10**6,
-    "900 digits": r"\frac{" + "7" * 450 + "}{" + "3" * 450 + "}",
-    "null bytes": "7\0+\0",
-    "surrogate": "\ud800+1",
-    "newlines": '7\n["7","7"]\ntrue\n',
-    "unions": r"\cup".join(["(0,1)"] * 60),
-    "import": f"__import__('os').system('touch {CANARY}')",
-    "import in text": rf"\text{{__import__('os').system('touch {CANARY}')}}",
-    "open": f"open('{CANARY}','w')",
-    "operator": rf"\operatorname{{open}}('{CANARY}','w')",
-    "subscript": f"x_{{open('{CANARY}','w')}}",
-    "function": f"f(open('{CANARY}','w'))",
-    "variable": rf"\variable{{open('{CANARY}','w')}}",
-    "shell": rf"\write18{{touch {CANARY}}}",
-}
+HOSTILE = [
+    # what takes too long, or too much memory
+    "9^{9^{9^9}}", "((((9!)!)!)!)", "1000000!", "3^{10^8}", "10^{-10^{10}}", "1E999999999",
+    r"\operatorname{zeros}(100000,100000)", r"\cup".join(["(0,1)"] * 60), r"\frac{" + "7" * 450 + "}{" + "3" * 450 + "}",
+    "(" * 300 + "1" + ")" * 300, r"\sqrt{" * 140 + "2" + "}" * 140, "{" * 10**6 + "1" + "}" * 10**6,
+    # what could break the pipe to a worker
+    "7\0+\0", "\ud800+1", '7\n["7","7"]\ntrue\n',
+    # what runs if it is evaluated
+    f"__import__('os').system('touch {CANARY}')", rf"\text{{__import__('os').system('touch {CANARY}')}}",
+    f"open('{CANARY}','w')", rf"\operatorname{{open}}('{CANARY}','w')", f"x_{{open('{CANARY}','w')}}",
+    f"f(open('{CANARY}','w'))", rf"\variable{{open('{CANARY}','w')}}", rf"\write18{{touch {CANARY}}}",
+]  # fmt: skip
 
 
 def test_hostile_answers(tmp_path, monkeypatch):
     """Each is graded wrong, the honest answers among them right, in bounded time and memory, and none runs as code."""
     monkeypatch.chdir(tmp_path)  # Users may start a stage from any directory.
+    descriptors = len(os.listdir("/proc/self/fd"))
     with Verifier(num_workers=2, deadline=1.5, memory_bytes=1 << 30) as verifier:
         honest = verifier.check([box(f"x+{i}") for i in range(2)], [f"{i}+x" for i in range(2)])
         assert all(verdict.correct for verdict in honest)
@@ -215,12 +174,12 @@ def test_hostile_answers(tmp_path, monkeypatch):
             limits = pathlib.Path(f"/proc/{worker.process.pid}/limits").read_text()
             assert str(1 << 30) in re.search(r"Max address space.*", limits)[0]
         start = time.monotonic()
-        answers = [*HOSTILE.values(), r"2\pi/6", r"\pi-\frac{2\pi}{3}"]
+        answers = [*HOSTILE, r"2\pi/6", r"\pi-\frac{2\pi}{3}"]
         *verdicts, last, least = verifier.check([box(answer) for answer in answers], [r"\frac{\pi}{3}"] * len(answers))
         assert time.monotonic() - start < 60
-    for name, verdict in zip(HOSTILE, verdicts, strict=True):
-        assert not verdict.correct, name
-        assert len(verdict.extracted) <= MAX_CHARS
+        pids = [worker.process.pid for worker in verifier._workers]
+    assert wait_until_gone(pids, 5) and len(os.listdir("/proc/self/fd")) == descriptors
+    assert not any(verdict.correct or len(verdict.extracted) > MAX_CHARS for verdict in verdicts), verdicts
     assert last.correct and least.correct
     assert {verdict.how for verdict in verdicts} == {"fast", "math_verify", "timeout", "too_long", "error"}
     # This process runs in the first of these directories, the workers run in the second.
@@ -291,8 +250,6 @@ def test_a_killed_worker_is_replaced():
         killer.join()
         assert [verdict.correct for verdict in verdicts] == [True] * 30
         assert not any(map(alive, pids))
-        pids = [worker.process.pid for worker in verifier._workers if worker.process]
-    assert wait_until_gone(pids, 5)
 
 
 def test_a_worker_without_memory_is_replaced():
@@ -351,22 +308,6 @@ with Verifier(num_workers=2, deadline=3.0) as verifier:
     assert all(map(alive, pids)), "workers that end by themselves would be replaced and their pairs asked again"
     assert parent.communicate(timeout=20)[1].rstrip().endswith("KeyboardInterrupt")
     assert not any(map(alive, pids))
-
-
-@pytest.mark.rest
-def test_short_soak():
-    """2,000 gradings end with the processes and descriptors of the first. results/verifier/soak.md tells of more."""
-    with Verifier(num_workers=2, deadline=20.0) as verifier:
-        verifier.check([box("x+1"), box("x+2")], ["1+x", "2+x"])
-        pids, descriptors = [worker.process.pid for worker in verifier._workers], len(os.listdir("/proc/self/fd"))
-        for start in range(0, 2000, 250):
-            values = range(start, start + 250)
-            answers = [rf"\frac{{{i}}}{{7}}" if i % 50 == 0 else str(i) for i in values]
-            golds = [rf"\frac{{{2 * i}}}{{14}}" if i % 50 == 0 else f"0{i}" for i in values]
-            assert all(verdict.correct for verdict in verifier.check([box(answer) for answer in answers], golds))
-        assert [worker.process.pid for worker in verifier._workers] == pids
-        assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert wait_until_gone(pids, 5)
 
 
 def check_with_worker(script: str, monkeypatch, tmp_path) -> list[Verdict]:
