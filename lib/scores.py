@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common import InputError, Problem, TrainingConfig
 from lib.data import load_problems, tokenize_prompts
-from lib.engines import Sampling, TorchEngine, VLLMEngine
+from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
 from lib.policy import Policy
 from lib.rollouts import grade, sample_rollouts
 from lib.samples import as_sample
@@ -83,6 +83,7 @@ def validation_sets(
             )
         problems = load_problems(source, quiet=True, argument="--validate")
         prompts = tokenize_prompts(tokenizer, problems, cfg)
+        check_lengths(cfg, cfg.model, prompts.values())
         sets[name] = problems, prompts
     return sets
 
