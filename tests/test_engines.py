@@ -1,6 +1,7 @@
 """The sampler: its logprobs are the model's, its greedy output is `generate`'s, its samples depend on their seeds alone."""
 
 import copy
+import json
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, tiny_model, write_checkpoint
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig
+from tokenizers import Tokenizer
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, PreTrainedTokenizerFast
 
 import teacher_grpo
 from common import InputError
@@ -163,6 +165,20 @@ def test_both_engines_end_at_the_same_tokens(tmp_path, monkeypatch):
     assert {options["max_model_len"] for options in made} == {SIZES["max_position_embeddings"]}
 
 
+def test_another_checkpoint_brings_its_weights_and_its_ends(tmp_path):
+    """And the texts that end a response stay."""
+    engine = TorchEngine(tiny_model(seed=5), TOKENIZER, stop=("*",))
+    other = tiny_model(seed=7)
+    other.generation_config.eos_token_id = [1, 9]
+    other.save_pretrained(tmp_path)
+    engine.load(str(tmp_path), TOKENIZER)
+    assert engine.stop_ids.tolist() == [1, 9, toy.VOCABULARY.index("*")]
+    [group] = engine.generate(PROMPTS[:1], [list(range(9))], Sampling(12))
+    for completion in group:
+        expected = model_logprobs(other, PROMPTS[0], completion.token_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+
+
 def test_a_model_is_not_asked_for_more_positions_than_it_has(tmp_path):
     cfg = teacher_grpo.Config("", data="", out="", max_response_tokens=100)
     model = write_checkpoint(tmp_path)
@@ -188,7 +204,9 @@ def test_an_engine_that_cannot_be_had_is_refused(monkeypatch):
 
 def test_tokens_beyond_gaps_in_the_ids_are_known(tmp_path):
     """A tokenizer's length counts its tokens. Where ids are skipped, the largest id is not below it."""
-    tokenizer = with_a_gap()
+    content = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    content["model"]["vocab"]["far"] = len(toy.VOCABULARY) + 2  # the two ids before it are unused
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=toy.EOS)
     size = vocab_size(tokenizer)
     assert size == len(toy.VOCABULARY) + 3 and len(tokenizer) == len(toy.VOCABULARY) + 1
     engine = TorchEngine(tiny_model(vocab_size=size + 5), tokenizer)
@@ -199,16 +217,3 @@ def test_tokens_beyond_gaps_in_the_ids_are_known(tmp_path):
     tiny_model(vocab_size=size - 1).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"knows {size - 1} tokens and its tokenizer has {size}"):
         check_checkpoint(str(tmp_path), size)
-
-
-def with_a_gap():
-    """The toy's tokenizer with one more token, whose id is two beyond the next one."""
-    import json
-
-    import tokenizers
-
-    tokenizer = copy.deepcopy(TOKENIZER)
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["model"]["vocab"]["far"] = len(toy.VOCABULARY) + 2
-    tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    return tokenizer
