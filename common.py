@@ -206,9 +206,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Span:
-    """Successive positions of a pack. They attend to the prefix, which is another stretch of it, and, causally, to each
-    other.
-    """
+    """Successive positions of a pack, which attend to its prefix, another stretch of the pack, and causally to themselves."""
 
     start: int
     length: int
@@ -221,9 +219,18 @@ class Batch:
     """Rollouts packed one after another without padding: what one forward and backward pass works on.
 
     Responses to one prompt may share it: the prompt is packed once, and each response after it is a span that has the
-    prompt as its prefix. Positions of a response continue those of its prompt, and nothing else is attended to. Which
-    positions are trained follows from the lengths of prompts and responses, not from looking for padding tokens, so
-    that an end-of-sequence token is trained like any other.
+    prompt as its prefix. For the prompt x1 x2 and its responses a1 a2 a3 and b1 b2 b3 these are six tokens:
+
+        position       0     1      2     3     4     5
+        input_ids      x1    x2     a1    a2    b1    b2
+        position_ids   0     1      2     3     2     3
+        span           1st   1st    2nd   2nd   3rd   3rd   (the 2nd and the 3rd have the 1st as their prefix)
+        predicts             a1 b1  a2    a3    b2    b3
+
+    Hence targets = [a1, a2, a3, b1, b2, b3] and predicted_at = [1, 2, 3, 1, 4, 5].
+
+    Which positions are trained follows from the lengths of prompts and responses, not from looking for padding tokens,
+    so that an end-of-sequence token is trained like any other.
     """
 
     input_ids: Tensor  # (1, T) prompts and responses, without a response's last token: nothing after it is predicted

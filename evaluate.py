@@ -220,7 +220,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
     for model in cfg.models:
         tokenizer = data.load_tokenizer(model, "--models")
         data.stop_tokens(tokenizer, cfg.stop)
-        check_checkpoint(model, len(tokenizer), packs=False)
+        check_checkpoint(model, data.vocab_size(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
             check_lengths(cfg, model, data.tokenize_prompts(tokenizer, problems, cfg).values())

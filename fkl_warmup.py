@@ -82,8 +82,7 @@ def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
     softmaxes leave the padding out.
     """
-    with torch.no_grad():
-        teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V_T, D_T)
+    teacher_hidden, teacher_weight = teacher.hidden_states(batch)  # (N, D_T), (V_T, D_T)
 
     def head(hidden, weight):
         return fused_linear_kl(
@@ -191,6 +190,7 @@ def main(cfg: Config) -> None:
         if cfg.loss == "fkl":
             teacher = load_policy(cfg.teacher, cfg, trainable=False)
         policy = load_policy(cfg.model, cfg, trainable=True)
+        vocab_size = data.vocab_size(tokenizer)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
@@ -208,7 +208,7 @@ def main(cfg: Config) -> None:
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.loss == "fkl":
-                        loss = forward_kl_loss(policy, teacher, batch, len(tokenizer)).loss
+                        loss = forward_kl_loss(policy, teacher, batch, vocab_size).loss
                     else:
                         loss = sft_loss(policy, batch)
                     (loss / num_tokens).backward()

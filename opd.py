@@ -86,8 +86,7 @@ def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: in
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
     softmaxes leave the padding out. The targets, which are the sampled tokens, do not enter the loss, only the log.
     """
-    with torch.no_grad():
-        teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V_T, D_T)
+    teacher_hidden, teacher_weight = teacher.hidden_states(batch)  # (N, D_T), (V_T, D_T)
 
     def head(hidden, weight):
         return fused_linear_kl(
@@ -181,6 +180,7 @@ def main(cfg: Config) -> None:
         torch.manual_seed(cfg.seed)
         teacher = load_policy(cfg.teacher, cfg, trainable=False)
         policy = load_policy(cfg.model, cfg, trainable=True)
+        vocab_size = data.vocab_size(tokenizer)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
@@ -209,9 +209,9 @@ def main(cfg: Config) -> None:
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.estimator == "full":
-                        result = exact_kl_loss(policy, teacher, batch, len(tokenizer))
+                        result = exact_kl_loss(policy, teacher, batch, vocab_size)
                     else:
-                        result = sampled_kl_loss(policy, teacher, batch, len(tokenizer), cfg.importance_cap)
+                        result = sampled_kl_loss(policy, teacher, batch, vocab_size, cfg.importance_cap)
                     (result.loss / num_tokens).backward()
                     loss_sum += result.loss.item()
                     statistics.append(token_statistics(result, batch))

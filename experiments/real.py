@@ -43,7 +43,7 @@ from kernels import fused_linear_kl
 from lib.data import load_problems, load_tokenizer, tokenize_prompts
 from lib.engines import Sampling, TorchEngine
 from lib.packing import make_batches
-from lib.policy import Policy, decoder_layers, load_causal_lm
+from lib.policy import Policy, load_causal_lm
 from lib.rollouts import sample_rollouts
 
 PREFIX = Path(__file__).parent / "real_prefix.txt"
@@ -148,7 +148,7 @@ def choose_layers(model, rollouts: list[Rollout], vocab_size: int, count: int) -
     The KL is taken at the tokens of `rollouts`, which the whole model has sampled. After the first round only the
     layers that do least harm alone are tried, which saves most of the time.
     """
-    policy, layers = Policy(model), decoder_layers(model)
+    policy, layers = Policy(model), model.model.layers
     batches = make_batches(rollouts, 4096, torch.device("cpu"), share_prompts=True)
     whole = [policy(batch, lambda hidden, weight: hidden.clone()) for batch in batches]  # (N, D) each
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
@@ -186,7 +186,7 @@ def make_student(cfg: Config, out: Path) -> None:
         rollouts = sample(model, tokenizer, out / "healing.jsonl", problems=8, samples=4, seed=cfg.seed)
         removed = choose_layers(model, rollouts, len(tokenizer), cfg.drop_layers)
         model = load_causal_lm(cfg.teacher, torch.float32, torch.device("cpu"))
-        kept = [layer for n, layer in enumerate(decoder_layers(model)) if n not in removed]
+        kept = [layer for n, layer in enumerate(model.model.layers) if n not in removed]
         model.model.layers = torch.nn.ModuleList(kept)
         model.config.num_hidden_layers = len(kept)
         if getattr(model.config, "layer_types", None):

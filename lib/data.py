@@ -371,6 +371,11 @@ def end_tokens(
     return sorted({tokenizer.eos_token_id, *configured, *stop_tokens(tokenizer, stop)} - {None})
 
 
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than a tokenizer's largest id: len(tokenizer) is less where some ids below it are unused."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
     """The tokens whose own text contains one of the texts of --stop. InputError for an empty text, and for one that no
     token contains.
@@ -381,7 +386,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[
         raise InputError(
             "--stop '' is empty and could end no response; give a text, such as '\\n', or leave --stop out"
         )
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))]) if stop else []
+    texts = tokenizer.batch_decode([[token] for token in range(vocab_size(tokenizer))]) if stop else []
     found = {text: {token for token, own in enumerate(texts) if text in own} for text in stop}
     for text, tokens in found.items():
         if not tokens:

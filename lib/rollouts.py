@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common import InputError, Problem, Rollout, barrier, map_over_ranks, on_rank_0, request_seed
+from lib.data import vocab_size
 from lib.engines import Completion, Sampling, TorchEngine, VLLMEngine
 from lib.rewards import Reward
 from lib.verifier import Verifier
@@ -38,9 +39,8 @@ def sample_rollouts(
         groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: (r[0].id, r[1] // n))]
         ids = [prompts[group[0][0].id] for group in groups]
         seeds = [[request_seed(*seed_key, problem.id, number) for problem, number in group] for group in groups]
-        completions = [
-            known_tokens(c, len(engine.tokenizer)) for group in engine.generate(ids, seeds, sampling) for c in group
-        ]
+        size = vocab_size(engine.tokenizer)
+        completions = [known_tokens(c, size) for group in engine.generate(ids, seeds, sampling) for c in group]
         texts = engine.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         return [
             Rollout(problem, number % n, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)

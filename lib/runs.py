@@ -46,7 +46,14 @@ from common import (
     progress_bar,
     rank,
 )
-from lib.data import check_same_tokenizer, load_tokenizer, load_training_problems, stop_tokens, tokenize_prompts
+from lib.data import (
+    check_same_tokenizer,
+    load_tokenizer,
+    load_training_problems,
+    stop_tokens,
+    tokenize_prompts,
+    vocab_size,
+)
 from lib.engines import check_engine, check_lengths
 from lib.files import drop_steps
 from lib.lineage import file_sha256, new_record, read_record, read_run
@@ -78,7 +85,7 @@ def prepare(
     if teacher:
         check_same_tokenizer(cfg.model, teacher, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
-        check_checkpoint(model, len(tokenizer))
+        check_checkpoint(model, vocab_size(tokenizer))
     prompts = tokenize_prompts(tokenizer, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from common import InputError, Problem, Rollout, TrainingConfig, on_rank_0, print0, rank
 from lib import verifier
 from lib.data import load_problems, tokenize_prompts
-from lib.engines import Sampling, TorchEngine, VLLMEngine
+from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
 from lib.files import json_lines, whole
 from lib.policy import Policy
 from lib.rewards import Reward
@@ -203,7 +203,9 @@ def validation_sets(
         if name in sets:
             raise InputError(f"--validate {list(cfg.validate)}: two sets are called {name!r}; rename a file")
         problems = load_problems(source, quiet=True, argument="--validate")
-        sets[name] = problems, tokenize_prompts(tokenizer, problems, cfg)
+        prompts = tokenize_prompts(tokenizer, problems, cfg)
+        check_lengths(cfg, cfg.model, prompts.values())
+        sets[name] = problems, prompts
     return sets
 
 

@@ -38,8 +38,8 @@ shard, optimizer_step = lib.policy.shard, common.optimizer_step
 computed_in, gradients, shapes = None, {}, []
 
 
-def shard_in(policy, mesh, compute):
-    shard(policy, mesh, computed_in)
+def shard_in(policy, compute):
+    shard(policy, computed_in)
 
 
 def recorded_step(policy, *arguments):
