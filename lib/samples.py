@@ -143,7 +143,8 @@ class SampleFile:
 
     def _as_rollout(self, sample: dict) -> Rollout:
         problem = self.problems[sample["id"]]
-        return Rollout(problem, sample["sample"], [], [], [], sample["finish_reason"], sample["response"])
+        tokens = [0] * sample["tokens"]  # their number is all that a grader may ask for
+        return Rollout(problem, sample["sample"], [], tokens, [], sample["finish_reason"], sample["response"])
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Keeps all `k` graded rollouts of some missing problems."""
