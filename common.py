@@ -66,7 +66,7 @@ class SamplerConfig:
     kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
     cpu_bfloat16: bool = False  # compute in bfloat16 on a CPU too: about twice as fast on many, but less exact
-    reward: str | None = None  # FILE.py:function that rewards a response in place of the verifier; it is run as code
+    reward: str | None = None  # FILE.py:function whose value is the reward, also of cut responses; it is run as code
     seed: int = 0  # decides the order of the data and every sampled response
 
 
@@ -101,15 +101,23 @@ class AlreadyFinished(InputError):
     """With --resume there is nothing left to do, which is no fault: the sentence is printed, and the exit status is 0."""
 
 
+POSITIVE = {"temperature", "top_p", "clip_ratio", "importance_cap", "lr", "max_grad_norm", "kv_cache_gib"}
+
+
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
-    """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive."""
-    allowed = {"seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
-    for name, value in dataclasses.asdict(cfg).items():
+    """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive.
+
+    Whole numbers are counts and must be positive, apart from seeds and warmup steps. Of the others only those in
+    POSITIVE must be, so that a coefficient which somebody adds may be 0.
+    """
+    for field_ in dataclasses.fields(cfg):
+        name, value = field_.name, getattr(cfg, field_.name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # -1: all tokens
             flag = f"--{name.replace('_', '-')} {value}"
-            if value < 0 or (value == 0 and name not in allowed):
-                least = "zero or more" if name in allowed else "a number above zero"
-                raise InputError(f"{flag} is too small; give {least}")
+            coefficient = "float" in str(field_.type) and name not in POSITIVE
+            zero = coefficient or name == "seed" or name.endswith("warmup_steps") or name in may_be_zero
+            if value < 0 or (value == 0 and not zero):
+                raise InputError(f"{flag} is too small; give {'zero or more' if zero else 'a number above zero'}")
             if not value < 2**32:  # the end of NumPy's seeds, to which vLLM passes ours on; all else is far below it
                 raise InputError(f"{flag} is not a number below {2**32}; give one")
 
@@ -193,15 +201,10 @@ class Rollout:
     logprobs: list[float]  # log-probability of each response token, as the sampler computed it
     finish_reason: str  # "stop" at an end-of-sequence token, "length" at the limit
     text: str  # the decoded response, without special tokens
-    correct: bool | None = None  # whether the verifier found the right answer in it
-    how: str = ""  # how the verifier decided (lib.verifier.Verdict)
-    reward: float | None = None  # that of --reward; None means 1 if correct, else 0
+    correct: bool | None = None  # the grader's verdict on its answer (lib.rewards)
+    how: str = ""  # how that was decided: "reward" by --reward alone, else a `how` of lib.verifier.Verdict
+    reward: float | None = None  # R(x, y): what --reward returned, then the reward that GRPO used
     advantage: float = 0.0  # its reward relative to its group, which GRPO gives to each of its tokens
-
-    def earned(self, require_finished: bool) -> float:
-        """R(x, y): the reward, which a response cut at the length limit does not get if it is `require_finished`."""
-        reward = float(bool(self.correct)) if self.reward is None else self.reward
-        return reward if self.finish_reason == "stop" or not require_finished else 0.0
 
 
 @dataclass(frozen=True)

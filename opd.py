@@ -52,8 +52,8 @@ from lib.engines import Sampling, make_engine
 from lib.lineage import last_rl_stage
 from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
-from lib.rewards import make_grader
-from lib.rollouts import grade, sample_rollouts
+from lib.rewards import grade, make_grader
+from lib.rollouts import sample_rollouts
 from lib.runs import Run, prepare
 from lib.scores import Validation
 
@@ -101,9 +101,9 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
     Its gradient is -w (log pi_T(y_t) - log pi_theta(y_t)) grad log pi_theta(y_t), that of a policy gradient with the
     bracket as dense reward. (The paper's r_T lacks its second term.) The weight w is the ratio of the token's
-    probability in the trainer to that in the sampler, at most `importance_cap`. The loss's value means nothing. `kl` in
-    the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without those weights, and
-    biased unless the sampling temperature is 1.
+    probability in the trainer to that in the sampler, at most `importance_cap`. Only the gradient is meaningful, not the
+    loss value. `kl` in the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without
+    those weights, and biased unless the sampling temperature is 1.
     """
 
     def head(hidden, weight):
@@ -121,7 +121,7 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
     """What is logged of one micro-batch, before the step's update: sums over its tokens, and maxima.
 
-    Log-probabilities, KL and entropy are in nats, at temperature 1; of outliers the fraction is logged in the end.
+    Log-probabilities, KL and entropy are in nats, at temperature 1. Outliers are logged as a fraction of tokens.
     The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is a
     noisy -KL, but its spread and its outliers show how well condition C2 holds.
     """
@@ -175,7 +175,7 @@ def report_c1(teacher_record: dict) -> None:
 def main(cfg: Config) -> None:
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
 
-    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as verifier:
+    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as grader:
         report_c1(run.record["parents"]["teacher"])
         torch.manual_seed(cfg.seed)
         teacher = load_policy(cfg.teacher, cfg, trainable=False)
@@ -184,7 +184,7 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
-        validation = Validation(cfg, tokenizer, engine, verifier, run)
+        validation = Validation(cfg, tokenizer, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
 
@@ -200,7 +200,7 @@ def main(cfg: Config) -> None:
                 )
                 engine.sleep()
             with run.phase("verify"):
-                grade(rollouts, verifier)
+                grade(rollouts, grader)
 
             # 2. Move the student towards the teacher's distributions at the student's states.
             num_tokens = common.count_tokens(rollouts)  # of the whole update: every rank has all rollouts
@@ -215,7 +215,7 @@ def main(cfg: Config) -> None:
                     (result.loss / num_tokens).backward()
                     loss_sum += result.loss.item()
                     statistics.append(token_statistics(result, batch))
-                release(teacher)  # its output matrix, which stays gathered after a forward pass without a backward
+                release(teacher)  # without a backward pass FSDP2 keeps the output matrix gathered
                 grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
 
             # 3. Log and save.

@@ -153,7 +153,6 @@ class Run:
         self.save_every, self.export_every = cfg.save_every, cfg.export_every
         self.total_steps: int | None = None  # known once `steps` is called
         self._stopping = Stopping(f"the same command with --resume continues from what {self.partial} holds")
-        self._require_finished = getattr(cfg, "require_finished", False)
         self._lock = self._metrics = self._bar = None
         try:
             # Rank 0 reads and writes the files; the other ranks learn what it found.
@@ -403,7 +402,7 @@ class Run:
             tqdm.write(f"Validation after {steps} steps: {', '.join(said)}.")  # above the progress bar
 
     def _show_samples(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        lines = sample_lines(step, rollouts, self._require_finished)
+        lines = sample_lines(step, rollouts)
         with self._writing("samples.jsonl"), (self.partial / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         if step % self.save_every == 0:

@@ -160,7 +160,8 @@ class SampleFile:
 
         def outdated() -> list[Rollout]:
             return [
-                Rollout(problem, line["sample"], [], [], [], line["finish_reason"], line["response"])
+                # The number of tokens is all that a grader may ask about them.
+                Rollout(problem, line["sample"], [], [0] * line["tokens"], [], line["finish_reason"], line["response"])
                 for line in self.samples.values()
                 if (problem := self.problems[line["id"]]).answer != line["answer"] or line["grader"] != self.grader
             ]
@@ -173,7 +174,7 @@ class SampleFile:
         for rollout in rollouts if rank() == 0 else ():
             line = self.samples[rollout.problem.id, rollout.sample]
             changed += line["correct"] != rollout.correct
-            line |= as_sample(rollout) | {"tokens": line["tokens"], "grader": self.grader}
+            line |= as_sample(rollout) | {"grader": self.grader}
         on_rank_0(self._rewrite)
         print0(f"{self.path}: {len(rollouts)} samples graded again, because the grading has changed; {changed} differ")
 
