@@ -60,8 +60,8 @@ class Config(SamplerConfig):
 
 
 # The settings that decide what is sampled: samples that were made with others are not used again.
-DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "prefix", "instruction",
-            "system_prompt", "chat_template", "stop", "thinking", "cpu_bfloat16", "seed")  # fmt: skip
+DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "prompt",
+            "chat_template", "stop", "thinking", "cpu_bfloat16", "seed")  # fmt: skip
 
 
 class Engines:
@@ -198,7 +198,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
         )
     sample_directories(cfg.out, labels)
     check_decoding(cfg.top_p, cfg.top_k)
-    datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
+    datasets = {Path(source).stem: data.load_problems(source, reward=cfg.reward) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
     for model in cfg.models:

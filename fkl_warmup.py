@@ -65,7 +65,7 @@ class Config(TrainingConfig):
     rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
     keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from those with a right answer
-    passes: int = 1  # passes over the teacher rollouts (Table 9: 1 epoch)
+    passes: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
     mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
     rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
     temperature: float = 1.0  # the teacher's sampling temperature (Table 9)
@@ -107,8 +107,8 @@ def rollout_identity(cfg: Config, source_sha256: str, problems: Sequence[Problem
 
     `source_sha256` is the hash of the teacher, or of the file of texts.
     """
-    names = ("data", "half", "rollouts_per_prompt", "temperature", "max_response_tokens", "prefix",
-             "instruction", "system_prompt", "chat_template", "stop", "thinking", "reward", "seed")  # fmt: skip
+    names = ("data", "half", "rollouts_per_prompt", "temperature", "max_response_tokens", "prompt",
+             "chat_template", "stop", "thinking", "reward", "seed")  # fmt: skip
     digest = hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest()
     identity = {"teacher_sha256": source_sha256, "problems": digest, "reward_sha256": reward_sha256(cfg)}
     return identity | {name: getattr(cfg, name) for name in names}

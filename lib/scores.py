@@ -81,7 +81,7 @@ def validation_sets(
             raise InputError(
                 f"--validate {list(cfg.validate)}: two sets have one name, and their scores need two; rename a file"
             )
-        problems = load_problems(source, quiet=True, argument="--validate")
+        problems = load_problems(source, quiet=True, argument="--validate", reward=cfg.reward)
         prompts = tokenize_prompts(tokenizer, problems, cfg)
         sets[name] = problems, prompts
     return sets

@@ -133,7 +133,7 @@ def find_warnings(lines: Sequence[dict]) -> dict[str, str]:
     elif all_at_least("no_answer", NEARLY_ALL):
         found["no answer"] = (
             f"nearly no response {steps} had a \\boxed answer; see in samples.jsonl what the model writes instead, and "
-            "whether --instruction asks for a box"
+            "whether --prompt asks for a box"
         )
     elif all_at_least("frac_reward_zero_std", NEARLY_ALL):
         if not any(rewards):

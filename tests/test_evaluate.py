@@ -216,12 +216,12 @@ def test_samples_of_another_data_set_of_the_same_name_and_size_are_not_used(stud
     assert list(scored) == sampled[4:]
 
     # Another wording of the prompts is another data set for the model, too.
-    evaluate.main(config(tmp_path / "report", [student], data, instruction=" ?"))
+    evaluate.main(config(tmp_path / "report", [student], data, prompt="{problem} ?"))
     changed = write_checkpoint(tmp_path / "student", seed=1, head_dim=32)
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "<|user|><|user|>")
     tokenizer.save_pretrained(changed)
-    evaluate.main(config(tmp_path / "report", [changed], data, instruction=" ?"))
+    evaluate.main(config(tmp_path / "report", [changed], data, prompt="{problem} ?"))
     assert len(sampled) == 4 * 4
 
 

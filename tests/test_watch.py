@@ -123,7 +123,7 @@ KIND = {
     "reward 0": (GRPO, dict(reward=0.0, frac_reward_zero_std=1.0), "had the reward 0"),
     "reward 1": (GRPO, dict(reward=1.0, frac_reward_zero_std=1.0), "nothing is left to learn"),
     "cut": (OPD, dict(truncated=0.99, no_answer=1.0), "--max-response-tokens"),
-    "no answer": (OPD, dict(no_answer=1.0), "--instruction"),
+    "no answer": (OPD, dict(no_answer=1.0), "--prompt"),
     "kl": (GRPO, dict(kl_to_reference=6.0), "lower --lr, or raise --kl-coef"),
     "entropy": (GRPO, dict(entropy=0.002), "entropy has fallen from 0.035 to 0.002"),
 }
