@@ -51,14 +51,12 @@ INSTRUCTION = "\n\nLet's think step by step and output the final answer within \
 
 @dataclass
 class SamplerConfig:
-    """How prompts are worded and where responses are sampled: the same in training and in the evaluation."""
+    """How prompts are written and where responses are sampled: the same in training and in the evaluation."""
 
     _: KW_ONLY
     out: str  # directory to write
-    prefix: str = ""  # text before each problem, such as worked examples; @FILE, here and in the next two, reads a file
-    instruction: str = INSTRUCTION  # text appended to each problem (authors' earlier code; not given in this paper)
-    system_prompt: str = ""  # text for the system's turn of the chat template; by default there is no such turn
-    chat_template: bool = True  # word prompts with the tokenizer's chat template, if it has one, or as plain text
+    prompt: str = "{problem}" + INSTRUCTION  # what is asked, with {problem} in it (authors' earlier code); or @FILE
+    chat_template: bool = True  # render prompts with the tokenizer's chat template, if it has one, or as plain text
     stop: tuple[str, ...] = ()  # texts that end a response, such as "\n": with the first token that contains one
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
@@ -78,7 +76,7 @@ class TrainingConfig(SamplerConfig):
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
     exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
-    max_steps: int | None = None  # stop after this many steps, before the passes over the data are complete
+    max_steps: int | None = None  # number of steps, in the place of --passes; the data are repeated as needed
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls towards a tenth of --lr; not in the paper
     warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code; not in this paper)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
@@ -161,20 +159,18 @@ def cli(main: Callable, config: type) -> None:
 
 
 def read_texts(cfg) -> None:
-    """Puts the text of the file in the place of each `@FILE`, and a newline in the place of a backslash and an n.
+    """Replaces a --prompt that is @FILE by the file's text without its last line break, and \\n in --stop by a newline.
 
-    So the settings hold all that decides a response, and are recorded whole. InputError for a file that is no text.
+    So the settings hold all that decides a response, and are recorded whole. InputError for a prompt without {problem}.
     """
-    for name in ("prefix", "instruction", "system_prompt"):
-        value = getattr(cfg, name, "")
-        if value.startswith("@"):
-            try:
-                with open(os.path.expanduser(value[1:]), encoding="utf-8") as file:
-                    setattr(cfg, name, file.read())
-            except (OSError, UnicodeDecodeError) as error:
-                why = getattr(error, "strerror", None) or first_line(error)
-                flag = f"--{name.replace('_', '-')} {value}"
-                raise InputError(f"{flag}: the file cannot be read as text ({why}); check its path") from None
+    if hasattr(cfg, "prompt"):
+        if cfg.prompt.startswith("@"):
+            with open(os.path.expanduser(cfg.prompt[1:]), encoding="utf-8") as file:
+                cfg.prompt = file.read().removesuffix("\n")
+        if "{problem}" not in cfg.prompt:
+            raise InputError(
+                f"--prompt {cfg.prompt[:40]!r} does not say where the problem goes; write {{problem}} there"
+            )
     if hasattr(cfg, "stop"):
         cfg.stop = tuple(text.replace("\\n", "\n") for text in cfg.stop)
 
@@ -185,7 +181,7 @@ def read_texts(cfg) -> None:
 @dataclass(frozen=True)
 class Problem:
     id: str  # the same for a problem in every data set, however it is typeset; see lib.ids
-    prompt: str  # its text; of several chat messages that of the last, and all of them stand in the row
+    prompt: str  # its text, without --prompt; of several chat messages that of the last (all of them are in the row)
     answer: str
     row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own
 

@@ -214,7 +214,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
         )
     sample_directories(cfg.out, labels)
-    datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
+    datasets = {Path(source).stem: data.load_problems(source, reward=cfg.reward) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
     for model in cfg.models:

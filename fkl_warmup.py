@@ -65,7 +65,7 @@ class Config(TrainingConfig):
     rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
     keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from right and finished ones
-    passes: int = 1  # passes over the teacher rollouts (Table 9: 1 epoch)
+    passes: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
     mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
     rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
     temperature: float = 1.0  # the teacher's sampling temperature (Table 9)

@@ -63,7 +63,7 @@ class Config(TrainingConfig):
     model: str  # student to train: a directory (the warmup's, for the two-stage bridge), or a name on the hub
     teacher: str  # teacher to learn from, with the student's tokenizer
     estimator: Literal["full", "sampled"] = "full"  # KL over the whole vocabulary, or from the sampled token alone
-    passes: int = 1  # passes over the data (Table 9: 1 epoch)
+    passes: int = 1  # passes over the data, without --max-steps (Table 9: 1 epoch)
     prompts_per_step: int = 64  # prompts in an update (Table 9: mini-batch)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt (Table 9)
     temperature: float = 1.0  # the student's sampling temperature (Table 9)

@@ -34,7 +34,7 @@ class Config(teacher_grpo.Config):
 
 
 def main(cfg: Config) -> None:
-    problems = data.load_training_problems(cfg.data, cfg.half, cfg.exclude, cfg.validate)
+    problems = data.load_training_problems(cfg)
     data.load_tokenizer(cfg.model)  # raises if there is no such checkpoint
     consumed = common.on_rank_0(lambda: consumed_problems(read_lineage(cfg.model)))
     seen = sum(problem.id in consumed for problem in problems)

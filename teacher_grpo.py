@@ -55,7 +55,7 @@ from lib.scores import Validation
 @dataclass
 class Config(TrainingConfig):
     model: str  # checkpoint to train: a directory, or a name on the hub
-    passes: int = 10  # passes over the data (Table 8: "GRPO epochs")
+    passes: int = 10  # passes over the data, without --max-steps (Table 8: "GRPO epochs")
     prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches of Table 8 (authors' earlier code)
     mini_batch_prompts: int = 8  # prompts in an optimizer step (Table 8)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt, the group (G; not given in Table 8)

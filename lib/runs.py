@@ -76,17 +76,16 @@ def prepare(
     the model learns from; `sampled` the one that responses are sampled from (by default the model).
     """
     check_settings(cfg)
-    if cfg.passes > 1000 and cfg.max_steps is None:  # the order of the data is made before the first step
-        raise InputError(f"--passes {cfg.passes} is more than 1000; give fewer, or say with --max-steps when to stop")
     tokenizer = load_tokenizer(cfg.model)
     stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
-    problems = load_training_problems(cfg.data, cfg.half, cfg.exclude, cfg.validate)
+    problems = load_training_problems(cfg)
     if teacher:
         check_same_tokenizer(cfg.model, teacher, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
         check_checkpoint(model, vocab_size(tokenizer))
-    prompts = tokenize_prompts(tokenizer, problems, cfg)
+    prompts = tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
+    problems = [problem for problem in problems if problem.id in prompts]
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())
     for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):

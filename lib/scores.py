@@ -203,7 +203,7 @@ def validation_sets(
         name = Path(source).stem
         if name in sets:
             raise InputError(f"--validate {list(cfg.validate)}: two sets are called {name!r}; rename a file")
-        problems = load_problems(source, quiet=True, argument="--validate")
+        problems = load_problems(source, quiet=True, argument="--validate", reward=cfg.reward)
         prompts = tokenize_prompts(tokenizer, problems, cfg)
         check_lengths(cfg, cfg.model, prompts.values())
         sets[name] = problems, prompts

@@ -123,8 +123,8 @@ def find_warnings(lines: Sequence[dict]) -> dict[str, str]:
         )
     elif all_in("no_answer", NEARLY_ALL, 1):
         found["no answer"] = (
-            "nearly no response had a \\boxed answer; see in samples.jsonl what the model writes instead, and whether the "
-            "prompt asks for a box"
+            "nearly no response had a \\boxed answer; see in samples.jsonl what the model writes instead, and whether "
+            "--prompt asks for a box"
         )
     elif all_in("frac_reward_zero_std", NEARLY_ALL, 1):
         found["no spread"] = (

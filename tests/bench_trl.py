@@ -179,7 +179,7 @@ def ours(case: str, directory: Path, options: argparse.Namespace) -> dict:
     what, prompts, samples = CASES[case]
     student, teacher = checkpoints(directory, options)
     settings = dict(
-        model=student, data=str(directory / "problems.jsonl"), out=str(directory / "out"), exclude=(), instruction="",
+        model=student, data=str(directory / "problems.jsonl"), out=str(directory / "out"), exclude=(), prompt="{problem}",
         max_prompt_tokens=256 if options.model else 16, max_response_tokens=options.tokens, lr=1e-6, passes=1000,
         max_steps=options.warmup + options.steps, save_every=10**6, engine="torch", prompts_per_step=prompts,
         rollouts_per_prompt=samples, micro_batch_tokens=options.micro_batch_tokens,

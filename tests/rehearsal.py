@@ -164,7 +164,7 @@ def leave_checkpoint(module, cfg) -> None:
     """What follows finds a checkpoint as this stage would have written it, without weights."""
     parents = {role: getattr(cfg, role) for role in ("model", "teacher") if hasattr(cfg, role)}
     record = lib.lineage.new_record(cfg, parents)
-    problems = lib.data.load_training_problems(cfg.data, cfg.half, cfg.exclude)
+    problems = lib.data.load_training_problems(cfg)
     line = {"step": 0, "reward": 0.5} if hasattr(cfg, "kl_coef") else {"step": 0, "reverse_kl": 0.5}
     out = Path(cfg.out)
     shutil.rmtree(f"{out}.partial")

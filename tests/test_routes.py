@@ -94,12 +94,12 @@ def test_the_pretrained_model_is_asked_in_the_same_words_everywhere():
     written = [options["out"] for script, options in commands if script != "evaluate"]
     made = {path.removeprefix("runs/none/seed0/") for path in written}
     assert len(written) == len(made) and made == {f"1H/{name}" for name in REAL}
-    words = shlex.split(shlex.join(real.WORDING).replace(str(real.PREFIX), "experiments/real_prefix.txt"))
+    words = shlex.split(shlex.join(real.WORDING).replace(str(real.PROMPT), "experiments/real_prompt.txt"))
     wording = {name.removeprefix("--"): value for name, value in zip(words, words[1:]) if name.startswith("--")}
     wording["no-chat-template"] = ""
     for _, options in commands:
         assert {name: " ".join(shlex.split(options[name])) for name in wording} == wording
-    assert (ROOT / wording["prefix"].removeprefix("@")).is_file()
+    assert (ROOT / wording["prompt"].removeprefix("@")).is_file()
 
 
 @pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("real", "max-steps"), ("paper", "passes")])
@@ -146,11 +146,13 @@ def test_fresh_labels_and_replay_are_compared(chain, replayed, tmp_path, capsys)
     assert {"stage", "model weights", "teacher weights", "teacher", "rollouts_per_prompt"} <= other.keys()
     # A text of several lines stays in one line of the table.
     record = json.loads((replayed / "run.json").read_text())
-    record["config"]["prefix"] = "1+1=2\n2+2=4\n"
+    record["config"]["prompt"] = "1+1=2\n{problem}\n"
     shutil.copytree(replayed, tmp_path / "prefixed")
     (tmp_path / "prefixed" / "run.json").write_text(json.dumps(record))
     audit.main(audit.Config(compare=(str(replayed), str(tmp_path / "prefixed"))))
-    assert capsys.readouterr().out.splitlines()[2:] == [r"| prefix |  | 1+1=2\n2+2=4\n |"]
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        r"| prompt | {problem}\n\nLet's think step by step and output the final answer within \boxed{}. | 1+1=2\n{problem}\n |"
+    ]
 
 
 def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):  # noqa: F811

@@ -445,15 +445,15 @@ def test_every_stage_knows_that_it_is_finished(chain, student, teacher, problems
         assert not isinstance(error.value, AlreadyFinished)
 
 
-def test_the_text_of_a_prefix_is_recorded_and_resumed_with(student, problems, tmp_path, monkeypatch, capsys):
+def test_the_text_of_a_prompt_is_recorded_and_resumed_with(student, problems, tmp_path, monkeypatch, capsys):
     """Not the name of its file, which may change or go without changing a prompt."""
     monkeypatch.setattr(common, "exit_process", sys.exit)
     first, other = tmp_path / "first.txt", tmp_path / "other.txt"
-    first.write_text("1+1=2\n")
-    other.write_text("1+1=2\n")
+    first.write_text("1+1=2{problem}\n")
+    other.write_text("1+1=2{problem}\n")
 
-    def run(prefix: Path) -> int:
-        cfg = grpo(student, problems, tmp_path / "out", max_steps=1, prefix=f"@{prefix}", stop=(r"\n",), resume=True)
+    def run(prompt: Path) -> int:
+        cfg = grpo(student, problems, tmp_path / "out", max_steps=1, prompt=f"@{prompt}", stop=(r"\n",), resume=True)
         monkeypatch.setattr(sys, "argv", command_line(teacher_grpo, cfg)[1:])
         with pytest.raises(SystemExit) as exit:
             common.cli(teacher_grpo.main, teacher_grpo.Config)
@@ -461,11 +461,13 @@ def test_the_text_of_a_prefix_is_recorded_and_resumed_with(student, problems, tm
 
     assert run(first) == 0
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
-    assert recorded["prefix"] == "1+1=2\n" and recorded["stop"] == ["\n"]
+    assert recorded["prompt"] == "1+1=2{problem}" and recorded["stop"] == ["\n"]
     assert run(other) == 0 and "is already finished, with these settings" in capsys.readouterr().out
-    other.write_text("1+1=3\n")
+    other.write_text("1+1=3{problem}\n")
     assert run(other) == 2
-    assert r"had prefix = '1+1=2\n', now it is '1+1=3\n'; give the same settings" in capsys.readouterr().err
+    assert (
+        "had prompt = '1+1=2{problem}', now it is '1+1=3{problem}'; give the same settings" in capsys.readouterr().err
+    )
 
 
 # Bad input
@@ -499,7 +501,6 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
     taken.mkdir()
     missing, empty = str(tmp_path / "missing"), tmp_path / "empty"
     empty.mkdir()
-    plain = dict(system_prompt="x", chat_template=False)
     report = dict(out=str(out), models=(student,), data=(problems,))
     cases = [
         (teacher_grpo, grpo(missing, problems, out), "--model .*missing' is not a checkpoint directory"),
@@ -508,18 +509,16 @@ def test_bad_input_gives_one_sentence_before_any_model_is_loaded(student, teache
         (opd, distill(student, vocabulary, problems, out), "have different vocabularies .26 and 27 tokens, .*'new'"),
         (fkl_warmup, warmup(student, vocabulary, problems, out), "have different vocabularies"),
         (opd, distill(student, template, problems, out), "render prompts differently"),
-        (teacher_grpo, grpo(student, "dapoo", out), "--data 'dapoo' is no known data set"),
+        (teacher_grpo, grpo(student, "dapoo", out), "--data 'dapoo' is not a known data set"),
         (teacher_grpo, grpo(student, one, out, half="2H"), "--half 2H needs at least two problems"),
-        (teacher_grpo, grpo(student, problems, out, max_prompt_tokens=5), "more than --max-prompt-tokens 5"),
+        (teacher_grpo, grpo(student, problems, out, max_prompt_tokens=5), "longer than --max-prompt-tokens 5"),
         (teacher_grpo, grpo(student, problems, taken), "--out .*taken' already exists"),
         (student_grpo, grpo(missing, problems, out, student_grpo.Config), "--model .*missing'"),
         (teacher_grpo, grpo(student, problems, out, rollouts_per_prompt=1), "--rollouts-per-prompt"),
         (teacher_grpo, grpo(student, problems, out, temperature=0.0), "--temperature"),
-        (opd, distill(student, teacher, problems, out, stop=("xyz",)), "--stop 'xyz' stands in no single token"),
-        (fkl_warmup, warmup(student, teacher, problems, out, stop=("",)), "--stop '' is empty"),
-        (student_grpo, grpo(student, problems, out, student_grpo.Config, **plain), "--system-prompt 'x': --no-chat-t"),
-        (evaluate, evaluate.Config(**report, stop=("xyz",)), "--stop 'xyz' stands in no single token"),
-        (evaluate, evaluate.Config(**report, **plain), "--system-prompt 'x': --no-chat-template is given"),
+        (opd, distill(student, teacher, problems, out, stop=("xyz",)), "--stop 'xyz' is in no token"),
+        (fkl_warmup, warmup(student, teacher, problems, out, stop=("",)), "--stop '' is in every token"),
+        (evaluate, evaluate.Config(**report, stop=("xyz",)), "--stop 'xyz' is in no token"),
     ]
     for script, config, message in cases:
         with pytest.raises(InputError, match=message) as error:

@@ -113,7 +113,7 @@ WARMUP = dict(forward_kl=0.18, truncated=0.0, grad_norm=0.1, skipped_steps=0)
 KIND = {  # kind of warning: healthy steps, what changes, words of the sentence
     "no spread": (GRPO, dict(reward=0.0, frac_reward_zero_std=1.0), "rewards were equal (mean reward 0)"),
     "cut": (OPD, dict(truncated=0.99, no_answer=1.0), "--max-response-tokens"),
-    "no answer": (OPD, dict(no_answer=1.0), "boxed"),
+    "no answer": (OPD, dict(no_answer=1.0), "--prompt"),
     "gradient": (WARMUP, dict(grad_norm=0.0), "exactly 0"),
     "kl": (GRPO, dict(kl_to_reference=6.0), "lower --lr, or raise --kl-coef"),
     "mismatch": (GRPO, dict(sampler_mismatch=0.7), "differ by 0.7 nats"),
