@@ -202,20 +202,21 @@ def test_the_split_into_micro_batches_shows_in_no_number(stage, student, teacher
 @pytest.mark.parametrize("stage", ["teacher", "bridge", "student"])
 def test_every_step_samples_anew(stage, student, teacher, problems, tmp_path, monkeypatch):
     """A problem that comes again gets other responses, and another seed of the run gives others from the start."""
-    groups = {}  # of each problem: its responses in each batch
+    groups = []  # of each problem in each batch: its id and its responses
 
     def keep(rollouts, grader):
         made_up_grades(rollouts, grader)
         for rollout in rollouts:
             if rollout.sample == 0:
-                groups.setdefault(rollout.problem.id, []).append([])
-            groups[rollout.problem.id][-1].append(rollout.response_ids)
+                groups.append([rollout.problem.id])
+            groups[-1].append(rollout.response_ids)
 
     grade_with(monkeypatch, keep)
     for seed in (0, 1):
         script, config = RUNS[stage](student, teacher, problems, tmp_path / str(seed), seed=seed, passes=2)
         script.main(config)
-    assert all(len(set(map(str, each))) == len(each) >= 2 for each in groups.values())
+    # Short responses may come twice by chance. Half of the groups would, if a pass or a seed made no difference.
+    assert len(groups) >= 24 and len(set(map(str, groups))) > 0.7 * len(groups)
 
 
 @pytest.mark.parametrize("stage", STAGES)
