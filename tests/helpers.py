@@ -11,6 +11,7 @@ import datasets
 import torch
 from safetensors.torch import load_file
 
+import common
 import fkl_warmup
 import opd
 import student_grpo
@@ -64,7 +65,7 @@ def launch(ranks: int, *words: str, timeout: int = 400) -> subprocess.CompletedP
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *torchrun, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
@@ -95,7 +96,27 @@ def cached_rows(directory) -> list[dict]:
     return [row for shard in shards for row in datasets.load_from_disk(str(shard)).to_list()]
 
 
+CHAIN = dict(micro_batch_tokens=60, lr=1e-3)
+CHAIN_GRPO = dict(**CHAIN, require_finished=False, kl_coef=0.1)
+
+
+def run_chain(out, student, teacher, problems) -> None:
+    """All four stages, with teacher and bridge on 1H, and Stage 3 on 2H."""
+    teacher_grpo.main(grpo(teacher, problems, f"{out}/teacher", half="1H", **CHAIN_GRPO))
+    fkl_warmup.main(warmup(student, f"{out}/teacher", problems, f"{out}/warmup", half="1H", **CHAIN))
+    opd.main(distill(f"{out}/warmup", f"{out}/teacher", problems, f"{out}/bridge", half="1H", **CHAIN))
+    student_grpo.main(grpo(f"{out}/bridge", problems, f"{out}/student", student_grpo.Config, **CHAIN_GRPO))
+
+
 def grade_with(monkeypatch, function):
     """Lets `function(rollouts, grader)` grade in all stages."""
     for module in (teacher_grpo, fkl_warmup, opd):
         monkeypatch.setattr(module, "grade", function)
+
+
+if __name__ == "__main__":  # [torchrun] tests/helpers.py OUT STUDENT TEACHER PROBLEMS
+    common.start_process()
+    for module in (teacher_grpo, fkl_warmup, opd):
+        module.grade = made_up_grades
+    run_chain(*sys.argv[1:])
+    common.exit_process(0)

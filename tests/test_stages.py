@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from helpers import (
+    CHAIN_GRPO,
     RUNS,
     STAGES,
     assert_same_weights,
@@ -21,6 +22,7 @@ from helpers import (
     launch,
     made_up_grades,
     metrics,
+    run_chain,
     warmup,
     weights,
 )
@@ -42,10 +44,9 @@ from experiments import toy
 def chain(tmp_path_factory, student, teacher, problems):
     """All four stages, teacher and bridge on 1H, Stage 3 on 2H."""
     out = tmp_path_factory.mktemp("chain")
-    teacher_grpo.main(grpo(teacher, problems, out / "teacher", half="1H"))
-    fkl_warmup.main(warmup(student, str(out / "teacher"), problems, out / "warmup", half="1H"))
-    opd.main(distill(str(out / "warmup"), str(out / "teacher"), problems, out / "bridge", half="1H"))
-    student_grpo.main(grpo(str(out / "bridge"), problems, out / "student", student_grpo.Config))
+    with pytest.MonkeyPatch.context() as patch:
+        grade_with(patch, made_up_grades)
+        run_chain(out, student, teacher, problems)
     return out
 
 
@@ -66,6 +67,19 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage, before, student, teache
         assert 0 < line["entropy"] < math.log(len(toy.VOCABULARY))
     first, second = weights(chain / before.format(student=student, teacher=teacher)), weights(directory)
     assert first.keys() == second.keys() and any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_ranks_do_what_one_does(chain, student, teacher, problems, tmp_path):
+    """The same samples, and but for rounding the same losses and weights; each rank's sampler has the newest weights."""
+    done = launch(2, "tests/helpers.py", str(tmp_path), student, teacher, problems)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for stage in STAGES:
+        for alone, together in zip(metrics(chain / stage), metrics(tmp_path / stage), strict=True):
+            assert together == pytest.approx(alone, rel=1e-3, abs=1e-5), stage
+        assert max(line["grad_norm"] for line in metrics(chain / stage)) > 0.01
+        first, second = weights(chain / stage), weights(tmp_path / stage)
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
 
 
 def test_the_reference_stays_where_the_stage_began(chain):
@@ -132,7 +146,9 @@ def test_stage_3_refuses_consumed_labels_unless_it_is_the_replay(chain, problems
     with pytest.raises(InputError, match="--replay: .* was trained on none"):
         student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="2H", replay=True))
     assert os.listdir(tmp_path) == []
-    student_grpo.main(grpo(bridge, problems, tmp_path / "replay", student_grpo.Config, half="1H", replay=True))
+    student_grpo.main(
+        grpo(bridge, problems, tmp_path / "replay", student_grpo.Config, half="1H", replay=True, **CHAIN_GRPO)
+    )
     replay, fresh = (json.loads((d / "run.json").read_text()) for d in (tmp_path / "replay", chain / "student"))
     differing = {name for name in fresh["config"] if fresh["config"][name] != replay["config"][name]}
     assert differing == {"half", "replay", "out"} and fresh["steps"] == replay["steps"]
