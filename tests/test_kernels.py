@@ -447,7 +447,7 @@ def test_triton_in_interpreter():
 
 @only_here
 def test_machine_code():
-    print(python("-m", "tests.compile_kernels"))
+    print(python("-m", "tests.tools.compile_kernels"))
 
 
 @only_here
@@ -459,4 +459,4 @@ def test_works_without_triton():
 @only_here
 def test_cpu_memory():
     """Peak extra memory is at most 0.3x that of the formulas (T=512, D=256, V=32000). The time is printed too."""
-    print(python("-m", "tests.bench_kernels", "--cpu", "--assert-memory"))
+    print(python("-m", "tests.tools.bench_kernels", "--cpu", "--assert-memory"))

@@ -182,10 +182,9 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
 
 def test_special_tokens_in_a_text_end_no_turn(student, problems, tmp_path):
     """With a tokenizer of bytes, in which a special token's name can also be spelt."""
+    from lib.texts import Texts
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from lib.texts import Texts
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(["<end>", *alphabet])}, []))

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel with its production constants for GPUs that are not there, and reads the machine code.
 
-    python -m tests.compile_kernels [--write]        # --write: also into results/kernels/compile.md
+    python -m tests.tools.compile_kernels [--write]        # --write: also into results/kernels/compile.md
 
 Exit status 1 if any kernel keeps registers in memory (a stack, LDL or STL instructions, AMD scratch) or if the tile
 kernel does not use the tensor cores. About a minute on one core; Triton caches what it has compiled.
@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
 
@@ -100,7 +100,7 @@ def main():
         head = ["# Every Triton kernel as machine code", "",
                 f"Triton {triton.__version__}, production constants, vocabulary {VOCABULARY}, hidden size {D}; no GPU involved.",
                 "Registers and bytes of stack are a thread's; spills are LDL and STL instructions (AMD: spilled registers).",
-                "Command: `python -m tests.compile_kernels --write`", ""]
+                "Command: `python -m tests.tools.compile_kernels --write`", ""]
         (ROOT / "results/kernels/compile.md").write_text("\n".join(head + lines) + "\n")
     return bad
 

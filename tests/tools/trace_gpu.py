@@ -1,9 +1,9 @@
 """Calls what only a GPU runs, where there is none: on fake tensors, which have a device, a shape and a dtype, but no memory.
 
-    python -m tests.trace_gpu        # needs PyTorch's CUDA build, which pip installs on Linux unless told otherwise
+    python -m tests.tools.trace_gpu        # needs PyTorch's CUDA build, which pip installs on Linux unless told otherwise
 
 It finds arguments that an operator does not take, and shapes and dtypes that do not fit, at the paper's sizes and in
-seconds. Values are for the tests in Triton's interpreter, machine code for tests/compile_kernels.py.
+seconds. Values are for the tests in Triton's interpreter, machine code for tests/tools/compile_kernels.py.
 """
 
 import sys
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 import common  # noqa: E402
@@ -28,7 +28,7 @@ import lib.policy  # noqa: E402
 import opd  # noqa: E402
 import teacher_grpo  # noqa: E402
 from lib.packing import make_batches  # noqa: E402
-from tests.rehearsal import MODELS  # noqa: E402
+from tests.tools.rehearsal import MODELS  # noqa: E402
 
 STUDENT_AND_TEACHER = "Qwen3-1.7B", "Qwen3-8B"
 N, V = 16384, MODELS["Qwen3-8B"].vocab_size

@@ -1,7 +1,7 @@
 """Day one on a GPU: everything that could not be tried without one, in one command of at most 8 minutes.
 
-    make gpu-check                                   # or: python -m tests.gpu_check
-    python -m tests.gpu_check --only attention,chain
+    make gpu-check                                   # or: python -m tests.tools.gpu_check
+    python -m tests.tools.gpu_check --only attention,chain
 
 It needs neither the network nor vLLM, and uses what is there (vLLM, a second GPU, Liger, TRL). Every part is a process of
 its own with a time limit, and a part that fails does not stop the others. The table at the end has a line for each part;
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -134,8 +134,8 @@ def benchmark(module: str):
 
 
 def kernel_benchmark():
-    """tests.bench_kernels: losses against formulas, and Liger where it is installed."""
-    return benchmark("tests.bench_kernels")
+    """tests.tools.bench_kernels: losses against formulas, and Liger where it is installed."""
+    return benchmark("tests.tools.bench_kernels")
 
 
 def training_benchmark():
@@ -344,7 +344,7 @@ def two_ranks():
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "tests.gpu_check",
+        "tests.tools.gpu_check",
     ]
     with tempfile.TemporaryDirectory() as directory:
         for seed, name in enumerate(("raw_teacher", "raw_student")):
@@ -379,7 +379,7 @@ LIMIT = float(os.environ.get("GPU_CHECK_LIMIT", 480))  # seconds for all of them
 def run_part(name: str, seconds: float) -> tuple[str, str, str, str]:
     """Runs one part in a process of its own: (verdict, figure, bar, what it printed)."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    words = [sys.executable, "-m", "tests.gpu_check", "--part", name]
+    words = [sys.executable, "-m", "tests.tools.gpu_check", "--part", name]
     try:
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as expired:
@@ -435,7 +435,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     table = "\n".join([
         f"{device}; {versions()}; {time.strftime('%Y-%m-%d')}; {time.monotonic() - began:.0f} s in all.",
-        "Command: `python -m tests.gpu_check`.", "",
+        "Command: `python -m tests.tools.gpu_check`.", "",
         "| part | | figure | bar | seconds |", "|---|---|---|---|---|", *rows, "",
     ])  # fmt: skip
     print(f"\n{table}")
