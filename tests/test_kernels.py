@@ -10,7 +10,6 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ if K.INTERPRETED:
 else:
     CASES = [("torch", "cpu")] + [(backend, "cuda") for backend in ("torch", "triton") if torch.cuda.is_available()]
 only_here = pytest.mark.skipif(K.INTERPRETED, reason="runs in the process that is not interpreting")
+only_interpreted = pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -172,9 +172,6 @@ def test_kl_of_a_model_with_itself_is_zero(where, direction):
     grads = torch.autograd.grad(same.loss, (hidden, weight))
     assert same.kl.abs().max() == 0 and not any(g.any() for g in grads)
     assert torch.equal(same.logprobs, same.teacher_logprobs)
-    nudged = (hidden.detach() + 1e-5 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden))
-    kl = K.fused_linear_kl(hidden, weight, nudged, weight.detach(), target, direction, **only(where)).kl
-    assert kl.min() > -2e-5  # rounding of logits near 80
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -196,18 +193,14 @@ def test_padding_of_vocabulary_is_ignored(where, direction):
         assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("n", [0, 5])
-def test_nothing_to_do_gives_zero_gradients(where, n):
-    """There are no tokens, or none has an upstream gradient."""
-    hidden, weight = linear(n, 130, 16, torch.float32, where["device"])
-    target = targets(n, 130, where["device"])
+def test_no_tokens_give_zero_gradients(where):
+    hidden, weight = linear(0, 130, 16, torch.float32, where["device"])
+    target = targets(0, 130, where["device"])
     logprob, entropy = K.fused_linear_logprob(hidden, weight, target, **only(where))
-    assert logprob.shape == entropy.shape == (n,)
-    assert not any(g.any() for g in torch.autograd.grad((logprob * 0).sum(), (hidden, weight)))
-    teacher = hidden.detach() * 2, weight.detach()
-    loss, *per_token = K.fused_linear_kl(hidden, weight, *teacher, target, **only(where))
-    assert loss.shape == () and all(x.shape == (n,) for x in per_token) and (loss == 0).item() == (n == 0)
-    assert not any(g.any() for g in torch.autograd.grad(loss * 0, (hidden, weight)))
+    loss, *per_token = K.fused_linear_kl(hidden, weight, hidden.detach(), weight.detach(), target, **only(where))
+    assert loss == 0 and all(x.shape == (0,) for x in (logprob, entropy, *per_token))
+    for value in (logprob.sum(), loss):
+        assert not any(g.any() for g in torch.autograd.grad(value, (hidden, weight)))
 
 
 # Both.
@@ -278,7 +271,7 @@ def test_transposed_and_sliced_inputs(where):
         assert same.loss.item() == 0 and torch.allclose(same.teacher_logprobs, want, atol=1e-5)
 
 
-@pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
+@only_interpreted
 @pytest.mark.parametrize("reverse", [True, False])
 def test_bf16_gradient_over_fp32_logits(reverse):
     """Written in place, half as wide, over rows of several blocks, it is that of logits kept apart, as is the rest."""
@@ -292,7 +285,7 @@ def test_bf16_gradient_over_fp32_logits(reverse):
     assert ((over_logits.float() - grad).abs() <= grad.abs() / 128).all()  # the interpreter truncates to bf16
 
 
-@pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
+@only_interpreted
 @pytest.mark.parametrize("reverse", [True, False])
 def test_rows_beyond_two_gigabytes(reverse):
     """Row 2 starts at element 2**31 + 128, past what an int32 reaches. The memory in between is never touched."""
@@ -307,48 +300,7 @@ def test_rows_beyond_two_gigabytes(reverse):
     assert torch.equal(near, far) and torch.equal(near_grad, grad) and near.isfinite().all()
 
 
-@pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
-@pytest.mark.parametrize("reverse", [True, False])
-def test_target_outside_the_vocabulary_spoils_only_its_own_log_probabilities(reverse):
-    student, teacher = torch.randn(2, 3, 300)
-    (good, good_grad), (bad, bad_grad) = [(torch.empty(4, 3), torch.empty(3, 300)) for _ in range(2)]
-    K._launch_kl_rows(student, teacher, torch.tensor([7, 0, 299]), good, good_grad, reverse, 1.0)
-    K._launch_kl_rows(student, teacher, torch.tensor([7, -1, 300]), bad, bad_grad, reverse, 1.0)
-    assert torch.equal(good[:2], bad[:2]) and torch.equal(good[:, 0], bad[:, 0]) and torch.equal(good_grad, bad_grad)
-    assert bad[2:, 1:].isnan().all()
-    hidden, weight = (x.detach() for x in linear(3, 300, 16, torch.float32, "cpu"))
-    logprob = K._logprob_tiles(hidden, weight, torch.tensor([7, -1, 300]), 1.0, K.FP32_TILE)[0]
-    assert logprob.isnan().tolist() == [False, True, True]
-
-
 # The PyTorch path alone.
-
-@only_here
-@pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_gradcheck(direction):
-    hidden, weight = (x.detach().requires_grad_() for x in linear(5, 11, 3, torch.float64, "cpu"))
-    teacher = [x.detach() for x in linear(5, 13, 4, torch.float64, "cpu", seed=5)]
-    target = torch.tensor([0, 3, 9, 1, 2])
-    assert torch.autograd.gradcheck(
-        lambda h, w: K.fused_linear_logprob(h, w, target, 0.7, 10)[0], (hidden, weight))
-
-    def loss():
-        return K.fused_linear_kl(hidden, weight, *teacher, target, direction, 0.7, 10).loss
-
-    # torch's gradcheck runs two backward passes through one graph, which the KL refuses. So the central differences
-    # that gradcheck would take are taken here.
-    for x, gradient in zip((hidden, weight), torch.autograd.grad(loss(), (hidden, weight))):
-        for index in np.ndindex(*x.shape):
-            step = torch.zeros_like(x)
-            step[index] = 1e-6
-            with torch.no_grad():
-                x.add_(step)
-                above = loss()
-                x.sub_(2 * step)
-                below = loss()
-                x.add_(step)
-            assert abs((above - below) / 2e-6 - gradient[index]) < 1e-7
-
 
 @only_here
 @settings(max_examples=60, deadline=None)
