@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from common import Batch, InputError, first_line, rank, start_process, this_device, world_size
 from lib.packing import Packing  # before the next lines, because it keeps transformers from importing our kernels.py
@@ -42,7 +44,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         model.set_attn_implementation("packed")
-        self.recomputed_layers = ()  # the layers whose activations are computed again in the backward pass
 
     def forward(self, batch: Batch, loss_fn: Callable[[Tensor, Tensor], object]):
         """loss_fn(hidden (N, D), weight (V, D)), with one row of `hidden` for each target of the batch.
@@ -51,16 +52,10 @@ class Policy(nn.Module):
         Raises RuntimeError for a model that has not used the pack's own attention, because without it the sequences of
         a pack attend to each other.
         """
-        # transformers recomputes a layer's activations only in training mode. The flag is set on the layers alone, so
-        # that dropout stays off, and only during this pass: a sampler that shares the model would lose its cache by it.
-        for layer in self.recomputed_layers:
-            layer.training = True
         packing = Packing(batch)
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=packing
         ).last_hidden_state  # (1, T, D)
-        for layer in self.recomputed_layers:
-            layer.training = False
         if not packing.used:
             raise RuntimeError(f"{type(self.model).__name__} does not pass `packing` on to its attention")
         return loss_fn(hidden[0].index_select(0, batch.predicted_at), self.model.get_output_embeddings().weight)
@@ -110,8 +105,8 @@ def load_policy(model: str, cfg, trainable: bool) -> Policy:
 
 def recompute_layers(policy: Policy) -> None:
     """Has each decoder layer computed again in the backward pass, so that its activations need not be kept."""
-    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.recomputed_layers = tuple(policy.model.base_model.layers)
+    for layer in policy.model.base_model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def shard(policy: Policy, compute: torch.dtype | None) -> None:

@@ -59,24 +59,20 @@ def test_two_ranks_do_what_one_does(run_stages):
     rollouts = json.loads((one / "rollouts.json").read_text())
     assert rollouts == json.loads((two / "rollouts.json").read_text())
     assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 60  # and samples differ
+    exact = ("loss", "forward_kl", "reverse_kl", "reward", "kl_to_reference", "entropy", "lr", "grad_norm")
     for stage in STAGES:
         for alone, together in zip(metrics(one, stage), metrics(two, stage), strict=True):
-            for name in alone:
-                if name in ("loss", "forward_kl", "reverse_kl", "reward", "kl_to_reference", "entropy", "lr"):
-                    assert together[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (stage, name)
-                elif name == "grad_norm":
-                    assert together[name] == pytest.approx(alone[name], rel=1e-4), stage
+            for name in alone.keys() & exact:
+                assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), (stage, name)
         assert max(line["grad_norm"] for line in metrics(one, stage)) > 0.01  # a batch may lack spread, a run not
         first, second = weights(one, stage), weights(two, stage)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
-        for out in (one, two):
-            assert json.loads((out / stage / "generation_config.json").read_text())["eos_token_id"] == [1, 0], stage
     scores = [json.loads((out / "report" / "results.json").read_text())["results"] for out in (one, two)]
-    for rows in scores:
-        for result in (result for row in rows.values() for result in row.values()):
-            del result["sha256"]  # of weights that differ by rounding
-    assert scores[0] == scores[1]
+    averages = [
+        {(label, name): found["avg"] for label, row in rows.items() for name, found in row.items()} for rows in scores
+    ]
+    assert averages[0] == averages[1]
 
 
 @pytest.mark.rest
@@ -112,11 +108,8 @@ def test_the_chain_on_two_ranks_with_vllm(run_stages, tensor_parallel):
         for line in metrics(out, stage):
             assert line["sampler_mismatch_max"] < 1e-5 and line.get("importance_clipped", 0) == 0
         assert max(line["grad_norm"] for line in metrics(out, stage)) > 0.01
-    assert json.loads((out / "report" / "results.json").read_text())["results"].keys() == {
-        "warmup",
-        "student",
-        "teacher",
-    }
+    results = json.loads((out / "report" / "results.json").read_text())["results"]
+    assert results.keys() == {"warmup", "student", "teacher"}
 
 
 @pytest.mark.rest

@@ -1,7 +1,6 @@
 """The real vLLM, in this process: parity with the trainer, before and after syncs; what it must refuse."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -142,24 +141,17 @@ def test_a_stale_sampler_is_measured_and_its_weights_are_cut(pair):
     engine.sync(policy)
     sampled = engine.generate(PROMPTS, SEEDS, Sampling(12))
     cfg = teacher_grpo.Config("", data="", out="", rollouts_per_prompt=4, mini_batch_prompts=4, kl_coef=0.0)
-    advantages = torch.linspace(-1, 1, 16).tolist()
 
-    def metrics(trainer: Policy, cap: float = 2.0) -> tuple[dict, torch.Tensor]:
-        trainer = copy.deepcopy(trainer)
+    def metrics(trainer: Policy) -> dict:
         rollouts = [
-            Rollout(Problem(str(i), "", "1"), s, prompt, c.token_ids, c.logprobs, c.finish_reason, "",
-                    advantage=advantages[4 * i + s])
+            Rollout(Problem(str(i), "", "1"), s, prompt, c.token_ids, c.logprobs, c.finish_reason, "", advantage=s - 1.5)
             for i, (prompt, group) in enumerate(zip(PROMPTS, sampled)) for s, c in enumerate(group)
         ]  # fmt: skip
-        optimizer = torch.optim.SGD(trainer.parameters())
-        settings = dataclasses.replace(cfg, importance_cap=cap)
-        logged = teacher_grpo.update(trainer, None, optimizer, rollouts, 0.1, settings)
-        return logged, torch.cat([parameter.detach().flatten() for parameter in trainer.parameters()])
+        trainer = copy.deepcopy(trainer)
+        return teacher_grpo.update(trainer, None, torch.optim.SGD(trainer.parameters()), rollouts, 0.1, cfg)
 
-    fresh, _ = metrics(policy)
+    fresh = metrics(policy)
     assert fresh["sampler_mismatch_max"] < 1e-5 and fresh["importance_clipped"] == 0
     train(policy)  # and no sync
-    stale, capped = metrics(policy)
+    stale = metrics(policy)
     assert stale["sampler_mismatch"] > 0.1 and stale["sampler_mismatch_max"] > 1 and stale["importance_clipped"] > 0
-    _, uncapped = metrics(policy, cap=1e9)
-    assert not torch.allclose(capped, uncapped)
