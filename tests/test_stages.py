@@ -239,13 +239,13 @@ def test_sft_and_the_shared_rollouts(student, teacher, problems, tmp_path):
 def test_verifier_filtered_sft_keeps_correct_rollouts_only(student, teacher, problems, tmp_path):
     cache = tmp_path / "rollouts"
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", rollouts=str(cache)))
-    rewrite_shard(cache, lambda number, row: {**row, "correct": number in (2, 9)})
+    rewrite_shard(cache, lambda number, row: {**row, "correct": number in (2, 9), "finish_reason": "stop"})
     settings = dict(rollouts=str(cache), loss="sft", keep="correct", mini_batch_prompts=1)
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings))
     consumed = json.loads((tmp_path / "sft" / "run.json").read_text())["consumed"]
     assert set(consumed) == {cached_rows(cache)[number]["id"] for number in (2, 9)}
     rewrite_shard(cache, lambda number, row: {**row, "correct": False})
-    with pytest.raises(InputError, match="the teacher answered no problem correctly"):
+    with pytest.raises(InputError, match="no response is right and finished"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
 
 
