@@ -78,7 +78,16 @@ def open_cache(
     Without the lock two runs would sample the same problems, and each problem would have twice its responses.
     `identity` says what the rollouts follow from. InputError if the directory holds rollouts of another identity.
     """
+    path = directory / "identity.json"
     identity = json.loads(json.dumps(identity))  # as the file gives it
+
+    def prepare() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        ours = {"lock", "identity.json.tmp"}
+        if not path.exists() and any(other.name not in ours for other in directory.iterdir()):
+            raise InputError(
+                f"--rollouts {str(directory)!r} holds something else than rollouts; name another directory"
+            )
 
     def claim() -> None:
         try:
@@ -86,12 +95,7 @@ def open_cache(
         except BlockingIOError:
             print0(f"waiting for another run to fill {directory}")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        path = directory / "identity.json"
         if not path.exists():
-            if any(other.name != "lock" for other in directory.iterdir()):
-                raise InputError(
-                    f"--rollouts {str(directory)!r} holds something else than rollouts; name another directory"
-                )
             with whole(path) as unfinished:
                 unfinished.write_text(json.dumps(identity), encoding="utf-8")
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +106,7 @@ def open_cache(
                     f"needs {value!r}); name another directory"
                 )
 
-    directory.mkdir(parents=True, exist_ok=True)
+    on_rank_0(prepare)
     with (directory / "lock").open("a") as lock:
         on_rank_0(claim)
         yield RolloutCache(directory, problems, prompts)

@@ -6,10 +6,7 @@ import random
 import pytest
 import torch
 from conftest import double_model
-from hypothesis import given
-from hypothesis import strategies as st
 
-import common
 import fkl_warmup
 import opd
 import teacher_grpo
@@ -139,14 +136,14 @@ def test_group_advantages():
     )
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_advantages_rank_within_the_group_and_sum_to_zero(rewards):
-    rewards = torch.tensor(rewards, dtype=torch.float64)
-    advantages = teacher_grpo.group_advantages(rewards)
-    assert advantages.sum(1).abs().max() < 1e-9
-    for group, values in zip(rewards, advantages):
-        if 0 < group.sum() < 4:
-            assert values[group == 1].min() > 0 > values[group == 0].max()
+@pytest.mark.parametrize("reward", [10.1, 100.1, -0.3])
+def test_equal_rewards_give_no_advantage_in_float32(reward):
+    """Their mean may be a rounding error off, which would be divided by 1e-6."""
+    rewards = torch.full((3, 8), reward)
+    rewards[2, 0] += 1
+    assert (teacher_grpo.group_advantages(rewards)[:2] == 0).all()
+    assert (teacher_grpo.group_advantages(rewards, normalize_by_std=False)[:2] == 0).all()
+    assert teacher_grpo.no_spread(rewards).tolist() == [True, True, False]
 
 
 def naive_grpo(logprobs, old, ref, advantages, weights, clip_ratio, kl_coef):
@@ -169,13 +166,6 @@ def test_grpo_loss_against_the_formula_and_gradcheck():
     torch.testing.assert_close(loss, naive_grpo(logprobs, *arguments))
     assert 0 < sums["clip_fraction"] < 40
     assert torch.autograd.gradcheck(lambda x: teacher_grpo.grpo_loss(x, *arguments)[0], logprobs)
-
-
-def test_k3_is_unbiased_and_never_negative():
-    p, q = (torch.randn(9, dtype=torch.float64).log_softmax(0) for _ in range(2))
-    k3 = teacher_grpo.kl_k3(p, q)
-    assert (k3 >= 0).all()
-    torch.testing.assert_close((p.exp() * k3).sum(), (p.exp() * (p - q)).sum())
 
 
 def grpo_config(**settings) -> teacher_grpo.Config:
@@ -279,15 +269,3 @@ def test_rollouts_from_which_nothing_can_be_learnt_cost_no_pass(monkeypatch):
     assert metrics["loss"] == pytest.approx(full["loss"], abs=1e-12) and metrics["grad_norm"] == full["grad_norm"]
     updated(rollouts, advantages, kl_coef=0.1, **settings)  # with a KL term all of them have a pass
     assert full["frac_tokens_trained"] > metrics["frac_tokens_trained"]
-
-
-def test_token_counts_and_layout():
-    rollouts = make_rollouts(9, group=3)
-    for micro_batch_tokens in SPLITS:
-        batches = make_batches(rollouts, micro_batch_tokens, CPU, share_prompts=True)
-        seen = sorted(index for batch in batches for index in set(batch.rollout_index.tolist()))
-        assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
-        assert sum(len(batch.targets) for batch in batches) == common.count_tokens(rollouts)
-        for batch in batches:
-            assert len(batch.rollout_index.unique()) <= 1 or batch.input_ids.numel() <= micro_batch_tokens
-            assert len(batch.predicted_at) == len(batch.targets) == len(batch.sampler_logprobs)
