@@ -42,7 +42,6 @@ from lib.rewards import Reward, make_grader
 from lib.rollouts import grade, sample_rollouts
 from lib.samples import SampleFile, grading_key, prompts_key, sample_directories
 from lib.scores import check_decoding, paired_difference, summarise
-from lib.stopping import Stopping
 from lib.verifier import Verifier
 
 
@@ -216,7 +215,7 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
 def main(cfg: Config) -> None:
     models, datasets = prepare(cfg)
     engines, results = Engines(cfg, models.values()), {}
-    with Stopping(f"the same command goes on from what {cfg.out} holds"), make_grader(cfg) as verifier:
+    with make_grader(cfg) as verifier:
         for label, model in models.items():
             results[label] = evaluate_model(model, label, cfg, datasets, verifier, engines)
     common.on_rank_0(lambda: write_report(results, models, cfg))

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from common import InputError, Problem, SamplerConfig, first_line, print0
 from lib.ids import problem_id, untypeset
 
+ID_RULE = 1  # the rule of problem ids, recorded in run.json; another rule needs another number
+
 
 def new_problem(prompt: str, answer: str) -> Problem:
     return Problem(problem_id(prompt), prompt, answer)

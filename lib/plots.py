@@ -9,7 +9,7 @@ import numpy as np
 
 from common import first_line
 from lib.files import json_lines
-from lib.lineage import read_record
+from lib.lineage import read_run
 
 COLOURS = ("#4878a8", "#d1803a", "#5a9a5a", "#8d6cab", "#a05050", "#777777")  # also told apart by the colour-blind
 
@@ -149,7 +149,7 @@ def draw_curves(checkpoints: dict[str, str], picture: Path) -> bool:
     curves: dict[str, list] = {title: [] for title in CURVES}
     for number, (label, directory) in enumerate(checkpoints.items()):
         colour = COLOURS[number % len(COLOURS)]
-        lines, record = json_lines(Path(directory) / "metrics.jsonl"), read_record(Path(directory))
+        lines, record = json_lines(Path(directory) / "metrics.jsonl"), read_run(directory)
         half = record["config"]["half"] if record else "unknown"
         labels = "all labels" if half == "full" else f"labels {half}"
         for title, names in CURVES.items():
