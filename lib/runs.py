@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 import signal
-import threading
 import time
 import warnings
 from collections import defaultdict
@@ -137,7 +136,6 @@ class Run:
         self.total_steps: int | None = None  # known once `steps` is called
         self.lines: list[dict] = []  # of metrics.jsonl
         self._require_finished = getattr(cfg, "require_finished", False)
-        self._skipped_in_a_row = 0
         self._signal, self._lock, self._bar = StopSignal(), None, None
         self._tracker = Tracker(cfg.track if rank() == 0 else None)
         try:
@@ -280,8 +278,6 @@ class Run:
             print0(f"{self.out}: continuing after step {self.steps_done}")
         self.record["sessions"][-1]["first_step"] = self.steps_done
         self.lines = on_rank_0(self._cut_logs)
-        skipped = [bool(line["skipped_steps"]) for line in self.lines if is_training(line)]
-        self._skipped_in_a_row = len(skipped) if all(skipped) else skipped[::-1].index(False)
 
     def _cut_logs(self) -> list[dict]:
         """Removes what will be written again from samples.jsonl and metrics.jsonl; returns what is left of the second.
@@ -346,8 +342,8 @@ class Run:
             if self._bar is not None:
                 shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
                 self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
-        if self._skipped_in_a_row == STOP_AFTER_SKIPPED:
+        last = [line["skipped_steps"] for line in self.lines if is_training(line)][-STOP_AFTER_SKIPPED:]
+        if len(last) == STOP_AFTER_SKIPPED and all(last):
             self._stop(step, rollouts)
 
     def _append(self, line: dict[str, float]) -> dict[str, float | None]:
@@ -402,7 +398,7 @@ class Run:
             rows = [dataclasses.asdict(rollout) for rollout in rollouts]
             path.write_text(json.dumps(rows, indent=1, default=str), encoding="utf-8")
         raise InputError(
-            f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row, the last of them step "
+            f"the loss or its gradient was not finite in {STOP_AFTER_SKIPPED} steps in a row, the last of them step "
             f"{step}, whose rollouts are in {path}; look at them, or lower --lr"
         )
 
@@ -532,10 +528,9 @@ class StopSignal:
         self._handlers: dict[int, object] = {}
 
     def listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs ignore Ctrl-C
-                    self._handlers[number] = signal.signal(number, self._receive)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs ignore Ctrl-C
+                self._handlers[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
         for number in list(self._handlers):
@@ -571,7 +566,7 @@ class Tracker:
         if self._module:
             name = record.setdefault("tracker_run", re.sub(r"[^\w.-]", "-", out.name) + "-" + secrets.token_hex(4))
             more = {"id": name} if self._package == "wandb" else {}  # trackio knows a run by its name
-            config = {**record["config"], **record["sessions"][-1]}
+            config = record["config"] | {key: record["sessions"][-1][key] for key in ("code", "hardware", "ranks")}
             self.call("init", project="sparse-to-dense", name=name, resume="allow", config=config, **more)
 
     def call(self, function: str, *arguments, **options) -> None:

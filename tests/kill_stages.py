@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import datasets
 import torch
 import tqdm
+from helpers import cached_rows, made_up_grades, metrics
 
 import fkl_warmup
 import lib.runs
@@ -49,12 +49,6 @@ def stages(student: str, teacher: str, validation: str) -> dict:
                              passes=2, validate=(validation,), validate_every=1, export_every=2)),
         "student": (student_grpo, dict(model=student, half="full", passes=1, save_every=1, **GRPO)),
     }  # fmt: skip
-
-
-def made_up_grades(rollouts, grader):
-    """Rewards with spread: random models solve nothing."""
-    for rollout in rollouts:
-        rollout.correct = sum(rollout.response_ids) % 2 == 0
 
 
 def child(script, settings: dict, out: Path, drawn: tuple[str, int] | None, said: Path) -> None:
@@ -113,15 +107,13 @@ def start(script, settings: dict, out: Path, said: Path, drawn=None) -> tuple[in
 
 def outcome(out: Path) -> dict:
     """All that must not depend on interruptions."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((out / "run.json").read_text())
     return {
         "weights": [path.read_bytes() for path in sorted(out.rglob("model.safetensors"))],
-        "metrics": [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines],
+        "metrics": metrics(out),
         "record": [record.get(name) for name in ("consumed", "steps", "validation", "warnings", "trained_tokens")],
         "samples": (out / "samples.jsonl").read_text(),
-        "rollouts": [row for shard in sorted(out.glob("teacher_rollouts/shard-??????"))
-                     for row in datasets.load_from_disk(str(shard)).to_list()],
+        "rollouts": cached_rows(out / "teacher_rollouts"),
         "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
     }  # fmt: skip
 

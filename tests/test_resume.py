@@ -11,13 +11,24 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from test_stages import RUNS, assert_same_weights, command_line, grpo, metrics, warmup, weights
+from helpers import (
+    ROOT,
+    RUNS,
+    assert_same_weights,
+    command_line,
+    grade_with,
+    grpo,
+    launch,
+    made_up_grades,
+    metrics,
+    warmup,
+    weights,
+)
 
 import common
 import fkl_warmup
@@ -27,9 +38,6 @@ import opd
 import student_grpo
 import teacher_grpo
 from common import AlreadyFinished, InputError
-
-ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 class Killed(Exception):
@@ -143,13 +151,12 @@ def test_two_ranks_stop_after_the_same_step_and_our_sentence_is_the_last(teacher
         common.cli(teacher_grpo.main, teacher_grpo.Config)
     """))  # fmt: skip
     config = grpo(teacher, problems, tmp_path / "out", passes=2, save_every=1000)
-    teacher_grpo_script = command_line(teacher_grpo, config)[2:]
-    done = subprocess.run([*TORCHRUN, str(script), *teacher_grpo_script], capture_output=True, text=True, timeout=200)
+    done = launch(2, str(script), *command_line(teacher_grpo, config)[2:])
     said = done.stderr.splitlines()
     assert done.returncode == 1 and said[-1].startswith("stopped by SIGUSR1 after step 3, which is saved"), done.stderr
     for name in ("out", "straight"):
-        words = command_line(teacher_grpo, dataclasses.replace(config, out=str(tmp_path / name), resume=True))[1:]
-        done = subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, cwd=ROOT, timeout=200)
+        cfg = dataclasses.replace(config, out=str(tmp_path / name), resume=True)
+        done = launch(2, *command_line(teacher_grpo, cfg)[1:])
         assert done.returncode == 0, done.stderr[-3000:]
     assert_same_weights(tmp_path / "straight", tmp_path / "out")
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "out")
@@ -414,7 +421,6 @@ STEPS = {  # what of each stage's loss can be made to break
     "teacher": (teacher_grpo, "grpo_loss"),
     "warmup": (fkl_warmup, "forward_kl_loss"),
     "bridge": (opd, "exact_kl_loss"),
-    "student": (teacher_grpo, "grpo_loss"),
 }
 
 
@@ -440,7 +446,7 @@ def break_loss(monkeypatch, stage: str, steps: range | set, how: float) -> None:
     monkeypatch.setattr(lib.runs.Run, "log", count)
 
 
-@pytest.mark.parametrize("stage", RUNS)
+@pytest.mark.parametrize("stage", STEPS)
 def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
     stage, student, teacher, problems, tmp_path, monkeypatch
 ):
@@ -454,10 +460,9 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
         save(run, steps, policy, optimizer, *rest, **options)
 
     monkeypatch.setattr(lib.runs.Run, "save", snapshot)
-    for module in (teacher_grpo, fkl_warmup, opd):
-        monkeypatch.setattr(module, "grade", lambda rollouts, _: [setattr(r, "correct", sum(r.response_ids) % 2 == 0) for r in rollouts])  # fmt: skip
+    grade_with(monkeypatch, made_up_grades)
     break_loss(monkeypatch, stage, {1}, float("nan"))
-    script.main(dataclasses.replace(config, **({"require_finished": False} if stage in ("teacher", "student") else {})))
+    script.main(dataclasses.replace(config, **({"require_finished": False} if stage == "teacher" else {})))
     lines = metrics(tmp_path / "out")
     skipped = [line["skipped_steps"] for line in lines]
     assert skipped[0] == skipped[2] == 0 < skipped[1] and lines[1]["grad_norm"] is None and lines[2]["grad_norm"] > 0
@@ -482,7 +487,7 @@ def test_three_skipped_steps_in_a_row_end_the_run_and_leave_the_batch(teacher, p
     assert len(metrics(partial)) == 4
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient", "overflow"])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_an_optimizer_step_is_taken_or_not_as_a_whole(broken):
     """A finite loss with a broken gradient, and the other way round; a momentum that must not move either."""
     policy = torch.nn.Linear(3, 2)
@@ -494,7 +499,7 @@ def test_an_optimizer_step_is_taken_or_not_as_a_whole(broken):
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
     policy(torch.ones(1, 3)).sum().backward()
     if broken != "loss":
-        policy.weight.grad[0, 0] = torch.nan if broken == "gradient" else torch.inf
+        policy.weight.grad[0, 0] = torch.inf
     norm = common.optimizer_step(policy, optimizer, float("nan") if broken == "loss" else 1.0, 0.1, 1.0)
     assert norm != norm and all(p.grad is None for p in policy.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
@@ -505,58 +510,43 @@ def test_an_optimizer_step_is_taken_or_not_as_a_whole(broken):
 # The way out of a process
 
 
-def failing_rank(tmp_path: Path, body: str) -> tuple[subprocess.CompletedProcess, float]:
-    """Two ranks that run `body` as a stage's main would be run; what they said, and how many seconds it took."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from dataclasses import dataclass\n"
-        "import torch, common\n"
+def two_ranks(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
+    """Two ranks that run `body` as a stage's main would be run."""
+    (tmp_path / "script.py").write_text(
+        "import atexit, time, torch, common\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass Config:\n    seed: int = 0\n"
-        f"def main(cfg):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
-        "common.cli(main, Config)\n"
+        f"def main(cfg):\n{textwrap.indent(textwrap.dedent(body), '    ')}\ncommon.cli(main, Config)\n"
     )
-    began = time.monotonic()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done, time.monotonic() - began
+    return launch(2, str(tmp_path / "script.py"), timeout=120)
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("vllm", [False, True], ids=["", "with vLLM's finalizer"])
-def test_a_rank_that_fails_ends_the_others_that_wait_for_it(vllm, tmp_path):
+def test_a_rank_that_fails_ends_the_others_that_wait_for_it(tmp_path):
     """The others wait in a collective for as long as three hours; vLLM's finalizer would have the failed one join them."""
-    finalizer = """
-        import atexit
+    done = two_ranks(tmp_path, """
         atexit.register(lambda: time.sleep(3600))  # as vLLM's, which waits until all ranks leave the group
-    """
-    body = f"""{finalizer if vllm else ""}
         print("started", flush=True)
         if common.rank() == 1:
             raise RuntimeError("out of memory, say")
         common.barrier()
         print("the barrier was passed")
-    """
-    done, seconds = failing_rank(tmp_path, body)
+    """)  # fmt: skip
     assert done.returncode != 0 and done.stdout.count("started") == 2 and "passed" not in done.stdout
     assert "RuntimeError: out of memory, say" in done.stderr
-    assert seconds < 60
 
 
 @pytest.mark.rest
 def test_ranks_that_have_finished_exit_with_status_0_on_a_busy_machine(tmp_path):
     """At the interpreter's own shutdown a thread of the process group sometimes aborted; results/faults has fifty runs."""
-    body = """
-        common.all_sum({"x": float(common.rank())})
-        work = torch.nn.Linear(64, 64)
-        work(torch.ones(8, 64)).sum().backward()
-        print("done", flush=True)
-    """
     load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        for _ in range(int(os.environ.get("EXIT_RUNS", 3))):
-            done, _ = failing_rank(tmp_path, body)
+        for _ in range(3):
+            done = two_ranks(tmp_path, """
+                common.all_sum({"x": float(common.rank())})
+                work = torch.nn.Linear(64, 64)
+                work(torch.ones(8, 64)).sum().backward()
+                print("done", flush=True)
+            """)  # fmt: skip
             assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr[-3000:]
     finally:
         for process in load:
