@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -474,7 +475,7 @@ def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.M
 
     InputError for files that cannot be read, and for weights that are missing, of another shape, or not finite.
     """
-    if rank():
+    if rank() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what transformers would warn of is refused below

@@ -232,7 +232,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._close()
-        if isinstance(error, Exception | KeyboardInterrupt) and self.total_steps is not None:
+        if error is not None and self.total_steps is not None and not isinstance(error, SystemExit):
             error.add_note(f"the same command with --resume continues from what {self.partial} holds")
         if self._lock is not None:
             if isinstance(error, InputError) and self.partial.exists() and not self._holds_work():
@@ -434,6 +434,7 @@ class Run:
                     f"stopped by {signal_name(stop)} after step {steps}, which is saved; the same command with --resume "
                     "continues"
                 )
+            barrier()  # torchrun ends all ranks when the first of them has ended
             exit_process(128 + stop)
 
     def _write_state(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

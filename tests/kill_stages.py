@@ -132,7 +132,7 @@ def gauntlet(name: str, script, settings: dict, directory: Path, kills: int, rng
         status, text = start(script, settings, out, said, drawn)
         assert status in (0, -signal.SIGKILL), text
         died += [kind] if status else []
-        if states and not out.exists():  # nothing is lost but the unsaved steps
+        if states and (not status or "continuing" in text):  # nothing is lost but the unsaved steps
             assert f"continuing after step {max(states)}\n" in text, text
         if out.exists():
             if status:  # killed between its last two operations: the next command finds it done, and tidies up
