@@ -22,6 +22,7 @@ import hashlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -89,6 +90,8 @@ class TrainingConfig(SamplerConfig):
     validate_k: int = 4  # responses sampled for each validation problem
     export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
     resume: bool = False  # continue an interrupted run of the same settings, if there is one
+    accept_changes: bool = False  # with --resume: go on with changed code or a changed --reward, which is recorded
+    track: Literal["trackio", "wandb"] | None = None  # also send the metrics to this tracker, which has to be installed
 
 
 class InputError(ValueError):
@@ -122,19 +125,12 @@ def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
 
 def cli(main: Callable, config: type) -> None:
     """Runs `main` with the settings of the command line. The exit status is 2 after an `InputError`, 1 after a failure,
-    and 128 + the signal's number after a signal (lib.stopping).
+    and 128 + the signal's number after a signal (lib.runs.StopSignal).
 
     Under torchrun every process runs `main` and finds the same fault in the input. Rank 0 reports it and exits, and
     torchrun then ends the others.
     """
-    if {"-h", "--help"} & set(sys.argv):  # tyro would join the lines of commands, and leave paragraphs in one line
-        explanation = sys.modules[main.__module__].__doc__ + "\n"
-        for line in re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", explanation).splitlines():
-            indent = "  " * line.startswith("- ")
-            print(line if line.startswith("    ") else textwrap.fill(line, 80, subsequent_indent=indent))
-    # A shell expands the ~ of `--out ~/runs/x`, and not that of `--out=~/runs/x` or of an argument in quotes.
-    words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
-    cfg = tyro.cli(config, args=words, description="")
+    cfg = parse(main, config)
     status = 0
     try:
         start_process()
@@ -146,16 +142,36 @@ def cli(main: Callable, config: type) -> None:
         status = 2
         if rank():
             time.sleep(10)  # Rank 0 reports what all ranks find, and torchrun ends this one meanwhile.
-        last_words(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}")
-    except KeyboardInterrupt:
+        sentence = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        last_words(f"error: {sentence}" if rank() == 0 else f"error on rank {rank()}: {sentence}")
+    except KeyboardInterrupt as error:
         status = 130
-        last_words("stopped by Ctrl-C")
+        last_words("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", ())]))
     except BaseException:
         if not dist.is_initialized():
             raise
         status = 1
         traceback.print_exc()
     exit_process(status)
+
+
+def parse(main: Callable, config: type):
+    """The settings of the command line. For --help it prints the docstring of `main`'s file and the settings, and exits."""
+    # A shell expands the ~ of `--out ~/runs/x`, and not that of `--out=~/runs/x` or of an argument in quotes.
+    words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
+    if not {"-h", "--help"} & set(words):
+        return tyro.cli(config, args=words, description="")
+    handler = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without a traceback
+    try:
+        explanation = sys.modules[main.__module__].__doc__ + "\n"
+        # tyro would join the lines of commands, and leave paragraphs in one line.
+        for line in re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", explanation).splitlines():
+            indent = "  " * line.startswith("- ")
+            print(line if line.startswith("    ") else textwrap.fill(line, 80, subsequent_indent=indent))
+        tyro.cli(config, args=words, description="")
+    finally:
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, handler)
 
 
 def read_texts(cfg) -> None:
@@ -338,8 +354,21 @@ def print0(text: str) -> None:
 
 
 def progress_bar(total: int, caption: str | None, unit: str, **options) -> tqdm:
-    """A tqdm bar on rank 0; none on other ranks or without a caption."""
+    """A tqdm bar on rank 0; none on other ranks or without a caption. In a file or a pipe it is a line now and then."""
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": 30, "ncols": 0, "position": 0}
     return tqdm(total=total, desc=caption, unit=unit, disable=rank() > 0 or caption is None, **options)
+
+
+class Lines:
+    """Where a progress bar is drawn if nobody watches it: each drawing is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def on_rank_0(function: Callable):

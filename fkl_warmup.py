@@ -236,7 +236,6 @@ def main(cfg: Config) -> None:
         validation = Validation(cfg, tokenizer, engine, grader, run)
 
         for step in run.steps(len(mini_batches)):
-            run.export(step, policy, tokenizer)
             validation.score(step, policy)
 
             # 2. Train the student on the teacher's responses: towards its distributions (fkl), or on its tokens (sft).
@@ -259,7 +258,7 @@ def main(cfg: Config) -> None:
             loss = common.all_sum({"loss": loss_sum})["loss"] / num_tokens
             metrics = {name: loss, "lr": lr, "grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             run.log(step, metrics, rollouts, show=(name, "grad_norm", "truncated"))
-            run.save(step + 1, policy, optimizer, trained_on=(rollout.problem for rollout in rollouts))
+            run.save(step + 1, policy, optimizer, tokenizer, trained_on=(rollout.problem for rollout in rollouts))
         validation.score(len(mini_batches), policy)
         run.finish(policy, tokenizer)
 

@@ -160,16 +160,16 @@ def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temp
 
 
 def report_c1(teacher_record: dict) -> None:
-    """Says whether the teacher's lineage has a stage that trained on the sparse reward (C1; what Eq. 2 assumes)."""
+    """Says whose RL stands behind the teacher: its own or an ancestor's (C1; what Eq. 2 assumes)."""
     stage = last_rl_stage(teacher_record)
     if stage is None:
-        common.print0("C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is any good.")
-    else:
-        first, last = (stage[moment]["reward"] for moment in ("first", "last"))
-        common.print0(
-            f"C1: in the last RL on record behind the teacher, the mean reward went from {first:.2f} in the first step "
-            f"to {last:.2f} in the last."
-        )
+        common.print0("C1: the teacher has no recorded RL stage, so C1 is unchecked.")
+        return
+    whose = (
+        "the teacher" if stage is teacher_record else f"the teacher has no RL of its own; its ancestor {stage['path']}"
+    )
+    first, last = (stage[moment]["reward"] for moment in ("first", "last"))
+    common.print0(f"C1: {whose} was trained with RL, in which the mean reward went from {first:.2f} to {last:.2f}.")
 
 
 def main(cfg: Config) -> None:
@@ -189,7 +189,6 @@ def main(cfg: Config) -> None:
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
-            run.export(step, policy, tokenizer)
             validation.score(step, policy)
 
             # 1. Sample from the student.
@@ -225,7 +224,7 @@ def main(cfg: Config) -> None:
             if step == 0 and (kl := metrics["reverse_kl"]) > FAR_KL:
                 common.print0(f"C2: the student starts {kl:.2f} nats a token from the teacher; warm it up (longer).")
             run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "truncated", "response_tokens"))
-            run.save(step + 1, policy, optimizer, trained_on=batches[step])
+            run.save(step + 1, policy, optimizer, tokenizer, trained_on=batches[step])
         validation.score(len(batches), policy)
         run.finish(policy, tokenizer)
 

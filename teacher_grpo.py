@@ -259,7 +259,6 @@ def main(cfg: Config) -> None:
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
-            run.export(step, policy, tokenizer)
             validation.score(step, policy)
 
             # 1. Sample a group of responses to each prompt, reward them, and compare each with its group.
@@ -286,7 +285,7 @@ def main(cfg: Config) -> None:
             metrics |= {"reward": rewards.mean().item(), "frac_reward_zero_std": zero_std.item(), "lr": lr}
             shown = ("reward", "frac_reward_zero_std", "truncated", "response_tokens", "kl_to_reference")
             run.log(step, metrics, rollouts, show=shown)
-            run.save(step + 1, policy, optimizer, trained_on=batches[step])
+            run.save(step + 1, policy, optimizer, tokenizer, trained_on=batches[step])
         validation.score(len(batches), policy)
         run.finish(policy, tokenizer)
 

@@ -20,7 +20,7 @@ from common import INSTRUCTION, InputError, Problem, SamplerConfig, first_line, 
 from lib.ids import problem_id
 from lib.verifier import MAX_CHARS, extract_answer
 
-ID_RULE = 1
+ID_RULE = 1  # the rule of problem ids, recorded in run.json; another rule needs another number
 
 HUB_SETS = {  # short name -> (repository, configuration, split)
     "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),

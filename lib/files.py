@@ -25,16 +25,14 @@ def whole(path: Path) -> Iterator[Path]:
     remove(unfinished)
     try:
         yield unfinished
-        written = [*unfinished.rglob("*"), unfinished] if unfinished.is_dir() else [unfinished]
-        for each in written:
-            flush(each)
+        flush(unfinished)
     except BaseException:
         remove(unfinished)
         raise
     if unfinished.is_dir():
         remove(path)  # a directory cannot be renamed onto one that is not empty
     unfinished.rename(path)
-    flush(path.parent)
+    flush(path.parent, below=False)
 
 
 @contextmanager
@@ -60,13 +58,14 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
             file.close()
 
 
-def flush(path: Path) -> None:
-    """Has the system write a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def flush(path: Path, below: bool = True) -> None:
+    """Makes the system write a file, or a directory with all that is below it, to the disk."""
+    for each in [*(path.rglob("*") if below else ()), path]:
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -88,11 +87,9 @@ def check_writable(out: str) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file under another name and renames it, so that it is never half. InputError if it cannot be written."""
-    unfinished = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(path)
+        with whole(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise not_written(path, error) from None
 
@@ -117,10 +114,3 @@ def json_lines(path: Path) -> list[dict]:
         except (ValueError, RecursionError):
             continue
     return [found for found in objects if isinstance(found, dict)]
-
-
-def drop_steps(path: Path, steps: int) -> list[dict]:
-    """Removes the lines of all steps from number `steps` on, which a resumed run will write again; returns the rest."""
-    kept = [line for line in json_lines(path) if line["step"] < steps]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept

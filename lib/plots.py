@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.files import json_lines
-from lib.lineage import read_record
+from lib.lineage import read_run
 
 COLOURS = ("#4878a8", "#d1803a", "#5a9a5a", "#8d6cab", "#a05050", "#777777")  # also told apart by the colour-blind
 
@@ -129,7 +129,7 @@ def draw_curves(checkpoints: dict[str, str], picture: Path) -> None:
     }
     panels: dict[str, list[Curve]] = {title: [] for title in titles}
     for number, (label, directory) in enumerate(checkpoints.items()):
-        lines, record = json_lines(Path(directory) / "metrics.jsonl"), read_record(Path(directory))
+        lines, record = json_lines(Path(directory) / "metrics.jsonl"), read_run(directory)
         half = record["config"]["half"] if record else "unknown"
         label = f"{label}, {'all labels' if half == 'full' else f'labels {half}'}"
         for title, names in titles.items():

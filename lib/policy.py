@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,7 +233,7 @@ def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.M
 
     Raises InputError for a checkpoint that lacks weights, which transformers would make up at random.
     """
-    if rank():
+    if rank() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     causal_lm, found = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True

@@ -151,7 +151,7 @@ def interrupted(*changes):
         )  # fmt: skip
         with lib.runs.Run(cfg, {"model": cfg.model}) as run:
             policy = lib.policy.load_policy(cfg.model, cfg, True)
-            run.save(1, policy, torch.optim.AdamW(policy.parameters()), trained_on=())
+            run.save(1, policy, torch.optim.AdamW(policy.parameters()), None, trained_on=())
         for change in changes:
             change(place.tmp / "out.partial" / "state-000001")
 
