@@ -116,8 +116,8 @@ def test_digits_are_compared_as_text():
 
 def test_plain_answers_start_no_worker():
     with Verifier(num_workers=2) as verifier:
-        boxed = ["073", r"336^\circ", "1,000", "70.0", "8", r"\text{east}", "9" * 10**6]
-        golds = ["73", "336", "1000", "70", "7", r"\text{west}", "9", "7"]
+        boxed = ["073", r"336^\circ", "1,000", "70.0", "8", "seat", "9" * 10**6]
+        golds = ["73", "336", "1000", "70", "7", r"\text{east}", "9", "7"]
         verdicts = verifier.check([*map(box, boxed), "no box"], golds)
         assert [verdict.correct for verdict in verdicts] == [True] * 4 + [False] * 4
         assert [verdict.how for verdict in verdicts] == ["fast"] * 6 + ["too_long", "no_answer"]
