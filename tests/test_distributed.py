@@ -68,6 +68,8 @@ def test_two_ranks_do_what_one_does(run_stages):
         first, second = weights(one, stage), weights(two, stage)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
+        for out in (one, two):
+            assert json.loads((out / stage / "generation_config.json").read_text())["eos_token_id"] == [1, 0], stage
     scores = [json.loads((out / "report" / "results.json").read_text())["results"] for out in (one, two)]
     averages = [
         {(label, name): found["avg"] for label, row in rows.items() for name, found in row.items()} for rows in scores
