@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import evaluate
 from common import request_seed
 from lib.data import load_tokenizer
 from lib.engines import Sampling, TorchEngine, VLLMEngine
@@ -54,7 +55,8 @@ def load(sampler: str, model: str, longest_prompt: int, tokens: int):
         engine = TorchEngine(load_causal_lm(model, torch.float32, torch.device("cpu")), tokenizer)
         engine.stop_ids = torch.tensor([-1])
     else:
-        engine = VLLMEngine(model, tokenizer, max_tokens=longest_prompt + tokens)
+        lengths = dict(max_prompt_tokens=longest_prompt, max_response_tokens=tokens)
+        engine = VLLMEngine(model, tokenizer, evaluate.Config((model,), out="", **lengths))
         engine.stop_ids = []
 
     def sample(prompts, samples):
