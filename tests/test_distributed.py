@@ -131,6 +131,7 @@ def test_a_sharded_policy_has_the_weights_of_its_checkpoint(tied, tmp_path):
         cfg = teacher_grpo.Config(model, data="", out="", cpu_bfloat16=True)
         policy = lib.policy.load_policy(model, cfg, trainable=True)
         assert lib.policy.is_sharded(policy)
+        assert (policy.model.get_output_embeddings().weight is policy.model.get_input_embeddings().weight) == tied
         plain = lib.policy.load_causal_lm(model, torch.float32, torch.device("cpu"))
         ours = dict(lib.policy.full_weights(policy)) | dict(policy.model.named_buffers())
         theirs = plain.state_dict() | dict(plain.named_buffers())

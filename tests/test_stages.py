@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import tiny_model, write_checkpoint, write_problems
+from conftest import tiny_model, write_problems
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -552,16 +552,6 @@ def test_two_runs_cannot_share_an_output_directory(student, problems, tmp_path):
     with pytest.raises(InputError, match="is being written by another run"):
         lib.runs.Run(config, {"model": student})
     del first
-
-
-def test_unsafe_heads_are_refused(tmp_path):
-    model = tiny_model()
-    model.lm_head = torch.nn.Linear(16, model.config.vocab_size, bias=True)
-    directory = write_checkpoint(tmp_path / "scaled")
-    config = json.loads((tmp_path / "scaled" / "config.json").read_text())
-    (tmp_path / "scaled" / "config.json").write_text(json.dumps({**config, "logit_scale": 0.5}))
-    with pytest.raises(InputError, match="rescales its logits"):
-        lib.policy.load_policy(directory, opd.Config(directory, "", data="", out=""), True)
 
 
 def test_bfloat16_on_a_cpu_trains_float32_weights(student, teacher, problems, tmp_path):
