@@ -92,7 +92,6 @@ def load_policy(model: str, cfg, trainable: bool) -> Policy:
         start_process(alone_too=True)
         shard(policy, compute if compute == torch.bfloat16 else None)
         policy.to_empty(device=device)
-        policy.model.tie_weights()  # to_empty has made two tensors of one that was shared
         source = load_causal_lm(model, dtype, torch.device("cpu")) if rank() == 0 else None
         weights = source.state_dict() if source else {}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

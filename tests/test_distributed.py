@@ -68,6 +68,8 @@ def test_two_ranks_do_what_one_does(run_stages):
         first, second = weights(one, stage), weights(two, stage)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
+        for out in (one, two):
+            assert json.loads((out / stage / "generation_config.json").read_text())["eos_token_id"] == [1, 0], stage
     scores = [json.loads((out / "report" / "results.json").read_text())["results"] for out in (one, two)]
     averages = [
         {(label, name): found["avg"] for label, row in rows.items() for name, found in row.items()} for rows in scores
@@ -129,6 +131,7 @@ def test_a_sharded_policy_has_the_weights_of_its_checkpoint(tied, tmp_path):
         cfg = teacher_grpo.Config(model, data="", out="", cpu_bfloat16=True)
         policy = lib.policy.load_policy(model, cfg, trainable=True)
         assert lib.policy.is_sharded(policy)
+        assert (policy.model.get_output_embeddings().weight is policy.model.get_input_embeddings().weight) == tied
         plain = lib.policy.load_causal_lm(model, torch.float32, torch.device("cpu"))
         ours = dict(lib.policy.full_weights(policy)) | dict(policy.model.named_buffers())
         theirs = plain.state_dict() | dict(plain.named_buffers())
