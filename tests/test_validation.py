@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import write_problems
 from test_distributed import launch
-from test_faults import Killed
+from test_resume import Killed
 from test_stages import RUNS, assert_same_weights, command_line, distill, grpo, metrics, warmup, weights
 from transformers import AutoModelForCausalLM
 
