@@ -133,6 +133,7 @@ def new_record(cfg, parents: dict[str, str]) -> dict:
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
         "hardware": hardware(),
         "ranks": world_size(),
+        "first_step": 0,
     }
     return {
         "stage": Path(stage.__file__).stem,

@@ -180,11 +180,10 @@ class Run:
         if self._holds_work() and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
         record = new_record(cfg, parents)
-        states = [(path, _read_or_none(path)) for path in sorted(self.partial.glob("state-??????"), reverse=True)]
-        newest = next((saved for _, saved in states if saved), None)
-        if newest:
+        states = [(path, _read_or_nothing(path)) for path in sorted(self.partial.glob("state-??????"), reverse=True)]
+        if newest := next((saved for _, saved in states if saved), None):
             self._compare(newest, record, self.partial)
-        if earlier := (_read_or_none(self.partial) or {}).get("tracker_run"):
+        if earlier := _read_or_nothing(self.partial).get("tracker_run"):
             record["tracker_run"] = earlier
         return record, states
 
@@ -222,10 +221,13 @@ class Run:
                 )
         session, files = record["sessions"][-1], saved.get("sessions", [{}])[-1].get("files", {})
         changed = [name for name, digest in session["files"].items() if files.get(name, digest) != digest]
-        session["accepted_changes"] = [name for name in changed if not name.startswith("lib/")]
         for name in changed:
             what = f"the file of --reward {name!r}" if name == config["reward"] else name
-            if name in session["accepted_changes"] and not config["accept_changes"]:
+            if name.startswith("lib/"):
+                pass
+            elif config["accept_changes"]:
+                session.setdefault("accepted_changes", []).append(name)
+            else:
                 raise InputError(
                     f"--resume: {what} is not what it was in the run in {directory}; put the old one back, give "
                     f"--accept-changes, or delete {directory}"
@@ -254,35 +256,32 @@ class Run:
         """Loads weights, optimizer and record of the interrupted run, if there is one to continue. Collective.
 
         A state counts once all ranks have loaded it; otherwise all take the one before it, which is there if the run was
-        killed just before it was removed. Only then metrics.jsonl and samples.jsonl are cut to the steps before it.
+        killed just before it was removed.
         """
         for path, saved in self._states:
-            model_state, optimizer_state = get_state_dict(policy, optimizer)
-            state, failed = {"model": model_state, "optimizer": optimizer_state}, None
-            try:
-                dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-                set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-            except (Exception, CheckpointException) as error:  # whatever a damaged file leads to
-                failed = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
-            if not all_max({"failed": failed is not None or saved is None})["failed"]:
-                break
-            print0(
-                f"{path} cannot be loaded ({first_line(failed) if failed else 'see the other ranks or its run.json'})"
-            )
-        else:
-            if self._states:
-                raise InputError(
-                    f"no training state in {self.partial} can be loaded; delete the directory to begin again"
-                )
-            saved = None
-        if saved:
-            self.steps_done = saved["steps"]
-            kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings")
-            self.record.update({name: saved[name] for name in kept})
-            self.record["sessions"] = saved.get("sessions", []) + self.record["sessions"]
-            print0(f"{self.out}: continuing after step {self.steps_done}")
-        self.record["sessions"][-1]["first_step"] = self.steps_done
-        self.lines = on_rank_0(self._cut_logs)
+            problem = self._load(path, policy, optimizer) if saved else "its run.json is damaged"
+            if not all_max({"failed": bool(problem)})["failed"]:
+                self.steps_done = saved["steps"]
+                kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings")
+                self.record.update({name: saved[name] for name in kept})
+                self.record["sessions"] = saved.get("sessions", []) + self.record["sessions"]
+                self.record["sessions"][-1]["first_step"] = self.steps_done
+                print0(f"{self.out}: continuing after step {self.steps_done}")
+                return
+            print0(f"{path} cannot be loaded ({problem or 'on another rank'})")
+        if self._states:
+            raise InputError(f"no training state in {self.partial} can be loaded; delete the directory to begin again")
+
+    def _load(self, path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> str | None:
+        """Loads a training state; returns why it could not be loaded, None if it was. Collective."""
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        try:
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        except (Exception, CheckpointException) as error:  # what is raised depends on which file is damaged, and how
+            return first_line(next((cause for cause, _ in getattr(error, "failures", {}).values()), error))
+        return None
 
     def _cut_logs(self) -> list[dict]:
         """Removes what will be written again from samples.jsonl and metrics.jsonl; returns what is left of the second.
@@ -301,6 +300,7 @@ class Run:
         From here on a signal to stop waits for the end of the step, where `save` looks for it.
         """
         self.total_steps = total
+        self.lines = on_rank_0(self._cut_logs)
         self._tracker.start(self.record, self.out)
         on_rank_0(lambda: self._write_record(self.partial))
         self._signal.listen()
@@ -488,11 +488,11 @@ class Run:
         barrier()
 
 
-def _read_or_none(directory: Path) -> dict | None:
+def _read_or_nothing(directory: Path) -> dict:
     try:
-        return read_run(directory) or None
+        return read_run(directory)
     except InputError:
-        return None
+        return {}
 
 
 def _tidy(checkpoint: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_faults import Killed
+from test_resume import Killed
 from test_stages import RUNS, assert_same_weights, distill, grpo, metrics, warmup
 
 import evaluate
