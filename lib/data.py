@@ -108,7 +108,7 @@ def _json_line(line: str, number: int, source: str) -> dict:
 def _check_hub_name(name: str, problem: str, remedy: str) -> None:
     """InputError for what cannot be a name on the hub, or looks like a path: offline the hub client tries for a minute."""
     owner, _, rest = name.partition("/")
-    if not rest or "/" in rest:
+    if not rest or "/" in rest or Path(name).exists():
         raise InputError(f"{problem}; {remedy}")
     if Path(owner).is_dir():
         raise InputError(
