@@ -1,4 +1,4 @@
-"""The solutions of COURSE.md's exercises: each is applied to a copy of the tree and runs there for a few steps."""
+"""The solutions of docs/course.md's exercises: each is applied to a copy of the tree and runs there for a few steps."""
 
 import dataclasses
 import importlib.util
@@ -218,7 +218,7 @@ def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path)
 
 
 def test_the_course_names_every_solution():
-    text = (ROOT / "COURSE.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/course.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
     solutions = {path.name for path in EXERCISES.iterdir() if path.is_file()}
     assert solutions == set(re.findall(r"experiments/exercises/([\w.-]+\.(?:patch|py))", text))

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(ROOT.glob("*.md"))
-LINK = re.compile(r"\[`([\w.]+)`\]\((\w[\w/.]*)#L(\d+)\)")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w[\w/.]*)#L(\d+)\)")
 
 
 def definition(file: str, name: str) -> tuple[int, str]:
@@ -45,45 +45,47 @@ def names(node: ast.AST) -> list[str]:
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-def links() -> list[tuple[Path, str, str, int]]:
+def links() -> list[tuple[str, str, str, int]]:
     """(page, name, file, line) of every link to a line."""
-    found = [(page, *match.groups()) for page in PAGES for match in LINK.finditer(page.read_text(encoding="utf-8"))]
-    return [(page, name, file, int(line)) for page, name, file, line in found]
+    found = [(page, LINK.findall(page.read_text(encoding="utf-8"))) for page in PAGES]
+    return [(page.name, name, file, int(line)) for page, matches in found for name, _, file, line in matches]
 
 
-def mend() -> None:
+def correct() -> None:
+    """Puts the right line numbers into all links."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        page.write_text(LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{definition(m[2], m[1])[0]})", text), encoding="utf-8")
+        right = lambda m: f"[`{m[1]}`]({m[2]}{m[3]}#L{definition(m[3], m[1])[0]})"
+        page.write_text(LINK.sub(right, text), encoding="utf-8")
 
 
 def test_links_to_lines_are_where_the_name_is_defined():
+    found = [(page, name, file, line, definition(file, name)[0]) for page, name, file, line in links()]
     wrong = [
-        f"{page.name}: {name} is at {file}#L{definition(file, name)[0]}, and not at L{line}"
-        for page, name, file, line in links()
-        if definition(file, name)[0] != line
+        f"{page}: {name} is at {file}#L{right}, not at L{line}"
+        for page, name, file, line, right in found
+        if line != right
     ]
-    assert not wrong, "\n".join([*wrong, "`python tests/test_paper.py` mends them"])
-    assert len(links()) > 40 and {page.name for page, *_ in links()} >= {"README.md", "PAPER.md"}
+    assert not wrong, "\n".join([*wrong, "`python tests/test_paper.py` corrects them"])
+    assert len(found) > 40 and {page for page, *_ in found} >= {"README.md", "paper.md"}
 
 
 def test_links_to_files_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("https://"):
-                assert (ROOT / target).exists(), f"{page.name}: {target}"
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-ROWS = [
-    line for line in (ROOT / "PAPER.md").read_text(encoding="utf-8").splitlines() if "#L" in line and line[0] == "|"
-]
+PAPER = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+ROWS = [line for line in PAPER.splitlines() if "#L" in line and line[0] == "|"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
 def test_docstrings_say_which_object_of_the_paper_they_are(row):
     """Each link of a row leads to one of the names in its first cell, and each of these names is found behind a link."""
     called = re.findall(r"`([^`]+)`", row.split(" | ")[0])
-    texts = {f"{file}: {name}": definition(file, name)[1] for name, file, _ in LINK.findall(row)}
+    texts = {f"{file}: {name}": definition(file, name)[1] for name, _, file, _ in LINK.findall(row)}
     assert called and texts
     for place, text in texts.items():
         assert any(name in text for name in called), f"{place} says nothing of {called}"
@@ -155,4 +157,4 @@ def test_gradients_are_what_the_docstrings_of_the_losses_say():
 
 
 if __name__ == "__main__":
-    mend()
+    correct()
