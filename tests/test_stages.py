@@ -98,7 +98,7 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage):
     lines = metrics(directory)
     assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
     record = json.loads((directory / "run.json").read_text())
-    assert record["steps"] == len(lines) and record["config"]["seed"] == 0 and record["packages"]["torch"]
+    assert record["steps"] == len(lines) and record["config"]["seed"] == 0 and record["sessions"][0]["packages"]["torch"]
 
 
 def test_opd_logs_entropy_mismatch_and_the_dense_reward_of_every_token(student, teacher, problems, tmp_path):
