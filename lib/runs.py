@@ -205,13 +205,15 @@ class Run:
                 "name another --out, or delete it"
             )
         config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
-        for name, value in config.items():
-            before = saved.get("config", {}).get(name)
-            if name not in MAY_CHANGE and before != value:
-                raise InputError(
-                    f"--resume: the run in {directory} had {name} = {before!r}, now it is {value!r}; "
-                    f"give the same settings, name another --out, or delete {directory}"
-                )
+        before = {name: saved.get("config", {}).get(name) for name in config if name not in MAY_CHANGE}
+        differing = [
+            f"{name} = {old!r}, now it is {config[name]!r}" for name, old in before.items() if old != config[name]
+        ]
+        if differing:
+            raise InputError(
+                f"--resume: the run in {directory} had {', and '.join(differing)}; give the same settings, name another "
+                f"--out, or delete {directory}"
+            )
         for role, parent in record["parents"].items():
             if saved["parents"].get(role, {}).get("sha256") != parent["sha256"]:
                 content = "texts" if Path(parent["path"]).is_file() else "weights"

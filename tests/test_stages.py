@@ -61,7 +61,8 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage, before, student, teache
     lines = metrics(directory)
     assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
     record = json.loads((directory / "run.json").read_text())
-    assert record["steps"] == len(lines) and record["config"]["seed"] == 0 and record["packages"]["torch"]
+    assert record["steps"] == len(lines) and record["config"]["seed"] == 0
+    assert record["sessions"][0]["packages"]["torch"]
     for line in lines if stage != "warmup" else ():  # the sampler has the trainer's weights in every step
         assert 0 <= line["sampler_mismatch"] <= line["sampler_mismatch_max"] < 1e-4
         assert 0 < line["entropy"] < math.log(len(toy.VOCABULARY))
