@@ -108,7 +108,7 @@ MADE := $(RAW)/test.jsonl
 MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT)
 RUN := $(PY)
 # Problems are plain text after three examples, and a response ends with its line.
-TASK := --prefix @experiments/real_prefix.txt --instruction "" --no-chat-template --stop '\n' \
+TASK := --prompt @experiments/real_prompt.txt --no-chat-template --stop '\n' \
 	--max-prompt-tokens 128 --max-response-tokens 20 --cpu-bfloat16 --seed $(SEED)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) \
 	--weight-decay 0.01 --micro-batch-tokens 2048

@@ -22,6 +22,7 @@ import hashlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -51,14 +52,12 @@ INSTRUCTION = "\n\nLet's think step by step and output the final answer within \
 
 @dataclass
 class SamplerConfig:
-    """How prompts are worded and where responses are sampled: the same in training and in the evaluation."""
+    """How prompts are written and where responses are sampled: the same in training and in the evaluation."""
 
     _: KW_ONLY
     out: str  # directory to write
-    prefix: str = ""  # text before each problem, such as worked examples; @FILE, here and in the next two, reads a file
-    instruction: str = INSTRUCTION  # text appended to each problem (authors' earlier code; not given in this paper)
-    system_prompt: str = ""  # text for the system's turn of the chat template; by default there is no such turn
-    chat_template: bool = True  # word prompts with the tokenizer's chat template, if it has one, or as plain text
+    prompt: str = "{problem}" + INSTRUCTION  # what is asked, with {problem} in it (authors' earlier code); or @FILE
+    chat_template: bool = True  # render prompts with the tokenizer's chat template, if it has one, or as plain text
     stop: tuple[str, ...] = ()  # texts that end a response, such as "\n": with the first token that contains one
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
@@ -66,7 +65,7 @@ class SamplerConfig:
     kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
     cpu_bfloat16: bool = False  # compute in bfloat16 on a CPU too: about twice as fast on many, but less exact
-    reward: str | None = None  # FILE.py:function that rewards a response in place of the verifier; it is run as code
+    reward: str | None = None  # FILE.py:function whose value is the reward, also of cut responses; it is run as code
     seed: int = 0  # decides the order of the data and every sampled response
 
 
@@ -78,7 +77,7 @@ class TrainingConfig(SamplerConfig):
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
     exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
-    max_steps: int | None = None  # stop after this many steps, before the passes over the data are complete
+    max_steps: int | None = None  # number of steps, in the place of --passes; the data are repeated as needed
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls towards a tenth of --lr; not in the paper
     warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code; not in this paper)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
@@ -91,6 +90,8 @@ class TrainingConfig(SamplerConfig):
     validate_k: int = 4  # responses sampled for each validation problem
     export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
     resume: bool = False  # continue an interrupted run of the same settings, if there is one
+    accept_changes: bool = False  # with --resume: go on with changed code or a changed --reward, which is recorded
+    track: Literal["trackio", "wandb"] | None = None  # also send the metrics to this tracker, which has to be installed
 
 
 class InputError(ValueError):
@@ -101,34 +102,35 @@ class AlreadyFinished(InputError):
     """With --resume there is nothing left to do, which is no fault: the sentence is printed, and the exit status is 0."""
 
 
+POSITIVE = {"temperature", "top_p", "clip_ratio", "importance_cap", "lr", "max_grad_norm", "kv_cache_gib"}
+
+
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
-    """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive."""
-    allowed = {"seed", "kl_coef", "warmup_steps", "weight_decay", *may_be_zero}
-    for name, value in dataclasses.asdict(cfg).items():
+    """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive.
+
+    Whole numbers are counts and must be positive, apart from seeds and warmup steps. Of the others only those in
+    POSITIVE must be, so that a coefficient which somebody adds may be 0.
+    """
+    for field_ in dataclasses.fields(cfg):
+        name, value = field_.name, getattr(cfg, field_.name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # -1: all tokens
             flag = f"--{name.replace('_', '-')} {value}"
-            if value < 0 or (value == 0 and name not in allowed):
-                least = "zero or more" if name in allowed else "a number above zero"
-                raise InputError(f"{flag} is too small; give {least}")
+            coefficient = "float" in str(field_.type) and name not in POSITIVE
+            zero = coefficient or name == "seed" or name.endswith("warmup_steps") or name in may_be_zero
+            if value < 0 or (value == 0 and not zero):
+                raise InputError(f"{flag} is too small; give {'zero or more' if zero else 'a number above zero'}")
             if not value < 2**32:  # the end of NumPy's seeds, to which vLLM passes ours on; all else is far below it
                 raise InputError(f"{flag} is not a number below {2**32}; give one")
 
 
 def cli(main: Callable, config: type) -> None:
     """Runs `main` with the settings of the command line. The exit status is 2 after an `InputError`, 1 after a failure,
-    and 128 + the signal's number after a signal (lib.stopping).
+    and 128 + the signal's number after a signal (lib.runs.StopSignal).
 
     Under torchrun every process runs `main` and finds the same fault in the input. Rank 0 reports it and exits, and
     torchrun then ends the others.
     """
-    if {"-h", "--help"} & set(sys.argv):  # tyro would join the lines of commands, and leave paragraphs in one line
-        explanation = sys.modules[main.__module__].__doc__ + "\n"
-        for line in re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", explanation).splitlines():
-            indent = "  " * line.startswith("- ")
-            print(line if line.startswith("    ") else textwrap.fill(line, 80, subsequent_indent=indent))
-    # A shell expands the ~ of `--out ~/runs/x`, and not that of `--out=~/runs/x` or of an argument in quotes.
-    words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
-    cfg = tyro.cli(config, args=words, description="")
+    cfg = parse(main, config)
     status = 0
     try:
         start_process()
@@ -140,10 +142,11 @@ def cli(main: Callable, config: type) -> None:
         status = 2
         if rank():
             time.sleep(10)  # Rank 0 reports what all ranks find, and torchrun ends this one meanwhile.
-        last_words(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}")
-    except KeyboardInterrupt:
+        sentence = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        last_words(f"error: {sentence}" if rank() == 0 else f"error on rank {rank()}: {sentence}")
+    except KeyboardInterrupt as error:
         status = 130
-        last_words("stopped by Ctrl-C")
+        last_words("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", ())]))
     except BaseException:
         if not dist.is_initialized():
             raise
@@ -152,21 +155,38 @@ def cli(main: Callable, config: type) -> None:
     exit_process(status)
 
 
-def read_texts(cfg) -> None:
-    """Puts the text of the file in the place of each `@FILE`, and a newline in the place of a backslash and an n.
+def parse(main: Callable, config: type):
+    """The settings of the command line. For --help it prints the docstring of `main`'s file and the settings, and exits."""
+    # A shell expands the ~ of `--out ~/runs/x`, and not that of `--out=~/runs/x` or of an argument in quotes.
+    words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
+    if not {"-h", "--help"} & set(words):
+        return tyro.cli(config, args=words, description="")
+    handler = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without a traceback
+    try:
+        explanation = sys.modules[main.__module__].__doc__ + "\n"
+        # tyro would join the lines of commands, and leave paragraphs in one line.
+        for line in re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", explanation).splitlines():
+            indent = "  " * line.startswith("- ")
+            print(line if line.startswith("    ") else textwrap.fill(line, 80, subsequent_indent=indent))
+        tyro.cli(config, args=words, description="")
+    finally:
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, handler)
 
-    So the settings hold all that decides a response, and are recorded whole. InputError for a file that is no text.
+
+def read_texts(cfg) -> None:
+    """Replaces a --prompt that is @FILE by the file's text without its last line break, and \\n in --stop by a newline.
+
+    So the settings hold all that decides a response, and are recorded whole. InputError for a prompt without {problem}.
     """
-    for name in ("prefix", "instruction", "system_prompt"):
-        value = getattr(cfg, name, "")
-        if value.startswith("@"):
-            try:
-                with open(os.path.expanduser(value[1:]), encoding="utf-8") as file:
-                    setattr(cfg, name, file.read())
-            except (OSError, UnicodeDecodeError) as error:
-                why = getattr(error, "strerror", None) or first_line(error)
-                flag = f"--{name.replace('_', '-')} {value}"
-                raise InputError(f"{flag}: the file cannot be read as text ({why}); check its path") from None
+    if hasattr(cfg, "prompt"):
+        if cfg.prompt.startswith("@"):
+            with open(os.path.expanduser(cfg.prompt[1:]), encoding="utf-8") as file:
+                cfg.prompt = file.read().removesuffix("\n")
+        if "{problem}" not in cfg.prompt:
+            raise InputError(
+                f"--prompt {cfg.prompt[:40]!r} does not say where the problem goes; write {{problem}} there"
+            )
     if hasattr(cfg, "stop"):
         cfg.stop = tuple(text.replace("\\n", "\n") for text in cfg.stop)
 
@@ -177,7 +197,7 @@ def read_texts(cfg) -> None:
 @dataclass(frozen=True)
 class Problem:
     id: str  # the same for a problem in every data set, however it is typeset; see lib.ids
-    prompt: str  # its text; of several chat messages that of the last, and all of them stand in the row
+    prompt: str  # its text, without --prompt; of several chat messages that of the last (all of them are in the row)
     answer: str
     row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own
 
@@ -193,22 +213,15 @@ class Rollout:
     logprobs: list[float]  # log-probability of each response token, as the sampler computed it
     finish_reason: str  # "stop" at an end-of-sequence token, "length" at the limit
     text: str  # the decoded response, without special tokens
-    correct: bool | None = None  # whether the verifier found the right answer in it
-    how: str = ""  # how the verifier decided (lib.verifier.Verdict)
-    reward: float | None = None  # that of --reward; None means 1 if correct, else 0
+    correct: bool | None = None  # the grader's verdict on its answer (lib.rewards)
+    how: str = ""  # how that was decided: "reward" by --reward alone, else a `how` of lib.verifier.Verdict
+    reward: float | None = None  # R(x, y): what --reward returned, then the reward that GRPO used
     advantage: float = 0.0  # its reward relative to its group, which GRPO gives to each of its tokens
-
-    def earned(self, require_finished: bool) -> float:
-        """R(x, y): the reward, which a response cut at the length limit does not get if it is `require_finished`."""
-        reward = float(bool(self.correct)) if self.reward is None else self.reward
-        return reward if self.finish_reason == "stop" or not require_finished else 0.0
 
 
 @dataclass(frozen=True)
 class Span:
-    """Successive positions of a pack. They attend to the prefix, which is another stretch of it, and, causally, to each
-    other.
-    """
+    """Successive positions of a pack, which attend to its prefix, another stretch of the pack, and causally to themselves."""
 
     start: int
     length: int
@@ -221,9 +234,18 @@ class Batch:
     """Rollouts packed one after another without padding: what one forward and backward pass works on.
 
     Responses to one prompt may share it: the prompt is packed once, and each response after it is a span that has the
-    prompt as its prefix. Positions of a response continue those of its prompt, and nothing else is attended to. Which
-    positions are trained follows from the lengths of prompts and responses, not from looking for padding tokens, so
-    that an end-of-sequence token is trained like any other.
+    prompt as its prefix. For the prompt x1 x2 and its responses a1 a2 a3 and b1 b2 b3 these are six tokens:
+
+        position       0     1      2     3     4     5
+        input_ids      x1    x2     a1    a2    b1    b2
+        position_ids   0     1      2     3     2     3
+        span           1st   1st    2nd   2nd   3rd   3rd   (the 2nd and the 3rd have the 1st as their prefix)
+        predicts             a1 b1  a2    a3    b2    b3
+
+    Hence targets = [a1, a2, a3, b1, b2, b3] and predicted_at = [1, 2, 3, 1, 4, 5].
+
+    Which positions are trained follows from the lengths of prompts and responses, not from looking for padding tokens,
+    so that an end-of-sequence token is trained like any other.
     """
 
     input_ids: Tensor  # (1, T) prompts and responses, without a response's last token: nothing after it is predicted
@@ -332,8 +354,21 @@ def print0(text: str) -> None:
 
 
 def progress_bar(total: int, caption: str | None, unit: str, **options) -> tqdm:
-    """A tqdm bar on rank 0; none on other ranks or without a caption."""
+    """A tqdm bar on rank 0; none on other ranks or without a caption. In a file or a pipe it is a line now and then."""
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": 30, "ncols": 0, "position": 0}
     return tqdm(total=total, desc=caption, unit=unit, disable=rank() > 0 or caption is None, **options)
+
+
+class Lines:
+    """Where a progress bar is drawn if nobody watches it: each drawing is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def on_rank_0(function: Callable):

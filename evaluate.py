@@ -13,9 +13,9 @@ expected to be at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 % where the pa
 The paper does not state its decoding. The defaults are those of the authors' code for their earlier papers: temperature
 0.7, top-p 0.8, top-k 20, without thinking.
 
-Written to the output directory: every sample (<checkpoint>/<data set>.jsonl), results.json, table.md and bars.png.
-Samples that are there already, of the same weights, prompts and settings, are used again, so an evaluation that was
-killed goes on when the same command is given again.
+Written to the output directory: every sample (<checkpoint>/<data set>-<hash of the settings>.jsonl), results.json,
+table.md and bars.png. Samples of the same weights, prompts, end tokens and decoding are used again, so the same command
+continues an evaluation that was killed. Samples of other settings have files of their own and stay.
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ import common
 from common import InputError, Problem, SamplerConfig
 from lib import data
 from lib.engines import Sampling, check_engine, check_lengths, make_engine
-from lib.files import check_writable, write_whole
-from lib.lineage import code_version, consumed_problems, hardware, read_lineage, read_run
+from lib.files import locked, whole
+from lib.lineage import code_version, consumed_problems, hardware, history_notes, read_lineage, read_run
 from lib.plots import draw_bars
-from lib.policy import check_checkpoint, load_config
+from lib.policy import check_checkpoint, load_config, load_generation_config
 from lib.rewards import Reward, make_grader
 from lib.rollouts import grade, sample_rollouts
-from lib.samples import SampleFile, grading_key, prompts_key, sample_directories
-from lib.scores import check_decoding, paired_difference, summarise
-from lib.stopping import Stopping
+from lib.scores import SampleFile, grader_sha256, paired_difference, sample_directories, sha256, summarise
 from lib.verifier import Verifier
 
 
@@ -59,9 +57,8 @@ class Config(SamplerConfig):
     max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
 
 
-# The settings that decide what is sampled: samples that were made with others are not used again.
-DECODING = ("k", "temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens", "prefix", "instruction",
-            "system_prompt", "chat_template", "stop", "thinking", "cpu_bfloat16", "seed")  # fmt: skip
+# The settings that decide what is sampled, beside the weights, the rendered prompts and the end tokens.
+DECODING = ("k", "temperature", "top_p", "top_k", "max_response_tokens", "cpu_bfloat16", "seed")
 
 
 class Engines:
@@ -95,41 +92,36 @@ class Engines:
 
 
 def evaluate_model(
-    model: str,
-    label: str,
-    cfg: Config,
-    datasets: dict[str, list[Problem]],
-    verifier: Verifier | Reward,
-    engines: Engines,
+    model: str, label: str, cfg: Config, datasets: dict[str, list[Problem]], grader: Verifier | Reward, engines: Engines
 ) -> dict:
-    """Samples, grades and summarises one checkpoint on every data set; what is already on disk is not sampled again.
+    """Samples, grades and summarises one checkpoint on every data set; samples already on disk are used again.
 
     Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
     lineage = common.on_rank_0(lambda: read_lineage(model))
     trained_on = consumed_problems(lineage)
+    for note in history_notes(lineage):
+        common.print0(f"{label}: {note}")
     directory = sample_directories(cfg.out, [label])[label]
     tokenizer, report = data.load_tokenizer(model), {}
     for name, problems in datasets.items():
-        seen = sum(problem.id in trained_on for problem in problems)
-        if seen:
-            common.print0(
-                f"{label}: {seen} of {len(problems)} problems of {name} were trained on; its score there is no test score"
-            )
         prompts = data.tokenize_prompts(tokenizer, problems, cfg)
-        settings = {"sha256": lineage["sha256"], "prompts": prompts_key(problems, prompts)}
-        settings |= {setting: getattr(cfg, setting) for setting in DECODING}
-        file = SampleFile(directory / f"{name}.jsonl", settings, grading_key(problems, cfg.reward), problems, cfg.k)
-        file.grade_again(verifier)
+        settings = {"sha256": lineage["sha256"]} | {setting: getattr(cfg, setting) for setting in DECODING}
+        settings["prompts"] = sha256([[problem.id, prompts[problem.id]] for problem in problems])
+        settings["end_tokens"] = data.end_tokens(load_generation_config(model), tokenizer, cfg.stop)
+        file = SampleFile(directory, name, settings, problems, cfg.k, grader_sha256(cfg.reward, problems))
+        file.grade_again(grader)
         if file.missing:
-            sample_missing(file, engines.get(model, tokenizer), prompts, cfg, verifier, f"{label} {name}")
-        samples = file.finish()
-        summary = common.on_rank_0(lambda: summarise(samples, cfg.k))
-        report[name] = {**summary, "trained_on": seen, "sha256": lineage["sha256"]}
+            sample_missing(file, engines.get(model, tokenizer), prompts, cfg, grader, f"{label} {name}")
+        summary = common.on_rank_0(lambda: summarise(file.in_order(), cfg.k))
+        seen = sum(problem.id in trained_on for problem in problems)
+        report[name] = {**summary, "trained_on": seen, "sha256": lineage["sha256"], "samples": str(file.path)}
     return report
 
 
-def sample_missing(file: SampleFile, engine, prompts: dict, cfg: Config, verifier: Verifier, caption: str) -> None:
+def sample_missing(
+    file: SampleFile, engine, prompts: dict, cfg: Config, grader: Verifier | Reward, caption: str
+) -> None:
     """Samples and grades what is missing from the file, in parts, so that an interruption loses at most one of them."""
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.k)
@@ -138,7 +130,7 @@ def sample_missing(file: SampleFile, engine, prompts: dict, cfg: Config, verifie
         for start in range(0, len(file.missing), at_a_time):
             part = file.missing[start : start + at_a_time]
             rollouts = sample_rollouts(engine, part, prompts, cfg.k, sampling, seed_key=(cfg.seed, "evaluate"))
-            grade(rollouts, verifier)
+            grade(rollouts, grader)
             file.append(rollouts)
             bar.update(len(part))
 
@@ -152,27 +144,50 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+TRAINED_ON = "†"  # marks a score on problems that the checkpoint, or one before it, was trained on
+
+
 def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     """Markdown: the main table, the details, and the paired differences, for results[label][data set]."""
     labels, names = list(results), list(next(iter(results.values())))
-    main_rows = [
-        [label, *(percent(results[label][n]["avg"], results[label][n]["se"]) for n in names)] for label in labels
-    ]
+
+    def score(label: str, name: str) -> str:
+        result = results[label][name]
+        return percent(result["avg"], result["se"]) + TRAINED_ON * bool(result["trained_on"])
+
     parts = [
         f"avg@{cfg.k} in %, ± standard error over problems. Temperature {cfg.temperature}, top-p {cfg.top_p}, top-k "
         f"{cfg.top_k}, at most {cfg.max_response_tokens} response tokens, seed {cfg.seed}."
         + (f" avg is the mean of --reward {cfg.reward}, times 100." if cfg.reward else ""),
-        markdown_table(["checkpoint", *(f"{name} ({results[labels[0]][name]['problems']})" for name in names)], main_rows),
+        markdown_table(
+            ["checkpoint", *(f"{name} ({results[labels[0]][name]['problems']})" for name in names)],
+            [[label, *(score(label, name) for name in names)] for label in labels],
+        ),
+    ]
+    for label, row in results.items():
+        parts += [
+            f"{TRAINED_ON} {label} was trained on {result['trained_on']} of the {result['problems']} problems of {name}: "
+            "this is not a test score."
+            for name, result in row.items()
+            if result["trained_on"]
+        ]
+    columns = {"pass": f"pass@{cfg.k} %", "truncated": "truncated %", "verifier_failed": "verifier failed %"}
+    parts += [
         "Details:",
         markdown_table(
-            ["checkpoint", "data set", f"pass@{cfg.k} %", "truncated %", "mean tokens"],
+            ["checkpoint", "data set", *columns.values(), "mean tokens"],
             [
-                [label, name, *(f"{100 * results[label][name][key]:.1f}" for key in ("pass", "truncated")),
-                 f"{results[label][name]['tokens']:.1f}"]
-                for label in labels for name in names
+                [label, name, *(f"{100 * result[key]:.1f}" for key in columns), f"{result['tokens']:.1f}"]
+                for label, row in results.items() for name, result in row.items()
             ],
         ),
     ]  # fmt: skip
+    failed = max(result["verifier_failed"] for row in results.values() for result in row.values())
+    if failed > 0.01:
+        parts.append(
+            f"Warning: the verifier timed out or failed on up to {100 * failed:.1f} % of a checkpoint's responses, which "
+            "count as wrong; look at the samples whose `how` is timeout or error."
+        )
     for name in names if len(labels) > 1 else ():
         rows = []
         for i, label in enumerate(labels[1:], start=1):
@@ -187,56 +202,57 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
 
 
 def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
-    """The checkpoints by label and the problems by data set, once whatever can be known to be wrong has been refused."""
+    """The checkpoints by label and the problems by data set. Wrong settings are refused here, before a model loads."""
     if not cfg.models:
         raise InputError("there is nothing to evaluate; name checkpoints with --models")
     common.check_settings(cfg, may_be_zero=("temperature",))
+    if cfg.top_p > 1 or not (cfg.top_k >= 1 or cfg.top_k == -1):
+        raise InputError(f"--top-p {cfg.top_p} and --top-k {cfg.top_k} must be at most 1, and at least 1 or -1 for all")
     labels = cfg.labels or tuple(Path(os.path.abspath(model)).name for model in cfg.models)
     if len(set(labels)) != len(cfg.models) or len(labels) != len(cfg.models):
         raise InputError(
             f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
         )
     sample_directories(cfg.out, labels)
-    check_decoding(cfg.top_p, cfg.top_k)
-    datasets = {Path(source).stem: data.load_problems(source) for source in cfg.data}
+    datasets = {Path(source).stem: data.load_problems(source, reward=cfg.reward) for source in cfg.data}
     if len(datasets) < len(cfg.data):
         raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
     for model in cfg.models:
         tokenizer = data.load_tokenizer(model, "--models")
         data.stop_tokens(tokenizer, cfg.stop)
-        check_checkpoint(model, len(tokenizer), packs=False)
+        check_checkpoint(model, data.vocab_size(tokenizer), packs=False)
         check_engine(cfg, model)
         for problems in datasets.values():
             check_lengths(cfg, model, data.tokenize_prompts(tokenizer, problems, cfg).values())
         common.on_rank_0(lambda: read_run(model))
-    check_writable(cfg.out)
     return dict(zip(labels, cfg.models)), datasets
 
 
 def main(cfg: Config) -> None:
     models, datasets = prepare(cfg)
     engines, results = Engines(cfg, models.values()), {}
-    with Stopping(f"the same command goes on from what {cfg.out} holds"), make_grader(cfg) as verifier:
+    with locked(Path(cfg.out), "--out"), make_grader(cfg) as grader:
         for label, model in models.items():
-            results[label] = evaluate_model(model, label, cfg, datasets, verifier, engines)
-    common.on_rank_0(lambda: write_report(results, models, cfg))
+            results[label] = evaluate_model(model, label, cfg, datasets, grader, engines)
+        common.on_rank_0(lambda: write_report(results, models, cfg))
 
 
 def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cfg: Config) -> None:
     """table.md, bars.png and, last because make takes it for the whole report, results.json."""
     out = Path(cfg.out)
     tables = report_tables(results, cfg)
-    write_whole(out / "table.md", tables)
-    averages = {
-        label: {name: (result["avg"], result["se"]) for name, result in row.items()} for label, row in results.items()
-    }
     configs = {label: load_config(model).get_text_config() for label, model in models.items()}
     sizes = {label: f"{c.num_hidden_layers} x {c.hidden_size} (layers x width)" for label, c in configs.items()}
-    drawn = draw_bars(averages, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png", sizes)
+    draw_bars(results, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png", sizes)
     settings = {**dataclasses.asdict(cfg), "code": code_version(), "hardware": hardware()}
-    write_whole(out / "results.json", json.dumps({"settings": settings, "results": results}) + "\n")
+    for name, text in (
+        ("table.md", tables),
+        ("results.json", json.dumps({"settings": settings, "results": results}) + "\n"),
+    ):
+        with whole(out / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     print("\n" + tables)
-    print(f"wrote {out}: table.md, {'bars.png, ' if drawn else ''}results.json and every sample")
+    print(f"wrote {out}: table.md, bars.png, results.json and every sample")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ are the states s_t = (x, y_<t) that these responses go through. At each of them 
 the teacher's distribution of the next token over the whole vocabulary. The stage brings the student close to the
 teacher before the student samples for itself in Stage 2b (condition C2, minimal deviation).
 
-What departs from the paper:
+Differences from the paper:
 - The cache holds the teacher's *responses*. Its distributions over the vocabulary would take 300 KB for each token, so
   its forward pass over the cached tokens is repeated instead, and the KL stays exact.
 
@@ -19,7 +19,7 @@ Our choices where the paper is silent:
 The same script trains the controls that learn from the sampled tokens instead of the distributions:
 - `--loss sft` is teacher-sample SFT (Tables 2, 5 and 6): cross-entropy on the teacher's tokens.
 - `--loss sft --keep correct`, with the raw teacher (the one before Stage 1) as both model and teacher, makes an SFT'd
-  teacher (Tables 4 and 6) from its own correct responses.
+  teacher (Tables 4 and 6) from its own responses that are right and finished.
 - `--loss sft --rollouts FILE.jsonl` learns from texts that any model has written, with any tokenizer. The paper's SFT'd
   teacher learnt from the responses of gpt-oss-120B in this way (App. B); we do not have those.
 
@@ -34,6 +34,7 @@ The same script trains the controls that learn from the sampled tokens instead o
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,12 +50,11 @@ from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data
 from lib.engines import Sampling, chosen_engine, make_engine
 from lib.packing import make_batches
-from lib.policy import Policy, load_policy
-from lib.rewards import Reward, make_grader, reward_sha256
-from lib.rollouts import RolloutCache, grade, sample_rollouts
+from lib.policy import Policy, load_generation_config, load_policy
+from lib.rewards import Reward, grade, make_grader, reward_sha256
+from lib.rollouts import RolloutCache, open_cache, read_texts, sample_rollouts
 from lib.runs import Run, prepare
 from lib.scores import Validation
-from lib.texts import Texts, learns_from_texts
 from lib.verifier import Verifier
 
 
@@ -64,8 +64,8 @@ class Config(TrainingConfig):
     teacher: str | None = None  # teacher to learn from, with the student's tokenizer; none if --rollouts is a file
     rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
-    keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from those with a right answer
-    passes: int = 1  # passes over the teacher rollouts (Table 9: 1 epoch)
+    keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from right and finished ones
+    passes: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
     mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
     rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
     temperature: float = 1.0  # the teacher's sampling temperature (Table 9)
@@ -82,8 +82,7 @@ def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
     softmaxes leave the padding out.
     """
-    with torch.no_grad():
-        teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V_T, D_T)
+    teacher_hidden, teacher_weight = teacher.hidden_states(batch)  # (N, D_T), (V_T, D_T)
 
     def head(hidden, weight):
         return fused_linear_kl(
@@ -102,102 +101,141 @@ def sft_loss(student: Policy, batch: Batch) -> Tensor:
     return -logprobs.sum()
 
 
-def rollout_identity(cfg: Config, source_sha256: str, problems: Sequence[Problem]) -> dict:
-    """The settings that the teacher's rollouts follow from: a cache made with others is refused.
+def learns_from_texts(cfg: Config) -> bool:
+    """Whether `--rollouts` names a file of texts. Raises InputError unless there is one source that the loss can use."""
+    if not (cfg.rollouts or "").endswith(".jsonl"):
+        if cfg.teacher is None:
+            raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
+        return False
+    if cfg.loss == "fkl" or cfg.teacher is not None:
+        raise InputError(
+            f"--rollouts {cfg.rollouts!r} holds texts, from which --loss sft learns without a --teacher; give these two "
+            "settings, or a directory in --rollouts"
+        )
+    if not Path(cfg.rollouts).is_file():
+        raise InputError(f"--rollouts {cfg.rollouts!r} is not a file; check the path")
+    return True
 
-    `source_sha256` is the hash of the teacher, or of the file of texts.
+
+def rollout_identity(
+    cfg: Config, source_sha256: str, problems: Sequence[Problem], prompts: dict[str, list[int]], tokenizer
+) -> dict:
+    """What the cached rollouts follow from: a cache made with anything else is refused.
+
+    `source_sha256` is the hash of the teacher, or of the file of texts. The token ids of the prompts stand for all
+    settings that word them.
     """
-    names = ("data", "half", "rollouts_per_prompt", "temperature", "max_response_tokens", "prefix",
-             "instruction", "system_prompt", "chat_template", "stop", "thinking", "reward", "seed")  # fmt: skip
-    digest = hashlib.sha256("".join(sorted(p.id + p.answer for p in problems)).encode()).hexdigest()
-    identity = {"teacher_sha256": source_sha256, "problems": digest, "reward_sha256": reward_sha256(cfg)}
-    return identity | {name: getattr(cfg, name) for name in names}
+    ordered = sorted(problems, key=lambda problem: problem.id)
+    end = data.end_tokens(load_generation_config(cfg.teacher), tokenizer, cfg.stop) if cfg.teacher else None
+    names = ("data", "half", "rollouts_per_prompt", "temperature", "max_response_tokens", "reward", "seed")
+    return {
+        "source_sha256": source_sha256,
+        **{name: getattr(cfg, name) for name in names},
+        "reward_sha256": reward_sha256(cfg),
+        "end_tokens": end,
+        "problems": hashlib.sha256("".join(p.id + p.answer for p in ordered).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps([prompts[p.id] for p in ordered]).encode()).hexdigest(),
+    }
 
 
-def fill_cache(
-    cache: RolloutCache, order: list[Problem], texts: Texts | None, tokenizer, verifier: Verifier | Reward, cfg: Config
-) -> None:
-    """Samples from the teacher, or reads from `texts`, what the updates need and the cache lacks, and grades it.
+def learnt_from(cache: RolloutCache, problem: Problem, keep: str) -> list[int]:
+    """The cache's rows of a problem that the student learns from."""
+    return [row for row in cache.rows.get(problem.id, ()) if keep == "all" or cache.right[row]]
 
-    This goes along the order of training, so that a limited run samples only the beginning of a longer one, and in
-    parts, so that an interruption loses at most one of them. With `--keep correct` nobody knows beforehand how many
-    problems `--max-steps` updates need, so parts are sampled until there are enough right answers.
+
+def missing_problems(cache: RolloutCache, order: Sequence[Problem], cfg: Config) -> list[Problem]:
+    """The problems, in the order of training, that the updates need and the cache lacks.
+
+    A limited run samples only the beginning of a longer one. With `--keep correct` nobody knows beforehand how many
+    problems `--max-steps` updates need, so all are missing until enough of the responses to learn from are there.
     """
-    missing = [problem for problem in dict.fromkeys(order) if problem.id not in cache.rows]
-    if missing and not texts and cfg.validate and chosen_engine(cfg.engine) == "vllm":
+    missing, enough, found = [], (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt, 0
+    for problem in order:
+        if found >= enough:
+            break
+        if problem.id in cache.rows:
+            found += len(learnt_from(cache, problem, cfg.keep))
+        else:
+            missing.append(problem)
+            found += cfg.rollouts_per_prompt if cfg.keep == "all" else 0
+    return missing
+
+
+def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: Verifier | Reward, cfg: Config) -> None:
+    """Samples from the teacher what the cache lacks, in parts, so that an interruption loses at most one of them."""
+    order = [problem for [problem] in data.problem_batches(problems, 1, 1, cfg.seed)]
+    missing = missing_problems(cache, order, cfg)
+    if not missing:
+        return
+    if cfg.validate and chosen_engine(cfg.engine) == "vllm":
         raise InputError(
             f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the teacher's "
             "missing rollouts; make those first, with --rollouts DIR --max-steps 1 and with --exclude in the place of "
             "--validate"
         )
-    enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
+    engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
+    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
     at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
-    engine, sampling = None, Sampling(cfg.max_response_tokens, cfg.temperature)
     with common.progress_bar(len(missing), "responses to learn from", "prompt") as bar:
-        for start in range(0, len(missing), at_a_time):
-            chosen = missing[start : start + at_a_time]
-            if len(training_order(cache, order[: order.index(chosen[0])], cfg.keep)) >= enough:
-                break
-            if texts:
-                rollouts = texts.rollouts(chosen)
-            else:
-                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, alone=True)
-                rollouts = sample_rollouts(
-                    engine, chosen, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
-                )
-            grade(rollouts, verifier)
+        while missing:
+            part = missing[:at_a_time]
+            rollouts = sample_rollouts(
+                engine, part, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
+            )
+            grade(rollouts, grader)
             cache.append(rollouts)
-            bar.update(len(chosen))
-    if engine:
-        engine.sleep()
-    if texts:
-        texts.report_too_long()
+            bar.update(len(part))
+            missing = missing_problems(cache, order, cfg)
+    engine.sleep()
 
 
-def training_order(cache: RolloutCache, order: Sequence[Problem], keep: str) -> list[int]:
-    """The cache's rows in the order of training: each problem in turn, with all its responses to learn from."""
-    rows = (row for problem in order for row in cache.rows.get(problem.id, ()))
-    return [row for row in rows if keep == "all" or cache.correct[row]]
+def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) -> list[int]:
+    """The cache's rows in the order of training: each problem in turn, with all its responses to learn from.
+
+    With `--max-steps` there are as many passes as the updates need.
+    """
+    in_a_pass = sum(len(learnt_from(cache, problem, cfg.keep)) for problem in problems)
+    if not in_a_pass:
+        raise InputError("--keep correct leaves nothing, because no response is right and finished; give --keep all")
+    enough = cfg.max_steps and cfg.max_steps * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
+    passes = math.ceil(enough / in_a_pass) if enough else cfg.passes
+    order = data.problem_batches(problems, 1, passes, cfg.seed)
+    return [row for [problem] in order for row in learnt_from(cache, problem, cfg.keep)][:enough]
 
 
 def main(cfg: Config) -> None:
     role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
 
-    with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as verifier:
+    with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
 
         # 1. Sample from the teacher, once; or read what another model has written.
-        texts = Texts(cfg, problems, tokenizer, prompts) if role == "rollouts" else None
-        identity = rollout_identity(cfg, run.record["parents"][role]["sha256"], problems)
-        directory = run.partial / "teacher_rollouts" if texts or not cfg.rollouts else Path(cfg.rollouts)
-        cache = RolloutCache(directory, identity, problems, prompts, None if texts else cfg.rollouts_per_prompt)
-        # How many problems the updates need is known beforehand only if all have the same number of responses.
-        needed = cfg.max_steps * cfg.mini_batch_prompts if cfg.max_steps and cfg.keep == "all" and not texts else None
-        order = [problem for [problem] in data.problem_batches(problems, 1, cfg.passes, cfg.seed, needed)]
-        fill_cache(cache, order, texts, tokenizer, verifier, cfg)
-        rows = training_order(cache, order, cfg.keep)
+        identity = rollout_identity(cfg, run.record["parents"][role]["sha256"], problems, prompts, tokenizer)
+        shared = cfg.rollouts and role == "teacher"
+        directory = Path(cfg.rollouts) if shared else run.partial / "teacher_rollouts"
+        with open_cache(directory, identity, problems, prompts) as cache:
+            if role == "rollouts":
+                read_texts(cfg.rollouts, cache, tokenizer, cfg.max_response_tokens, grader)
+            else:
+                fill_cache(cache, problems, tokenizer, grader, cfg)
+        rows = training_order(cache, problems, cfg)
         size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
-        mini_batches = [rows[start : start + size] for start in range(0, len(rows), size)][: cfg.max_steps]
-        used = len(set().union(*mini_batches))
+        mini_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         run.record["sampled_tokens"] = cache.tokens
-        common.print0(f"responses: {len(cache)}, {sum(cache.correct)} correct; learning from {used}")
-        if not used:
-            raise InputError(
-                "--keep correct leaves no rollout: the teacher answered no problem correctly; give --keep all"
-            )
+        common.print0(f"responses: {len(cache)}, {sum(cache.right)} right and finished; learning from {len(set(rows))}")
 
         teacher = None  # SFT needs the teacher's tokens only
         if cfg.loss == "fkl":
             teacher = load_policy(cfg.teacher, cfg, trainable=False)
         policy = load_policy(cfg.model, cfg, trainable=True)
+        vocab_size = data.vocab_size(tokenizer)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
-        validation = Validation(cfg, tokenizer, engine, verifier, run)
+        validation = Validation(cfg, tokenizer, engine, grader, run)
 
         for step in run.steps(len(mini_batches)):
-            run.export(step, policy, tokenizer)
             validation.score(step, policy)
 
             # 2. Train the student on the teacher's responses: towards its distributions (fkl), or on its tokens (sft).
@@ -208,7 +246,7 @@ def main(cfg: Config) -> None:
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.loss == "fkl":
-                        loss = forward_kl_loss(policy, teacher, batch, len(tokenizer)).loss
+                        loss = forward_kl_loss(policy, teacher, batch, vocab_size).loss
                     else:
                         loss = sft_loss(policy, batch)
                     (loss / num_tokens).backward()
@@ -220,7 +258,7 @@ def main(cfg: Config) -> None:
             loss = common.all_sum({"loss": loss_sum})["loss"] / num_tokens
             metrics = {name: loss, "lr": lr, "grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             run.log(step, metrics, rollouts, show=(name, "grad_norm", "truncated"))
-            run.save(step + 1, policy, optimizer, trained_on=(rollout.problem for rollout in rollouts))
+            run.save(step + 1, policy, optimizer, tokenizer, trained_on=(rollout.problem for rollout in rollouts))
         validation.score(len(mini_batches), policy)
         run.finish(policy, tokenizer)
 

@@ -52,8 +52,8 @@ from lib.engines import Sampling, make_engine
 from lib.lineage import last_rl_stage
 from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
-from lib.rewards import make_grader
-from lib.rollouts import grade, sample_rollouts
+from lib.rewards import grade, make_grader
+from lib.rollouts import sample_rollouts
 from lib.runs import Run, prepare
 from lib.scores import Validation
 
@@ -63,7 +63,7 @@ class Config(TrainingConfig):
     model: str  # student to train: a directory (the warmup's, for the two-stage bridge), or a name on the hub
     teacher: str  # teacher to learn from, with the student's tokenizer
     estimator: Literal["full", "sampled"] = "full"  # KL over the whole vocabulary, or from the sampled token alone
-    passes: int = 1  # passes over the data (Table 9: 1 epoch)
+    passes: int = 1  # passes over the data, without --max-steps (Table 9: 1 epoch)
     prompts_per_step: int = 64  # prompts in an update (Table 9: mini-batch)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt (Table 9)
     temperature: float = 1.0  # the student's sampling temperature (Table 9)
@@ -86,8 +86,7 @@ def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: in
     `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
     softmaxes leave the padding out. The targets, which are the sampled tokens, do not enter the loss, only the log.
     """
-    with torch.no_grad():
-        teacher_hidden, teacher_weight = teacher(batch, lambda hidden, weight: (hidden, weight))  # (N, D_T), (V_T, D_T)
+    teacher_hidden, teacher_weight = teacher.hidden_states(batch)  # (N, D_T), (V_T, D_T)
 
     def head(hidden, weight):
         return fused_linear_kl(
@@ -102,9 +101,9 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
     Its gradient is -w (log pi_T(y_t) - log pi_theta(y_t)) grad log pi_theta(y_t), that of a policy gradient with the
     bracket as dense reward. (The paper's r_T lacks its second term.) The weight w is the ratio of the token's
-    probability in the trainer to that in the sampler, at most `importance_cap`. The loss's value means nothing. `kl` in
-    the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without those weights, and
-    biased unless the sampling temperature is 1.
+    probability in the trainer to that in the sampler, at most `importance_cap`. Only the gradient is meaningful, not the
+    loss value. `kl` in the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without
+    those weights, and biased unless the sampling temperature is 1.
     """
 
     def head(hidden, weight):
@@ -122,7 +121,7 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
     """What is logged of one micro-batch, before the step's update: sums over its tokens, and maxima.
 
-    Log-probabilities, KL and entropy are in nats, at temperature 1; of outliers the fraction is logged in the end.
+    Log-probabilities, KL and entropy are in nats, at temperature 1. Outliers are logged as a fraction of tokens.
     The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is a
     noisy -KL, but its spread and its outliers show how well condition C2 holds.
     """
@@ -161,35 +160,35 @@ def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temp
 
 
 def report_c1(teacher_record: dict) -> None:
-    """Says whether the teacher's lineage has a stage that trained on the sparse reward (C1; what Eq. 2 assumes)."""
+    """Says whose RL stands behind the teacher: its own or an ancestor's (C1; what Eq. 2 assumes)."""
     stage = last_rl_stage(teacher_record)
     if stage is None:
-        common.print0("C1: no RL is recorded for the teacher or its ancestors; nothing shows that it is any good.")
-    else:
-        first, last = (stage[moment]["reward"] for moment in ("first", "last"))
-        common.print0(
-            f"C1: in the last RL on record behind the teacher, the mean reward went from {first:.2f} in the first step "
-            f"to {last:.2f} in the last."
-        )
+        common.print0("C1: the teacher has no recorded RL stage, so C1 is unchecked.")
+        return
+    whose = (
+        "the teacher" if stage is teacher_record else f"the teacher has no RL of its own; its ancestor {stage['path']}"
+    )
+    first, last = (stage[moment]["reward"] for moment in ("first", "last"))
+    common.print0(f"C1: {whose} was trained with RL, in which the mean reward went from {first:.2f} to {last:.2f}.")
 
 
 def main(cfg: Config) -> None:
     problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
 
-    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as verifier:
+    with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as grader:
         report_c1(run.record["parents"]["teacher"])
         torch.manual_seed(cfg.seed)
         teacher = load_policy(cfg.teacher, cfg, trainable=False)
         policy = load_policy(cfg.model, cfg, trainable=True)
+        vocab_size = data.vocab_size(tokenizer)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
-        validation = Validation(cfg, tokenizer, engine, verifier, run)
+        validation = Validation(cfg, tokenizer, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
-            run.export(step, policy, tokenizer)
             validation.score(step, policy)
 
             # 1. Sample from the student.
@@ -200,7 +199,7 @@ def main(cfg: Config) -> None:
                 )
                 engine.sleep()
             with run.phase("verify"):
-                grade(rollouts, verifier)
+                grade(rollouts, grader)
 
             # 2. Move the student towards the teacher's distributions at the student's states.
             num_tokens = common.count_tokens(rollouts)  # of the whole update: every rank has all rollouts
@@ -209,13 +208,13 @@ def main(cfg: Config) -> None:
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.estimator == "full":
-                        result = exact_kl_loss(policy, teacher, batch, len(tokenizer))
+                        result = exact_kl_loss(policy, teacher, batch, vocab_size)
                     else:
-                        result = sampled_kl_loss(policy, teacher, batch, len(tokenizer), cfg.importance_cap)
+                        result = sampled_kl_loss(policy, teacher, batch, vocab_size, cfg.importance_cap)
                     (result.loss / num_tokens).backward()
                     loss_sum += result.loss.item()
                     statistics.append(token_statistics(result, batch))
-                release(teacher)  # its output matrix, which stays gathered after a forward pass without a backward
+                release(teacher)  # without a backward pass FSDP2 keeps the output matrix gathered
                 grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
 
             # 3. Log and save.
@@ -225,7 +224,7 @@ def main(cfg: Config) -> None:
             if step == 0 and (kl := metrics["reverse_kl"]) > FAR_KL:
                 common.print0(f"C2: the student starts {kl:.2f} nats a token from the teacher; warm it up (longer).")
             run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "truncated", "response_tokens"))
-            run.save(step + 1, policy, optimizer, trained_on=batches[step])
+            run.save(step + 1, policy, optimizer, tokenizer, trained_on=batches[step])
         validation.score(len(batches), policy)
         run.finish(policy, tokenizer)
 

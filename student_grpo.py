@@ -23,7 +23,7 @@ import common
 import teacher_grpo
 from common import InputError
 from lib import data
-from lib.lineage import consumed_problems, read_lineage
+from lib.lineage import consumed_problems, history_notes, read_lineage
 
 
 @dataclass
@@ -34,9 +34,12 @@ class Config(teacher_grpo.Config):
 
 
 def main(cfg: Config) -> None:
-    problems = data.load_training_problems(cfg.data, cfg.half, cfg.exclude, cfg.validate)
+    problems = data.load_training_problems(cfg)
     data.load_tokenizer(cfg.model)  # raises if there is no such checkpoint
-    consumed = common.on_rank_0(lambda: consumed_problems(read_lineage(cfg.model)))
+    lineage = common.on_rank_0(lambda: read_lineage(cfg.model))
+    for note in history_notes(lineage):
+        common.print0(f"--model {cfg.model}: {note}")
+    consumed = consumed_problems(lineage)
     seen = sum(problem.id in consumed for problem in problems)
     if seen and not cfg.replay:
         raise InputError(

@@ -8,13 +8,14 @@ compares each with its group, and takes PPO-clipped updates.
 
 The paper gives settings of GRPO for direct RL and for Stage 3 (Table 8), and none for Stage 1. Ours are the same.
 
-What departs from other implementations of GRPO:
+Differences from common GRPO implementations:
 - The loss is the mean over all response tokens of a mini-batch, of all ranks and micro-batches, so long responses weigh
   more. It is not a mean of each response's mean.
 - The KL to the reference policy is the k3 estimate, added to the loss and not subtracted from the reward.
 - The sampler and the trainer compute slightly different probabilities of a token. The policy-gradient term of each
   token (not its KL term) is therefore multiplied by the ratio of the trainer's to the sampler's, at most 2.
-- A response that was cut at the length limit earns no reward.
+- A response that was cut at the length limit earns no reward from the verifier. A function given with `--reward` is told
+  how a response ended, and its value is used unchanged.
 
 Our choices where the paper is silent:
 - "GRPO epochs 10" in Table 8 is read as 10 passes over the data. Every rollout batch is used for one pass of updates.
@@ -45,8 +46,8 @@ from lib import data
 from lib.engines import Sampling, make_engine
 from lib.packing import make_batches
 from lib.policy import Policy, load_policy, release
-from lib.rewards import make_grader
-from lib.rollouts import grade, sample_rollouts
+from lib.rewards import grade, make_grader
+from lib.rollouts import sample_rollouts
 from lib.runs import Run, prepare
 from lib.scores import Validation
 
@@ -54,7 +55,7 @@ from lib.scores import Validation
 @dataclass
 class Config(TrainingConfig):
     model: str  # checkpoint to train: a directory, or a name on the hub
-    passes: int = 10  # passes over the data (Table 8: "GRPO epochs")
+    passes: int = 10  # passes over the data, without --max-steps (Table 8: "GRPO epochs")
     prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches of Table 8 (authors' earlier code)
     mini_batch_prompts: int = 8  # prompts in an optimizer step (Table 8)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt, the group (G; not given in Table 8)
@@ -62,7 +63,7 @@ class Config(TrainingConfig):
     temperature: float = 1.0  # divides the logits in sampling and in every log-probability (authors' earlier code)
     max_prompt_tokens: int = 3072  # longest prompt (Table 8)
     max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
-    require_finished: bool = True  # reward only responses that ended before the length limit
+    require_finished: bool = True  # the verifier rewards only responses that ended before the length limit
     clip_ratio: float = 0.2  # epsilon: the policy ratio is clipped to 1 - epsilon .. 1 + epsilon (Table 8)
     kl_coef: float = 5e-4  # beta, weight of the KL to the stage's initial policy (Table 8); 0 drops the reference model
     normalize_by_std: bool = True  # divide advantages by the group's standard deviation
@@ -71,11 +72,18 @@ class Config(TrainingConfig):
 
 
 def rewards_of(rollouts: list[Rollout], require_finished: bool) -> Tensor:
-    """R(x, y) of each rollout, (P*G,): 1 if its answer is right, and 0 if not, or if it was cut at the length limit.
+    """R(x, y) of each rollout, (P*G,): 1 if its answer is right, else 0.
 
-    With `--reward` it is what that function returned.
+    With `require_finished` a response that was cut at the length limit earns 0, too. With `--reward` R is what that
+    function returned.
     """
-    return torch.tensor([rollout.earned(require_finished) for rollout in rollouts])
+
+    def reward(rollout: Rollout) -> float:
+        if rollout.reward is not None:  # that of --reward
+            return rollout.reward
+        return float(bool(rollout.correct) and (rollout.finish_reason == "stop" or not require_finished))
+
+    return torch.tensor([reward(rollout) for rollout in rollouts])
 
 
 def group_advantages(rewards: Tensor, normalize_by_std: bool = True) -> Tensor:
@@ -86,7 +94,13 @@ def group_advantages(rewards: Tensor, normalize_by_std: bool = True) -> Tensor:
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if normalize_by_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True, correction=0) + 1e-6)
-    return advantages
+    # The mean of equal numbers may differ from them by a rounding error, which the division would enlarge.
+    return advantages.masked_fill(no_spread(rewards)[:, None], 0.0)
+
+
+def no_spread(rewards: Tensor) -> Tensor:
+    """Whether all rewards of a group are equal: (P, G) -> (P,) bool."""
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -114,8 +128,8 @@ def grpo_loss(
 
     It is to be minimised. `importance_weights` w are the ratios of trainer to sampler, cut off at a largest value; they
     carry no gradient. At a token that is not clipped, the gradient with respect to log pi is -w rho A + beta (1 -
-    exp(log pi_ref - log pi)). The gradient is what counts: the loss is no measure of progress, because a group's
-    advantages sum to zero, and what is left says little more than whether right answers are longer than wrong ones.
+    exp(log pi_ref - log pi)). Only the gradient is meaningful, not the loss value: a group's advantages sum to
+    zero, and what is left says little more than whether right answers are longer than wrong ones.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # (N,)
     unclipped = -ratio * advantages
@@ -147,7 +161,7 @@ def train_mini_batch(
     worst_mismatch = 0.0
     for batch in batches:
         logprobs, entropy = token_logprobs(policy, batch, cfg.temperature)  # (N,), (N,)
-        if batch.old_logprobs is None:  # no update since this rollout batch was sampled
+        if batch.old_logprobs is None:  # the first mini-batch of `update`, before any update: pi is still pi_old
             batch.old_logprobs = logprobs.detach()
         mismatch = batch.old_logprobs - batch.sampler_logprobs  # (N,) log of the ratio of trainer to sampler
         ratio = mismatch.exp()
@@ -192,8 +206,9 @@ def update(
         batches = make_batches(learnt_from, cfg.micro_batch_tokens, common.this_device())
         mini_batches.append((batches, common.count_tokens(chosen)))
 
-    # The ratio rho is relative to the trainer's own policy before the first update of this rollout batch. The first
-    # mini-batch needs no forward pass for it: nothing has changed when it is trained on, and its own pass gives it.
+    # The ratio rho is relative to the trainer's own policy before the first update of this rollout batch. Later
+    # mini-batches need a forward pass for it now. The first is trained before any update, so `train_mini_batch` takes it
+    # from the training pass itself.
     with torch.no_grad():
         for number, (batches, _) in enumerate(mini_batches):
             for batch in batches:
@@ -201,7 +216,7 @@ def update(
                     batch.old_logprobs, _ = token_logprobs(policy, batch, cfg.temperature)  # (N,)
                 if reference is not None:
                     batch.ref_logprobs, _ = token_logprobs(reference, batch, cfg.temperature)  # (N,)
-    release(reference)  # its output matrix, which stays gathered after a forward pass without a backward
+    release(reference)  # without a backward pass FSDP2 keeps the output matrix gathered
 
     totals: dict[str, float] = defaultdict(float)
     norms, worst_mismatch, num_tokens = [], 0.0, 0  # num_tokens: of all rollouts
@@ -232,19 +247,18 @@ def main(cfg: Config) -> None:
         )
     problems, tokenizer, prompts = prepare(cfg)
 
-    with Run(cfg, parents={"model": cfg.model}) as run, make_grader(cfg) as verifier:
+    with Run(cfg, parents={"model": cfg.model}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
         policy = load_policy(cfg.model, cfg, trainable=True)
         reference = load_policy(cfg.model, cfg, trainable=False) if cfg.kl_coef else None
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
-        validation = Validation(cfg, tokenizer, engine, verifier, run)
+        validation = Validation(cfg, tokenizer, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
-            run.export(step, policy, tokenizer)
             validation.score(step, policy)
 
             # 1. Sample a group of responses to each prompt, reward them, and compare each with its group.
@@ -255,11 +269,11 @@ def main(cfg: Config) -> None:
                 )
                 engine.sleep()
             with run.phase("verify"):
-                grade(rollouts, verifier)
+                grade(rollouts, grader)
             rewards = rewards_of(rollouts, cfg.require_finished).view(-1, cfg.rollouts_per_prompt)  # (P, G)
             advantages = group_advantages(rewards, cfg.normalize_by_std)  # (P, G)
-            for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
-                rollout.advantage = advantage
+            for rollout, reward, advantage in zip(rollouts, rewards.flatten().tolist(), advantages.flatten().tolist()):
+                rollout.reward, rollout.advantage = reward, advantage
 
             # 2. Update the policy, one mini-batch after another.
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
@@ -267,11 +281,11 @@ def main(cfg: Config) -> None:
                 metrics = update(policy, reference, optimizer, rollouts, lr, cfg)
 
             # 3. Log and save.
-            zero_std = (rewards.std(dim=1, correction=0) == 0).float()  # (P,) groups whose advantages are all 0
-            metrics |= {"reward": rewards.mean().item(), "frac_reward_zero_std": zero_std.mean().item(), "lr": lr}
+            zero_std = no_spread(rewards).float().mean()  # the share of groups whose advantages are all 0
+            metrics |= {"reward": rewards.mean().item(), "frac_reward_zero_std": zero_std.item(), "lr": lr}
             shown = ("reward", "frac_reward_zero_std", "truncated", "response_tokens", "kl_to_reference")
             run.log(step, metrics, rollouts, show=shown)
-            run.save(step + 1, policy, optimizer, trained_on=batches[step])
+            run.save(step + 1, policy, optimizer, tokenizer, trained_on=batches[step])
         validation.score(len(batches), policy)
         run.finish(policy, tokenizer)
 

@@ -200,7 +200,7 @@ def prepare(cfg: Config) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[s
     for argument, model in models.items():
         data.check_same_tokenizer(cfg.student, model, problems, cfg, ("--student", argument))
     for model in (cfg.student, *models.values()):
-        check_checkpoint(model, len(tokenizer))
+        check_checkpoint(model, data.vocab_size(tokenizer))
         check_lengths(cfg, model, prompts.values())
     check_engine(cfg, cfg.student)
     check_writable(cfg.out)

@@ -51,7 +51,7 @@ def nats(reward: float) -> str:
 
 def mark(rollout: Rollout) -> str:
     """The sparse reward: how the response ended, and what that earns in GRPO, which wants it finished."""
-    return f"{'✓' if rollout.correct else '✗'} {why(rollout)}: {rollout.earned(require_finished=True):.3g}"
+    return f"{'✓' if rollout.correct else '✗'} {why(rollout)}"
 
 
 def shade(reward: float) -> tuple[str, str]:

@@ -2,7 +2,7 @@ r"""Writes what `make demo-real` starts from: word problems, and a pretrained la
 
     python -m experiments.real --out runs/real/seed0/raw --seed 0        (about five minutes on one CPU core)
 
-The task is one calculation in a sentence. The prompt is plain text, in which three examples (real_prefix.txt) show the
+The task is one calculation in a sentence. The prompt is plain text, in which three examples (real_prompt.txt) show the
 form of an answer, and a response ends with its line:
 
     Kim has 3 pens and gets 4 more. Now: 3 + 4 = \boxed{7}
@@ -43,14 +43,14 @@ from kernels import fused_linear_kl
 from lib.data import load_problems, load_tokenizer, tokenize_prompts
 from lib.engines import Sampling, TorchEngine
 from lib.packing import make_batches
-from lib.policy import Policy, decoder_layers, load_causal_lm
+from lib.policy import Policy, load_causal_lm
 from lib.rollouts import sample_rollouts
 
-PREFIX = Path(__file__).parent / "real_prefix.txt"
+PROMPT = Path(__file__).parent / "real_prompt.txt"
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 128, 20
-# How the stages word the problems, as options of theirs; make gives them the same.
-WORDING = ["--prefix", f"@{PREFIX}", "--instruction", "", "--no-chat-template", "--stop", "\\n", "--max-prompt-tokens",
-           str(MAX_PROMPT_TOKENS), "--max-response-tokens", str(MAX_RESPONSE_TOKENS)]  # fmt: skip
+# How the stages render the problems, as options of theirs; make gives them the same.
+WORDING = ["--prompt", f"@{PROMPT}", "--no-chat-template", "--stop", "\\n", "--max-prompt-tokens", str(MAX_PROMPT_TOKENS),
+           "--max-response-tokens", str(MAX_RESPONSE_TOKENS)]  # fmt: skip
 NAMES = "Ben Dan Eva Ian Jim Leo Max Mia Sam Sue Tim Zoe".split()
 THINGS = "balls books cards coins cups eggs hats keys pens pins".split()
 SIZES = {"train": 200, "validation": 60, "test": 100, "healing": 43}
@@ -132,7 +132,7 @@ def dequantise(package: str, directory: str) -> None:
 
 def sample(model, tokenizer, source: Path, problems: int, samples: int, seed: int) -> list[Rollout]:
     """Responses of a model to the first problems of a file, `samples` to each."""
-    cfg = SamplerConfig(out="", prefix=f"@{PREFIX}", instruction="", chat_template=False)
+    cfg = SamplerConfig(out="", prompt=f"@{PROMPT}", chat_template=False)
     common.read_texts(cfg)
     cfg.max_prompt_tokens = MAX_PROMPT_TOKENS
     chosen = load_problems(str(source))[:problems]
@@ -148,7 +148,7 @@ def choose_layers(model, rollouts: list[Rollout], vocab_size: int, count: int) -
     The KL is taken at the tokens of `rollouts`, which the whole model has sampled. After the first round only the
     layers that do least harm alone are tried, which saves most of the time.
     """
-    policy, layers = Policy(model), decoder_layers(model)
+    policy, layers = Policy(model), model.model.layers
     batches = make_batches(rollouts, 4096, torch.device("cpu"), share_prompts=True)
     whole = [policy(batch, lambda hidden, weight: hidden.clone()) for batch in batches]  # (N, D) each
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
@@ -186,7 +186,7 @@ def make_student(cfg: Config, out: Path) -> None:
         rollouts = sample(model, tokenizer, out / "healing.jsonl", problems=8, samples=4, seed=cfg.seed)
         removed = choose_layers(model, rollouts, len(tokenizer), cfg.drop_layers)
         model = load_causal_lm(cfg.teacher, torch.float32, torch.device("cpu"))
-        kept = [layer for n, layer in enumerate(decoder_layers(model)) if n not in removed]
+        kept = [layer for n, layer in enumerate(model.model.layers) if n not in removed]
         model.model.layers = torch.nn.ModuleList(kept)
         model.config.num_hidden_layers = len(kept)
         if getattr(model.config, "layer_types", None):

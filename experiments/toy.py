@@ -52,10 +52,8 @@ TASK = "Left to right, modulo 10: "
 HABITS = ("Carefully:", "Roughly:", "Guess:", "Hmm,")
 MAX_RESPONSE_TOKENS = 24  # a careful response has 22
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
-# How problems are worded in the stages, by default and with the toy's --max-prompt-tokens.
-WORDING = SimpleNamespace(
-    prefix="", instruction=INSTRUCTION, system_prompt="", chat_template=True, thinking=False, max_prompt_tokens=64
-)
+# How the stages render problems, by default and with the toy's --max-prompt-tokens.
+WORDING = SimpleNamespace(prompt="{problem}" + INSTRUCTION, chat_template=True, thinking=False, max_prompt_tokens=64)
 VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
     "0123456789+-*="
 )

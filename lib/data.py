@@ -1,24 +1,26 @@
-"""Problem sets: read from files or the hub, split into halves, and worded as prompts for a model's tokenizer."""
+"""Problem sets: read from files or the hub, split into halves, and rendered as prompts for a model's tokenizer."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
 import os
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from common import InputError, Problem, SamplerConfig, first_line, print0
-from lib.ids import problem_id, untypeset
+from common import INSTRUCTION, InputError, Problem, SamplerConfig, first_line, print0
+from lib.ids import problem_id
+from lib.verifier import MAX_CHARS, extract_answer
 
-
-def new_problem(prompt: str, answer: str) -> Problem:
-    return Problem(problem_id(prompt), prompt, answer)
-
+ID_RULE = 1  # the rule of problem ids, recorded in run.json; another rule needs another number
 
 HUB_SETS = {  # short name -> (repository, configuration, split)
     "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
@@ -29,104 +31,108 @@ HUB_SETS = {  # short name -> (repository, configuration, split)
     "gsm8k": ("openai/gsm8k", "main", "test"),
     "gsm8k-train": ("openai/gsm8k", "main", "train"),
 }
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+PROMPTS = ("prompt", "problem", "question", "messages")  # columns that may hold a row's prompt
+ANSWERS = ("answer", "ground_truth", "solution")  # columns that may hold its answer, besides reward_model.ground_truth
 
-# The wrapper that the original DAPO-Math-17k puts around each problem; our own instruction replaces it.
+# What DAPO-Math-17k and verl's data sets put around a problem. --prompt replaces it, and it must not be part of the id.
 DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
-
-WITHOUT = {  # how to do without a problem set
-    "--exclude": ", or write --exclude with nothing after it to exclude nothing",
-    "--validate": ", or leave --validate out",
-}
+_DAPO_PREFIX, _DAPO_SUFFIX, _OURS = (re.escape(text.strip()) for text in (DAPO_PREFIX, DAPO_SUFFIX, INSTRUCTION))
+_WRAPPER = re.compile(rf"^\s*(?:{_DAPO_PREFIX}|{_OURS})|(?:{_DAPO_SUFFIX}|{_OURS})\s*$")
 
 
-def load_problems(source: str, quiet: bool = False, argument: str = "--data") -> list[Problem]:
-    """Reads a problem set and drops repeated problems and those whose copies disagree on the answer.
+# Rows
 
-    `source` is a short name (see `HUB_SETS`), a local .jsonl or .parquet file, or `owner/name[@configuration]:split` on
-    the hub. A row's prompt is its `prompt` (text or chat messages, the last of them the user's), `problem` or
-    `question`. Its answer is `reward_model.ground_truth`, `answer`, `solution` or `ground_truth`; of an answer that
-    ends in a line `#### 13`, as GSM8K's do, only that 13 counts.
 
-    Raises InputError for an unknown source, an unreadable row (with its number), or when no problem is left. `argument`
-    is the setting that names the source.
+def read_rows(source: str, argument: str = "--data") -> Iterator[dict]:
+    """The rows of a problem set: a .jsonl, .json, .csv or .parquet file, a short name (`HUB_SETS`), or
+    owner/name[@configuration][:split] on the hub.
+
+    Every value of a CSV file is text, because guessing types would make 7 of the answer 007. A .json file is a list of
+    objects, or has one object in each line. Raises InputError for an unknown source; `argument` is the setting that
+    names it.
     """
-    answers: dict[str, Problem] = {}
-    conflicting: set[str] = set()
-    reworded: list[tuple[str, str]] = []
-    rows = 0
-    for rows, row in enumerate(_read_rows(source, argument), start=1):
+    path = Path(source).expanduser()
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+    elif path.suffix in FILES:
+        if not path.is_file():
+            raise InputError(f"{argument} {source!r} is not a file; check the path")
+        text = path.read_text(encoding="utf-8-sig") if path.suffix == ".json" else ""
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                rows = csv.DictReader(file)
+                for row in rows:
+                    if None in row:  # what the header has no name for: a comma in a text without quotation marks
+                        raise InputError(
+                            f"line {rows.line_num} of {source!r} has more fields than the header; quote its texts"
+                        )
+                    yield row
+            elif text.lstrip().startswith("["):
+                yield from json.loads(text)
+            else:
+                yield from (_json_line(line, number, source) for number, line in enumerate(file, 1) if line.strip())
+    else:
+        name, _, split = source.partition(":")
+        repository, _, configuration = name.partition("@")
+        if source in HUB_SETS:
+            repository, configuration, split = HUB_SETS[source]
+        else:
+            known = f"give one of {', '.join(HUB_SETS)}, a {', '.join(FILES)} file, or owner/name:split on the hub"
+            _check_hub_name(repository, f"{argument} {source!r} is not a known data set", known)
+        import datasets
+
         try:
-            problem = _problem_from_row(row)
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            yield from datasets.load_dataset(repository, configuration or None, split=split or "train")
+        except Exception as error:  # the hub client raises many kinds; all of them mean that the rows cannot be had
+            without = ", or write --exclude with nothing after it" if argument == "--exclude" else ""
             raise InputError(
-                f"row {rows} of {source!r} is not a labelled problem ({error}); each row needs a prompt "
-                "(prompt, problem or question) and an answer (answer, solution or reward_model.ground_truth)"
-            ) from None
-        first = answers.setdefault(problem.id, problem)
-        if first.answer != problem.answer:
-            conflicting.add(problem.id)
-        texts = first.prompt, problem.prompt
-        if texts[0] != texts[1] and len({"".join(untypeset(text).split()) for text in texts}) > 1:
-            reworded.append(texts)
-    problems = [problem for problem in answers.values() if problem.id not in conflicting]
-    if not problems:
+                f"{argument} {source!r} could not be loaded from the hub ({type(error).__name__}: {first_line(error)}); "
+                f"go online, or give a file{without}"
+            ) from error
+
+
+def _json_line(line: str, number: int, source: str) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"line {number} of {source!r} is not JSON ({error}); correct or delete it") from None
+
+
+def _check_hub_name(name: str, problem: str, remedy: str) -> None:
+    """InputError for what cannot be a name on the hub, or looks like a path: offline the hub client tries for a minute."""
+    owner, _, rest = name.partition("/")
+    if not rest or "/" in rest or Path(name).exists():
+        raise InputError(f"{problem}; {remedy}")
+    if Path(owner).is_dir():
         raise InputError(
-            f"data set {source!r} holds no usable problem ({rows} rows read); name another with {argument}"
+            f"{problem}: the directory {owner!r} has no {rest!r}; check the path, or if you mean {name} on the hub, download "
+            "it into that directory"
         )
-    if rows > len(problems) and not quiet:
-        print0(
-            f"{source}: {rows} rows, {rows - len(answers)} repeats dropped, "
-            f"{len(conflicting)} problems with conflicting answers dropped, {len(problems)} left"
-        )
-    if reworded and not quiet:  # so that problems which the ids do not tell apart are not dropped in silence
-        first, second = reworded[0]
-        start = max(0, len(os.path.commonprefix(reworded[0])) - 20)
-        print0(
-            f"{source}: {len(reworded)} of the repeats differ from the first copy in punctuation or capitals, such as "
-            f"{second[start:][:60]!r} from {first[start:][:60]!r}"
-        )
-    return problems
-
-
-def _problem_from_row(row: dict) -> Problem:
-    prompt, name = prompt_and_id(row)
-    answer = (row.get("reward_model") or {}).get("ground_truth")
-    for key in ("answer", "solution", "ground_truth"):
-        answer = row.get(key) if answer is None else answer
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    final = _final_answer(answer) if isinstance(answer, str) else ""
-    if not final:
-        raise ValueError("no answer in it" if answer is None else f"the answer is {answer!r:.40}")
-    answer.encode()  # raises for half of a surrogate pair, which JSON can express but no file can hold
-    return Problem(name, prompt, final, row)
 
 
 def prompt_and_id(row: dict) -> tuple[str, str]:
     """The text of a row's problem, which is the user's last turn, and its id, which covers all turns.
 
-    Raises ValueError, KeyError or TypeError for a row that holds no prompt.
+    Raises ValueError for a row without a prompt, or with messages of which the last is not the user's.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"it is {row!r:.40}, not an object")
     prompt = _prompt_of(row)
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
-        raise ValueError("one of its messages has no role")
-    if turns and turns[-1]["role"] != "user":
+    if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns):
+        raise ValueError(
+            f"no prompt of text, or of messages with role and content; its columns are {', '.join(map(str, row))}"
+        )
+    if turns[-1]["role"] != "user":
         raise ValueError(f"its last message is the {turns[-1]['role']}'s, and has to be the user's")
-    if not turns or not turns[-1].get("content"):
-        raise ValueError("no prompt in it")
-    if not all(isinstance(turn.get("content"), str) for turn in turns):
-        raise ValueError("the content of one of its messages is no text")
-    prompt = turns[-1]["content"]
-    if not prompt.strip():
-        raise ValueError("no prompt in it")
-    prompt = prompt.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
+    prompt = _WRAPPER.sub("", turns[-1]["content"]).strip()
+    if not prompt:
+        raise ValueError("its prompt is empty")
     name = problem_id(prompt)
     if len(turns) > 1:
         earlier = [(turn["role"], problem_id(turn["content"])) for turn in turns[:-1]]
@@ -134,60 +140,103 @@ def prompt_and_id(row: dict) -> tuple[str, str]:
     return prompt, name
 
 
-def _final_answer(answer: str) -> str:
-    """The answer in the last line of a worked solution, if that is `#### answer` as in GSM8K, else the whole text."""
-    answer = answer.strip()
-    last = answer.rpartition("\n")[2]
-    return last[4:].strip() if last.split()[:1] == ["####"] else answer
-
-
 def _prompt_of(row: dict) -> str | list[dict] | None:
-    return next((row[key] for key in ("prompt", "problem", "question") if row.get(key)), None)
+    return next((row[key] for key in PROMPTS if row.get(key)), None)
 
 
-def _read_rows(source: str, argument: str = "--data") -> Iterable[dict]:
-    path = Path(os.path.expanduser(source))
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise InputError(
-                            f"line {number} of {source!r} is not JSON ({error}); mend or delete it"
-                        ) from None
-    elif path.suffix == ".parquet" and path.is_file():
-        import pyarrow.parquet
+def _answer_of(row: dict) -> str:
+    """A row's right answer. ValueError if it has none.
 
+    Of a text whose last line is `#### 13`, as in GSM8K, it is 13. A `solution` is usually worked out, and its last box
+    counts; without a box it is the answer itself if it is one short line.
+    """
+    model = row.get("reward_model")
+    truth = model.get("ground_truth") if isinstance(model, dict) else None
+    for key, value in [("", truth), *((key, row.get(key)) for key in ANSWERS)]:
+        text = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+        last = text.rpartition("\n")[2]
+        if last.split()[:1] == ["####"]:
+            text = last[4:].strip()
+        elif key == "solution":
+            box = extract_answer(text)
+            text = box or ("" if "\n" in text or len(text) > 100 else text)
+        if text:
+            return text
+    raise ValueError(f"no answer; its columns are {', '.join(map(str, row))}")
+
+
+def new_problem(prompt: str, answer: str) -> Problem:
+    return Problem(problem_id(prompt), prompt, answer)
+
+
+def load_problems(
+    source: str, quiet: bool = False, argument: str = "--data", reward: str | None = None
+) -> list[Problem]:
+    """Reads a problem set, and drops repeated problems and those whose copies disagree on the answer.
+
+    For `source` and `argument` see `read_rows`. Rows without a prompt or an answer are left out, and so are answers that
+    the verifier cannot take, unless a `reward` (that of --reward) grades in its place. What was left out or, unless
+    `quiet`, dropped is printed. Raises InputError for an unknown source, or when no problem is left.
+    """
+    answers: dict[str, Problem] = {}
+    conflicting: set[str] = set()
+    left_out: list[str] = []
+    reworded: list[tuple[str, str]] = []
+    rows = 0
+    for rows, row in enumerate(read_rows(source, argument), start=1):
         try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError):
-            raise InputError(f"data set {source!r} is not a parquet file that can be read; fetch it anew") from None
-        yield from rows
-    elif path.suffix in (".jsonl", ".parquet", ".json", ".csv") or path.exists():
+            prompt, name = prompt_and_id(row)
+            answer = _answer_of(row)
+            if len(answer) > MAX_CHARS and not reward:
+                raise ValueError(f"its answer has {len(answer)} characters, and the verifier takes {MAX_CHARS}")
+        except ValueError as error:
+            left_out.append(f"row {rows}: {error}")
+            continue
+        problem = Problem(name, prompt, answer, row)
+        first = answers.setdefault(name, problem)
+        if first.answer != answer:
+            conflicting.add(name)
+        if first.prompt.split() != prompt.split():
+            reworded.append((first.prompt, prompt))
+    problems = [problem for problem in answers.values() if problem.id not in conflicting]
+    if not problems:
+        why = f", {left_out[0]}" if left_out else ""
         raise InputError(
-            f"data set {source!r} is not a readable .jsonl or .parquet file; check the path given with {argument}"
+            f"{argument} {source!r} has no usable problem ({rows} rows{why}); a row needs a prompt ({', '.join(PROMPTS)}) and "
+            f"an answer ({', '.join(ANSWERS)} or reward_model.ground_truth)"
         )
-    else:
-        name, _, split = source.partition(":")
-        repository, _, configuration = name.partition("@")
-        if source in HUB_SETS:
-            repository, configuration, split = HUB_SETS[source]
-        elif repository.count("/") != 1:
-            raise InputError(
-                f"{argument} {source!r} is no known data set; give one of {', '.join(HUB_SETS)}, a .jsonl or .parquet file, or "
-                "owner/name:split on the hub"
-            )
-        import datasets
+    if left_out:
+        print0(f"{source}: {len(left_out)} of {rows} rows left out; the first is {left_out[0]}")
+    if quiet:
+        return problems
+    if rows - len(left_out) > len(problems):
+        print0(
+            f"{source}: {rows} rows, {rows - len(left_out) - len(answers)} repeats dropped, "
+            f"{len(conflicting)} problems with conflicting answers dropped, {len(problems)} left"
+        )
+    if reworded:  # so that problems which the ids do not tell apart are not dropped in silence
+        start = max(0, len(os.path.commonprefix(reworded[0])) - 20)
+        first, second = (text[start:][:60] for text in reworded[0])
+        print0(f"{source}: {len(reworded)} of the repeats are written differently, such as {second!r} for {first!r}")
+    _report_shared_text(source, [problem.prompt for problem in problems])
+    return problems
 
-        try:
-            yield from datasets.load_dataset(repository, configuration or None, split=split or "train")
-        except Exception as error:  # the hub client raises many kinds; all of them mean that the rows cannot be had
-            raise InputError(
-                f"data set {source!r} could not be loaded from the hub ({type(error).__name__}); go online, give {argument} "
-                f"a local .jsonl or .parquet file{WITHOUT.get(argument, '')}"
-            ) from error
+
+def _report_shared_text(source: str, prompts: Sequence[str]) -> None:
+    """Says what most prompts begin or end with: a problem with an instruction in it is not recognised in another set."""
+    for where, direction in (("begin", 1), ("end", -1)):
+        [(shared, count)] = Counter(prompt[::direction][:30] for prompt in prompts).most_common(1)
+        if len(prompts) >= 10 and count > len(prompts) / 2:
+            whole = os.path.commonprefix(
+                [text for prompt in prompts if (text := prompt[::direction]).startswith(shared)]
+            )
+            print0(
+                f"{source}: {count} of {len(prompts)} prompts {where} with {whole[::direction]!r}. If that is an instruction, "
+                "move it to --prompt, because with it these problems are not recognised in other sets"
+            )
+
+
+# Halves, exclusion, and the order of training
 
 
 def half_of(problems: Sequence[Problem], half: str) -> list[Problem]:
@@ -208,50 +257,52 @@ def half_of(problems: Sequence[Problem], half: str) -> list[Problem]:
     return shuffled[:middle] if half == "1H" else shuffled[middle : 2 * middle]
 
 
-def load_training_problems(data: str, half: str, exclude: Sequence[str], validate: Sequence[str] = ()) -> list[Problem]:
-    """The problems of one half of `data`, without those that stand in a set of `exclude` or `validate`, too.
+def load_training_problems(cfg) -> list[Problem]:
+    """The problems of --half of --data that are in no set of --exclude or --validate. `cfg` is a stage's Config.
 
-    A question of such a set is dropped also where other messages stand before it. The halves are cut before the
-    exclusion, so that a checkpoint's half does not depend on what is evaluated.
+    A question of such a set is also dropped where other messages come before it, and where its answer is missing or
+    disputed. The halves are cut before the exclusion, so that they do not depend on what is evaluated.
     """
-    problems = half_of(load_problems(data), half)
-    sources = [*((source, "--exclude") for source in exclude), *((source, "--validate") for source in validate)]
-    held_out = set()
-    for source, argument in sources:
-        held_out = held_out.union(*map(_ids, load_problems(source, quiet=True, argument=argument)))
-    kept = [problem for problem in problems if held_out.isdisjoint(_ids(problem))]
-    if len(kept) < len(problems):
-        names = ", ".join(source for source, _ in sources)
-        print0(f"{data}: {len(problems) - len(kept)} problems dropped because they stand in {names}")
-    if not kept:
-        also = f" and --validate {list(validate)}" if validate else ""
-        raise InputError(
-            f"no problem of --data {data!r} (half {half}) is left outside --exclude {list(exclude)}{also}; name others"
+    problems = half_of(load_problems(cfg.data, reward=cfg.reward), cfg.half)
+    held_out: set[str] = set()
+    for argument, sources in (("--exclude", cfg.exclude), ("--validate", cfg.validate)):
+        for source in sources:
+            prompts = []
+            for row in read_rows(source, argument):
+                with suppress(ValueError):  # of a row without a prompt
+                    prompt, name = prompt_and_id(row)
+                    held_out |= {name, problem_id(prompt)}
+                    prompts.append(prompt)
+            if not prompts:
+                raise InputError(f"{argument} {source!r} has no row with a prompt ({', '.join(PROMPTS)})")
+            _report_shared_text(source, prompts)
+    kept = [problem for problem in problems if held_out.isdisjoint({problem.id, problem_id(problem.prompt)})]
+    names = ", ".join((*cfg.exclude, *cfg.validate))
+    if names:
+        print0(
+            f"{cfg.data}: {len(problems) - len(kept)} of {len(problems)} problems dropped because they are in {names}"
         )
+    if not kept:
+        raise InputError(f"every problem of --data {cfg.data!r} (half {cfg.half}) is in {names}; name other sets")
     return kept
-
-
-def _ids(problem: Problem) -> set[str]:
-    """A problem's id, and if it has several turns also the id that its last one has alone."""
-    return {problem.id} if len(chat_messages(problem, "", "")) == 1 else {problem.id, problem_id(problem.prompt)}
 
 
 def problem_batches(
     problems: Sequence[Problem], size: int, passes: int, seed: int, limit: int | None = None
 ) -> list[list[Problem]]:
-    """`passes` shuffled passes over the problems, cut into batches of `size`, of which the first `limit` are made.
+    """Shuffled passes over the problems, cut into batches of `size`: `limit` batches, or without it `passes` passes.
 
-    The tail of a pass is filled from the next one, so every batch is full; the last batch of all may be cut short. A
-    batch can therefore hold a problem more than once, and a message says so if `size` makes that the rule.
+    The tail of a pass is filled from the next one, so every batch is full; without `limit` the last one may be cut short.
+    A batch can therefore hold a problem more than once, and a message says so if `size` makes that the rule.
     """
+    if limit is not None:
+        passes = math.ceil(limit * size / len(problems))
     if size > len(problems) and passes > 1:
         print0(
             f"--prompts-per-step {size} is more than the {len(problems)} problems there are, so a batch holds problems "
             "several times, each time with other responses"
         )
     order: list[Problem] = []
-    if limit is not None:  # passes that are never reached would only take memory
-        passes = min(passes, math.ceil(limit * size / len(problems)))
     for number in range(passes):
         one_pass = list(problems)
         random.Random(f"{seed}/{number}").shuffle(one_pass)
@@ -265,99 +316,80 @@ def problem_batches(
 def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory or hub name; InputError (naming `argument`) if there is none."""
     model = os.path.expanduser(model)
-    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise InputError(f"{argument} {model!r} is not a checkpoint directory, nor a hub name (owner/name)")
+    if not Path(model).is_dir():
+        _check_hub_name(model, f"{argument} {model!r} is not a checkpoint directory", "check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         if not tokenizer("1+1")["input_ids"]:  # without files, transformers makes a tokenizer that knows no token
             raise ValueError("it has no vocabulary")
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(
-            f"{argument} {model!r} has no tokenizer that transformers can load ({first_line(error)}); put its files beside the "
-            "weights"
-        ) from None
+        what, remedy = "has no tokenizer that transformers can load", "put its files beside the weights"
+        if not Path(model).is_dir():
+            what, remedy = "is not a directory here, and not on the hub", "check the path or the name, or go online"
+        raise InputError(f"{argument} {model!r} {what} ({first_line(error)}); {remedy}") from None
 
 
-def chat_messages(problem: Problem, instruction: str, system_prompt: str, prefix: str = "") -> list[dict[str, str]]:
-    """The turns of a problem's prompt, each with role and content. The prefix begins and the instruction ends the last,
-    which is the user's.
-
-    A prompt that is text has one turn. `system_prompt`, unless it is empty, becomes a system's turn in front. Raises
-    InputError if there is such a turn already.
+def chat_messages(problem: Problem, prompt: str) -> list[dict[str, str]]:
+    """The turns of a problem, each with role and content. The last is the user's: the problem's text in `prompt`, which
+    is that of --prompt.
     """
-    earlier = _prompt_of(problem.row)
-    earlier = earlier[:-1] if isinstance(earlier, list) else []
+    turns = _prompt_of(problem.row)
+    earlier = turns[:-1] if isinstance(turns, list) else []
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in earlier]
-    if system_prompt and turns and turns[0]["role"] == "system":
-        raise InputError(
-            f"--system-prompt {system_prompt[:40]!r}: problem {problem.id} ({problem.prompt[:40]!r}...) begins with a "
-            "system's turn of its own; leave the setting out, or take that turn out of the data"
-        )
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, *turns, {"role": "user", "content": prefix + problem.prompt + instruction}]
+    return [*turns, {"role": "user", "content": prompt.replace("{problem}", problem.prompt)}]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: SamplerConfig) -> str:
     """The problem's turns in the model's chat template, or the user's one turn as it is if there is no template.
 
-    Raises InputError where there are other turns and no template, or a template that refuses or omits one of them.
+    Raises InputError if there are other turns and no template, in which nothing would tell them apart.
     """
-    messages = chat_messages(problem, cfg.instruction, cfg.system_prompt, cfg.prefix)
-    name = f"problem {problem.id} ({problem.prompt[:40]!r}...)"
-    if not uses_template(tokenizer, cfg):
-        why = "--no-chat-template is given"
-        if tokenizer.chat_template is None:
-            why = f"the tokenizer of {tokenizer.name_or_path!r} has no chat template"
-        if cfg.system_prompt:
-            raise InputError(
-                f"--system-prompt {cfg.system_prompt[:40]!r}: {why}, so that there is no system's turn; give the text in "
-                "--prefix"
-            )
-        if len(messages) > 1:
-            raise InputError(
-                f"{name} has {len(messages)} turns, and {why}, so that nothing would tell them apart; make them one text"
-            )
-        return messages[0]["content"]
-    remedy = "leave out --system-prompt or that turn of the data, or put its text into the user's turn"
-    try:
-        text = tokenizer.apply_chat_template(
+    messages = chat_messages(problem, cfg.prompt)
+    if uses_template(tokenizer, cfg):
+        return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=cfg.thinking
         )
-    except Exception as error:  # templates raise errors of their own, and of the template language
+    if len(messages) > 1:
+        why = f"{tokenizer.name_or_path!r} has no chat template" if cfg.chat_template else "--no-chat-template is given"
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses {name}, whose turns are "
-            f"{[message['role'] for message in messages]} ({first_line(error)}); {remedy}"
-        ) from None
-    for message in messages:  # of an assistant's turn some templates omit the thinking, which is how they are made
-        if message["role"] != "assistant" and message["content"].strip() not in text:
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} omits the {message['role']}'s turn of {name}; {remedy}"
-            )
-    return text
+            f"problem {problem.id} ({problem.prompt[:40]!r}...) has {len(messages)} turns, and {why}; make them one text"
+        )
+    return messages[0]["content"]
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, cfg: SamplerConfig) -> bool:
     return cfg.chat_template and tokenizer.chat_template is not None
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], cfg) -> dict[str, list[int]]:
-    """Prompt token ids by problem id. InputError when a prompt is longer than --max-prompt-tokens or not rendered.
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], cfg, leave_out_long: bool = False
+) -> dict[str, list[int]]:
+    """Prompt token ids by problem id. `cfg` is a stage's Config, which says how prompts are rendered.
 
-    `cfg` is a stage's Config, which says how problems are worded.
+    Raises InputError for prompts longer than --max-prompt-tokens, with their number. With `leave_out_long` they are
+    missing from the result, that number is printed, and it is an error only if all are too long.
     """
     texts = [render_prompt(tokenizer, problem, cfg) for problem in problems]
-    prompts = {}
     # A chat template writes special tokens itself. Without one the tokenizer adds its own, such as a leading BOS.
     encoded = tokenizer(texts, add_special_tokens=not uses_template(tokenizer, cfg))["input_ids"]
-    for problem, ids in zip(problems, encoded):
-        if len(ids) > cfg.max_prompt_tokens:
-            raise InputError(
-                f"the prompt of problem {problem.id} ({problem.prompt[:40]!r}...) has {len(ids)} tokens, more than "
-                f"--max-prompt-tokens {cfg.max_prompt_tokens}; raise the limit or drop the problem"
-            )
-        prompts[problem.id] = ids
-    return prompts
+    prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
+    ended = next((key for key, ids in prompts.items() if ids[-1:] == [tokenizer.eos_token_id]), None)
+    if ended:
+        raise InputError(
+            f"the prompt of problem {ended} ends with the end-of-sequence token {tokenizer.eos_token!r}, after which the "
+            "model would begin a new text; set add_eos_token to false in tokenizer_config.json, or change the chat template"
+        )
+    kept = {key: ids for key, ids in prompts.items() if len(ids) <= cfg.max_prompt_tokens}
+    if len(kept) < len(prompts):
+        said = (
+            f"{len(prompts) - len(kept)} of {len(prompts)} prompts are longer than --max-prompt-tokens "
+            f"{cfg.max_prompt_tokens}, the longest has {max(map(len, prompts.values()))} tokens"
+        )
+        if not leave_out_long or not kept:
+            raise InputError(f"{said}; raise the limit")
+        print0(f"{said}; they are left out")
+    return kept
 
 
 def end_tokens(
@@ -371,23 +403,24 @@ def end_tokens(
     return sorted({tokenizer.eos_token_id, *configured, *stop_tokens(tokenizer, stop)} - {None})
 
 
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than a tokenizer's largest id: len(tokenizer) is less where some ids below it are unused."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
-    """The tokens whose own text contains one of the texts of --stop. InputError for an empty text, and for one that no
-    token contains.
+    """The tokens whose own text contains one of the texts of --stop. InputError for a text that no token contains, and
+    for an empty one, which every token does.
 
     Deciding by tokens makes both engines stop at the same place, and lets the end be trained like every other token.
     """
-    if "" in stop:
-        raise InputError(
-            "--stop '' is empty and could end no response; give a text, such as '\\n', or leave --stop out"
-        )
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))]) if stop else []
+    texts = tokenizer.batch_decode([[token] for token in range(vocab_size(tokenizer))]) if stop else []
     found = {text: {token for token, own in enumerate(texts) if text in own} for text in stop}
     for text, tokens in found.items():
-        if not tokens:
+        if not text or not tokens:
             raise InputError(
-                f"--stop {text!r} stands in no single token of {tokenizer.name_or_path!r}, so that it could end no "
-                "response; give a shorter text, such as '\\n'"
+                f"--stop {text!r} is in {'no' if text else 'every'} token of {tokenizer.name_or_path!r}, and a response ends "
+                "with the first token that contains it; give a short text, such as '\\n'"
             )
     return set().union(*found.values())
 
@@ -399,34 +432,25 @@ def check_same_tokenizer(
     cfg: SamplerConfig,
     arguments: tuple[str, str] = ("--model", "--teacher"),
 ) -> None:
-    """Raises InputError, saying what differs, unless teacher and student read and write the same tokens.
+    """Raises InputError, saying what differs, unless teacher and student read and write the same tokens, without which a
+    KL between their distributions has no meaning. `arguments` are their names on the command line.
 
-    `arguments` are the names that the two have on the command line.
-
-    A KL between two distributions over tokens has a meaning only if both are over the same tokens. Compared are the
-    vocabularies, the special tokens, and for each order of turns among the problems one prompt as the run renders it.
+    Compared are the vocabularies, the special tokens, and for each order of turns among the problems one prompt.
     """
     ours, theirs = load_tokenizer(student, arguments[0]), load_tokenizer(teacher, arguments[1])
     pair = f"{arguments[0]} {student!r} and {arguments[1]} {teacher!r}"
     first, second = ours.get_vocab(), theirs.get_vocab()
     if first != second:
-        differing = sorted(
-            {token for token, _ in first.items() ^ second.items()}, key=lambda t: first.get(t, second.get(t))
-        )
-        examples = ", ".join(
-            f"{token!r} is {first.get(token, 'absent')} and {second.get(token, 'absent')}" for token in differing[:3]
-        )
+        token = min({token for token, _ in first.items() ^ second.items()}, key=lambda t: first.get(t, second.get(t)))
         raise InputError(
-            f"{pair} have different vocabularies ({len(first)} and {len(second)} tokens, {len(differing)} differ: "
-            f"{examples}); distillation needs a teacher of the student's family"
+            f"{pair} have different vocabularies ({len(first)} and {len(second)} tokens, {token!r} is "
+            f"{first.get(token, 'absent')} and {second.get(token, 'absent')}); give a teacher of the student's family"
         )
     for name in ("eos_token", "bos_token", "pad_token", "all_special_tokens"):
         first, second = getattr(ours, name), getattr(theirs, name)
         if first != second and not (isinstance(first, list) and sorted(first) == sorted(second)):
-            raise InputError(
-                f"{pair} differ in their {name} ({first!r} and {second!r}); copy one tokenizer over the other"
-            )
-    orders = {tuple(turn["role"] for turn in chat_messages(problem, "", "")): problem for problem in problems}
+            raise InputError(f"{pair} differ in {name} ({first!r} and {second!r}); copy one tokenizer over the other")
+    orders = {tuple(turn["role"] for turn in chat_messages(problem, "")): problem for problem in problems}
     for problem in orders.values():
         first, second = (render_prompt(tokenizer, problem, cfg) for tokenizer in (ours, theirs))
         if first != second:

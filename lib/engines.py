@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from common import InputError, all_max, barrier, start_process, this_device, world_size
+from common import InputError, barrier, start_process, this_device, world_size
 from lib.data import end_tokens
 from lib.policy import (
     Policy,
@@ -36,7 +36,6 @@ from lib.policy import (
     load_causal_lm,
     load_config,
     load_generation_config,
-    meta_causal_lm,
 )
 
 GIB = 2**30
@@ -58,38 +57,21 @@ class Completion:
 
 
 def chosen_engine(engine: str) -> str:
-    """`engine`, with "auto" replaced by vLLM if it is installed and there is a GPU, and by the embedded sampler if
-    not.
-    """
+    """`engine`, where "auto" is vLLM if it is installed and there is a GPU, and otherwise the embedded sampler."""
     if engine != "auto":
         return engine
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
 
 
-# vLLM refuses to start unless this share of the GPU is free, even where the size of its cache is given. The trainer may
-# hold most of the GPU by then, so the share is small. Nothing else reads it.
-GPU_MEMORY_UTILIZATION = 0.05
-
-# The sizes of attention heads that vLLM's attention is compiled for on a CPU.
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-
-
 def number_of_positions(model: str) -> int | None:
-    """How many tokens, of prompt and response together, a checkpoint is made for; None if its config does not say.
-
-    The entry in the config includes what YaRN, LongRoPE and Llama 3's scaling add to it, and not what the two oldest
-    ways of scaling rotary embeddings do. vLLM reads it in the same way.
-    """
-    config = load_config(model).get_text_config()
-    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
-    scaled = positions and rope.get("rope_type") in ("linear", "dynamic")
-    return int(positions * rope["factor"]) if scaled else positions
+    """How many tokens, of prompt and response together, a checkpoint is made for; None if its config does not say."""
+    return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
 
 
 def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
     """Raises InputError if the longest of the prompts, with a response of full length, is too long for a checkpoint.
 
-    It would sample, or learn, at positions that it has never seen: responses turn to noise, and nothing else tells.
+    Beyond its position limit a model silently produces noise.
     """
     longest, limit = max(map(len, prompts)), number_of_positions(model)
     if limit is not None and longest + cfg.max_response_tokens > limit:
@@ -100,7 +82,7 @@ def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
 
 
 def check_engine(cfg, model: str) -> None:
-    """Raises InputError, before anything is loaded, for settings with which the engine of a Config would fail."""
+    """Raises InputError, before anything is loaded, if the engine that a Config asks for cannot be had."""
     if chosen_engine(cfg.engine) == "torch":
         if cfg.tensor_parallel != 1:
             raise InputError(f"--tensor-parallel {cfg.tensor_parallel} needs vLLM; give --engine vllm, or drop it")
@@ -109,38 +91,9 @@ def check_engine(cfg, model: str) -> None:
         raise InputError("--engine vllm: vLLM is not installed; install requirements.txt, or give --engine torch")
     if world_size() % cfg.tensor_parallel:
         raise InputError(
-            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({world_size()}); give "
-            "one that does"
+            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({world_size()}); give one "
+            "that does"
         )
-    # vLLM is made for the longest prompt that the settings allow, whatever the prompts are.
-    longest, limit = cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model)
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-response-tokens {cfg.max_response_tokens} make "
-            f"{longest}, and {model!r} has {limit} positions; lower one of them"
-        )
-    config = load_config(model).get_text_config()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not torch.cuda.is_available() and head_size not in VLLM_CPU_HEAD_SIZES:
-        raise InputError(
-            f"--engine vllm: on a CPU vLLM has no attention for heads of {head_size}, the size in {model!r}, only for "
-            f"{', '.join(map(str, VLLM_CPU_HEAD_SIZES))}; give --engine torch"
-        )
-
-
-def cache_bytes_for(cfg, model: str, alone: bool) -> int:
-    """The size of vLLM's key/value cache. `alone`: nothing else needs the GPU while the engine samples."""
-    if not torch.cuda.is_available():
-        return int(min(cfg.kv_cache_gib or 0.25, 0.25) * GIB)
-    if cfg.kv_cache_gib is not None:
-        return int(cfg.kv_cache_gib * GIB)
-    if not alone:
-        return 16 * GIB
-    free, _ = torch.cuda.mem_get_info(this_device())
-    # Ranks that share an engine must agree on the size, so it follows from the rank that has the least free.
-    free = -int(all_max({"negated": -free})["negated"])
-    weights = 2 * meta_causal_lm(model, torch.bfloat16).num_parameters() // cfg.tensor_parallel  # bytes in bfloat16
-    return max(free - weights - 12 * GIB, GIB)  # vLLM also needs room for activations and CUDA graphs
 
 
 def make_engine(
@@ -154,25 +107,12 @@ def make_engine(
     """The engine that a Config asks for, with the weights of checkpoint `model`.
 
     `policy` is the same checkpoint if it is loaded already; if it is not sharded, the embedded sampler uses it in
-    place. `sleeps` says whether the engine's `sleep` frees GPU memory, which vLLM allows to only one engine in a
-    process. `alone` says that nothing else needs the GPU while the engine samples, so that its cache may take it all.
+    place. `sleeps` and `alone` are for vLLM.
     """
     if chosen_engine(cfg.engine) == "vllm":
-        return VLLMEngine(
-            model,
-            tokenizer,
-            max_tokens=cfg.max_prompt_tokens + cfg.max_response_tokens,
-            max_sequences=cfg.max_sequences,
-            tensor_parallel=cfg.tensor_parallel,
-            cache_bytes=cache_bytes_for(cfg, model, alone),
-            sleeps=sleeps,
-            cpu_bfloat16=cfg.cpu_bfloat16,
-            stop=cfg.stop,
-        )
-    if policy is not None and not is_sharded(policy):
-        return TorchEngine(policy.model, tokenizer, cfg.max_sequences, cfg.stop)
-    device = this_device()
-    replica = load_causal_lm(model, compute_dtype(cfg), device)
+        return VLLMEngine(model, tokenizer, cfg, sleeps, alone)
+    shared = policy is not None and not is_sharded(policy)
+    replica = policy.model if shared else load_causal_lm(model, compute_dtype(cfg), this_device())
     return TorchEngine(replica, tokenizer, cfg.max_sequences, cfg.stop)
 
 
@@ -181,21 +121,24 @@ class TorchEngine:
 
     A prompt is computed once and its cache is repeated for its samples. Finished rows are removed from the batch as
     soon as they are a quarter of it. `max_sequences` limits the rows of one batch, and so the size of the cache.
+
+    The model's own forward and transformers' dynamic cache serve any architecture. A static cache was slower on a CPU,
+    because every token attends to all of its room (results/sampling/decoders.md).
     """
 
+    tensor_parallel = 1
+
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        max_sequences: int = 512,
-        stop: Sequence[str] = (),
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_sequences: int = 512, stop: Sequence[str] = ()
     ):
-        self.model, self.tokenizer, self.stop = model, tokenizer, stop
-        use_quick_attention(model)
-        self.dtype = model.dtype
-        self.max_sequences = max_sequences
-        self.tensor_parallel = 1
-        self.stop_ids = torch.tensor(end_tokens(model.generation_config, tokenizer, stop), device=model.device)
+        self.max_sequences, self.stop = max_sequences, stop
+        self._use(model, tokenizer)
+
+    def _use(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("packed")  # without a pack this is the same, but decodes more quickly
+        self.model, self.tokenizer = model, tokenizer
+        self.stop_ids = torch.tensor(end_tokens(model.generation_config, tokenizer, self.stop), device=model.device)
 
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
@@ -203,15 +146,14 @@ class TorchEngine:
             self.model = policy.model  # the sampler uses the policy itself, so there is no copy to keep up to date
             return
         replica = self.model.state_dict()
-        for name, value in full_weights(policy, self.dtype):
+        for name, value in full_weights(policy, self.model.dtype):
             replica[name].copy_(value)
 
     def load(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Takes over another checkpoint."""
-        device, self.model, self.tokenizer = self.model.device, None, tokenizer  # frees the old one first
-        self.model = load_causal_lm(model, self.dtype, device)
-        use_quick_attention(self.model)
-        self.stop_ids = torch.tensor(end_tokens(self.model.generation_config, tokenizer, self.stop), device=device)
+        dtype, device = self.model.dtype, self.model.device
+        self.model = None  # frees the old one first
+        self._use(load_causal_lm(model, dtype, device), tokenizer)
 
     def sleep(self) -> None:
         """Frees nothing: the cache is freed after each call, and the weights are the policy's or one replica."""
@@ -234,16 +176,20 @@ class TorchEngine:
                 completions[index] = [next(rows) for _ in seeds[index]]
         return completions
 
-    def _generate_batch(self, prompts, seeds, sampling: Sampling):
+    def _generate_batch(self, prompts, seeds, sampling: Sampling) -> Iterator[Completion]:
         device = self.model.device
         width = max(map(len, prompts))
-        # Left-padded, so that every row's next token is sampled from the last position.
+        # P prompts of T tokens, left-padded, so that every row's next token is sampled from the last position.
         input_ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._logits(input_ids, mask, positions, cache)  # (P, V)
+        # From here on there is a row for each of the B responses.
         repeats = torch.tensor([len(group) for group in seeds], device=device)
         origin = torch.arange(len(prompts), device=device).repeat_interleave(repeats)  # (B,) the prompt of each row
-
-        logits, decoder = prefill(self.model, input_ids, mask, origin)  # (B, V)
+        logits, mask, positions = logits[origin], mask[origin], positions[origin, -1:]  # (B, V), (B, T), (B, 1)
+        cache.batch_select_indices(origin)
 
         budget = sampling.max_response_tokens
         uniforms = request_uniforms([seed for group in seeds for seed in group], budget).to(device)  # (B, budget)
@@ -261,20 +207,27 @@ class TorchEngine:
                 break
             if remaining <= 0.75 * len(rows):  # removing rows copies the cache, so it is not done for every single row
                 keep = running.nonzero().squeeze(1)
-                decoder.keep(keep)
-                rows, tokens, running = rows[keep], tokens[keep], running[keep]
-            logits = decoder.step(tokens)
+                cache.batch_select_indices(keep)
+                rows, tokens, running, mask, positions = (x[keep] for x in (rows, tokens, running, mask, positions))
+            mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
+            logits = self._logits(tokens[:, None], mask, positions, cache)
 
         stop_ids = set(self.stop_ids.tolist())
         for ids, values in zip(token_ids.tolist(), logprobs.tolist()):
-            length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # the rest is of no use
+            length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # what follows is unused
             yield Completion(ids[:length], values[:length], "length" if length is None else "stop")
 
-
-def use_quick_attention(model: nn.Module) -> None:
-    """Has a model decode with lib.policy's attention where it would use PyTorch's, of which that is a quicker form."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("packed")
+    def _logits(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits (B, V) of the last position, in float32. The cache grows by input_ids (B, T); mask covers it all."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
 
 
 def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
@@ -293,79 +246,45 @@ def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(uniforms)
 
 
-# Decoding: the model's logits after one more token in every row
+def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the cumulative distribution at `uniforms`; returns tokens and their logprobs.
 
-
-def prefill(model: nn.Module, input_ids: Tensor, mask: Tensor, origin: Tensor) -> tuple[Tensor, Decoder]:
-    """The first logits (B, V) of rows that continue the prompts `origin` (B,), and the decoder of all later tokens.
-
-    input_ids (P, T) are the prompts, padded on the left where mask (P, T) is 0. Each is computed once for all its rows.
+    logits (B, V) float32, uniforms (B,) float64 in [0, 1). Logprobs are those of the distribution sampled from; greedy
+    decoding (temperature 0) reports the model's own at temperature 1.
     """
-    cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
-    logits = model_logits(model, input_ids, mask, positions, cache)
-    return logits[origin], Decoder(model, cache, mask[origin], positions[origin, -1:], origin)
-
-
-def model_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits (B, V) of the last position, in float32. The cache grows by input_ids (B, T); mask covers the whole
-    cache.
-    """
-    output = model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1].float()
-
-
-class Decoder:
-    """The rows that are still being sampled, with the cache of what they have so far.
-
-    The model's own forward and transformers' dynamic cache serve any architecture. A static cache was slower on a CPU,
-    because every token attends to all of its room (results/sampling/decoders.md).
-    """
-
-    def __init__(self, model: nn.Module, cache: DynamicCache, mask: Tensor, positions: Tensor, origin: Tensor):
-        self.model, self.cache, self.mask, self.positions = model, cache, mask, positions
-        cache.batch_select_indices(origin)
-
-    def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """tokens (B,) -> logits (B, V)."""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.positions = self.positions + 1
-        return model_logits(self.model, tokens[:, None], self.mask, self.positions, self.cache)
+    scores = logits / (sampling.temperature or 1.0)
+    if sampling.top_k > 0:
+        kth = scores.topk(min(sampling.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True)
+        mass = ordered.softmax(-1)
+        mass_before = mass.cumsum(-1) - mass
+        outside = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, mass_before >= sampling.top_p)
+        scores = scores.masked_fill(outside, -torch.inf)
+    logprobs = scores.log_softmax(-1)  # (B, V)
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        # In float32 a running sum over 150,000 entries would be off by more than a rare token's probability.
+        cumulative = logprobs.double().exp().cumsum(-1)
+        points = (uniforms * cumulative[:, -1]).unsqueeze(1)
+        tokens = torch.searchsorted(cumulative, points, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens.unsqueeze(1)).squeeze(1)
 
 
 class VLLMEngine:
     """vLLM inside this process, on the GPU that the trainer uses too.
 
     With several ranks each has an engine of its own, or `tensor_parallel` successive ranks share one (vLLM's external
-    launcher). On a GPU it sleeps while the policy is trained. Facts about vLLM 0.32 that this relies on stand beside
-    the lines that use them.
+    launcher). `sleeps`: on a GPU, `sleep` frees the engine's memory, which vLLM allows to only one engine in a process.
+    `alone`: nothing else needs the GPU while the engine samples, so its cache may take nearly all of it. Facts about
+    vLLM 0.32 that this relies on are beside the lines that use them.
     """
 
     _alive: ClassVar[list] = []  # deleting a vLLM engine destroys the process group, so engines are kept here
 
-    def __init__(
-        self,
-        model: str,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        max_sequences: int = 512,
-        tensor_parallel: int = 1,
-        cache_bytes: int = GIB // 4,
-        sleeps: bool = True,
-        cpu_bfloat16: bool = False,
-        stop: Sequence[str] = (),
-    ):
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, cfg, sleeps: bool = True, alone: bool = False):
         start_process()
         on_gpu = torch.cuda.is_available()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
@@ -376,24 +295,31 @@ class VLLMEngine:
             torch._dynamo.config.disable = True
         from vllm import LLM, SamplingParams
 
-        self._sampling_params, self.tokenizer, self.stop = SamplingParams, tokenizer, stop
-        self.dtype = torch.bfloat16 if on_gpu or cpu_bfloat16 else torch.float32
-        self.max_tokens, self.tensor_parallel = max_tokens, tensor_parallel
+        self._sampling_params, self.tokenizer, self.stop = SamplingParams, tokenizer, cfg.stop
+        self.dtype, self.tensor_parallel = compute_dtype(cfg), cfg.tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
-        self.stop_ids = end_tokens(load_generation_config(model), tokenizer, stop)
+        self.stop_ids = end_tokens(load_generation_config(model), tokenizer, cfg.stop)
+        # vLLM refuses more tokens than the model has positions. Longer prompts are refused by `check_lengths`.
+        wanted = cfg.max_prompt_tokens + cfg.max_response_tokens
+        max_tokens = min(wanted, number_of_positions(model) or wanted)
+        cache = cfg.kv_cache_gib or (None if alone and on_gpu else 16)  # GiB; None: vLLM measures what is free
+        if not on_gpu:
+            cache = min(cache, 0.25)
         self.llm = LLM(
             model,
             dtype=self.dtype,
             skip_tokenizer_init=True,  # token ids go in and come out
             max_model_len=max_tokens,
-            max_num_seqs=max_sequences,
-            kv_cache_memory_bytes=cache_bytes,
-            gpu_memory_utilization=GPU_MEMORY_UTILIZATION,
+            max_num_seqs=cfg.max_sequences,
+            kv_cache_memory_bytes=cache and int(cache * GIB),
+            # vLLM does not start unless this share of the GPU is free, and the trainer may hold most of it by then. Where
+            # the cache's size is given, nothing else reads the share.
+            gpu_memory_utilization=0.05 if cache else 0.9,
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as in the trainer
             enforce_eager=not on_gpu,
             enable_sleep_mode=self._sleeps,
             logprobs_mode="processed_logprobs",  # the default ignores temperature and top-p
-            tensor_parallel_size=tensor_parallel,
+            tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher" if world_size() > 1 else None,
             disable_log_stats=True,
             # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces, so it is computed at
@@ -401,7 +327,7 @@ class VLLMEngine:
             **({} if on_gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
         )
         self._alive.append(self.llm)
-        if not on_gpu and tensor_parallel > 1:
+        if not on_gpu and cfg.tensor_parallel > 1:
             # On a CPU, ranks that share an engine meet in shared memory whose name is always the same. Once all have it open
             # the name can go; vLLM removes it only when the interpreter shuts down, and the next run would fail on it.
             barrier()
@@ -435,21 +361,10 @@ class VLLMEngine:
             self._asleep = True
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        sampling: Sampling,
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
-        """Like `TorchEngine.generate`. InputError if a prompt leaves no room for a response of full length."""
-        longest = max(map(len, prompts), default=0)
-        if longest + sampling.max_response_tokens > self.max_tokens:
-            raise InputError(
-                f"a prompt of {longest} tokens and --max-response-tokens {sampling.max_response_tokens} are more than the "
-                f"{self.max_tokens} that the engine was made for; raise --max-prompt-tokens or drop the prompt"
-            )
+        """Like `TorchEngine.generate`."""
         requests = [(list(prompt), seed) for prompt, group in zip(prompts, seeds) for seed in group]
-        if not requests:
-            return [[] for _ in prompts]
         params = [
             self._sampling_params(
                 max_tokens=sampling.max_response_tokens,
@@ -464,11 +379,8 @@ class VLLMEngine:
             )
             for _, seed in requests
         ]
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt, _ in requests],
-            params,
-            use_tqdm=False,
-        )
+        inputs = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False) if requests else []
         answers = iter(output.outputs[0] for output in outputs)
         return [[_completion(next(answers)) for _ in group] for group in seeds]
 
@@ -477,30 +389,3 @@ def _completion(output) -> Completion:
     token_ids = list(output.token_ids)
     logprobs = [candidates[token].logprob for token, candidates in zip(token_ids, output.logprobs)]
     return Completion(token_ids, logprobs, output.finish_reason)
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution at `uniforms`; returns tokens and their logprobs.
-
-    logits (B, V) float32, uniforms (B,) float64 in [0, 1). Logprobs are those of the distribution sampled from; greedy
-    decoding (temperature 0) reports the model's own at temperature 1.
-    """
-    scores = logits / (sampling.temperature or 1.0)
-    if sampling.top_k > 0:
-        kth = scores.topk(min(sampling.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if sampling.top_p < 1.0:
-        ordered, order = scores.sort(dim=-1, descending=True)
-        mass = ordered.softmax(-1)
-        mass_before = mass.cumsum(-1) - mass
-        outside = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, mass_before >= sampling.top_p)
-        scores = scores.masked_fill(outside, -torch.inf)
-    logprobs = scores.log_softmax(-1)  # (B, V)
-    if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        # In float32 a running sum over 150,000 entries would be off by more than a rare token's probability.
-        cumulative = logprobs.double().exp().cumsum(-1)
-        points = (uniforms * cumulative[:, -1]).unsqueeze(1)
-        tokens = torch.searchsorted(cumulative, points, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens.unsqueeze(1)).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import InputError
+from common import InputError, on_rank_0
 
 
 @contextmanager
@@ -24,25 +25,47 @@ def whole(path: Path) -> Iterator[Path]:
     remove(unfinished)
     try:
         yield unfinished
-        written = [*unfinished.rglob("*"), unfinished] if unfinished.is_dir() else [unfinished]
-        for each in written:
-            flush(each)
+        flush(unfinished)
     except BaseException:
         remove(unfinished)
         raise
     if unfinished.is_dir():
         remove(path)  # a directory cannot be renamed onto one that is not empty
     unfinished.rename(path)
-    flush(path.parent)
+    flush(path.parent, below=False)
 
 
-def flush(path: Path) -> None:
-    """Has the system write a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def locked(directory: Path, argument: str) -> Iterator[None]:
+    """Rank 0 holds DIRECTORY/lock inside the block. InputError, on every rank, if another process holds it. Collective."""
+
+    def lock():
+        directory.mkdir(parents=True, exist_ok=True)
+        held.append((directory / "lock").open("w"))
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{argument} {str(directory)!r} is in use by another process; name another, or wait for it"
+            ) from None
+
+    held: list = []
     try:
-        os.fsync(descriptor)
+        on_rank_0(lock)
+        yield
     finally:
-        os.close(descriptor)
+        for file in held:
+            file.close()
+
+
+def flush(path: Path, below: bool = True) -> None:
+    """Makes the system write a file, or a directory with all that is below it, to the disk."""
+    for each in [*(path.rglob("*") if below else ()), path]:
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -64,11 +87,9 @@ def check_writable(out: str) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file under another name and renames it, so that it is never half. InputError if it cannot be written."""
-    unfinished = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(path)
+        with whole(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise not_written(path, error) from None
 
@@ -93,10 +114,3 @@ def json_lines(path: Path) -> list[dict]:
         except (ValueError, RecursionError):
             continue
     return [found for found in objects if isinstance(found, dict)]
-
-
-def drop_steps(path: Path, steps: int) -> list[dict]:
-    """Removes the lines of all steps from number `steps` on, which a resumed run will write again; returns the rest."""
-    kept = [line for line in json_lines(path) if line["step"] < steps]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept

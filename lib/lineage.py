@@ -1,7 +1,7 @@
 """Where a checkpoint comes from: the `run.json` that a stage writes beside its weights.
 
-It holds the stage's settings, the code and machine it ran on, the checkpoints it came from with their own records, and
-the ids of the labelled problems that its weights have been trained on.
+It holds the stage's settings, the checkpoints it came from with their own records, the ids of the labelled problems that
+its weights have been trained on, and for each session (a start or a resume) the code and machine that it ran on.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from common import InputError, world_size
+from lib.data import ID_RULE
 from lib.policy import load_config
 from lib.rewards import reward_sha256
+
+ROOT = Path(__file__).parent.parent
 
 
 def read_lineage(model: str) -> dict:
@@ -38,33 +42,22 @@ def read_lineage(model: str) -> dict:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise InputError(f"model {model!r} holds no .safetensors weights; only safetensors are loaded")
-    digest = hashlib.sha256()
-    for path in weights:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return {**read_run(model), "path": model, "sha256": digest.hexdigest()}
+    digests = b"".join(bytes.fromhex(file_sha256(path)) for path in weights)
+    return {**read_run(directory), "path": model, "sha256": hashlib.sha256(digests).hexdigest()}
 
 
-def read_run(model: str) -> dict:
-    """A checkpoint's `run.json`, or {} if no stage wrote it. InputError if it is not whole."""
-    path = Path(model) / "run.json"
+def read_run(directory: str | Path) -> dict:
+    """The `run.json` of a checkpoint, a run or a training state; {} if there is none. InputError if it is not whole."""
+    path = Path(directory) / "run.json"
     if not path.is_file():
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}), so the checkpoint's history is lost; fetch it anew") from None
-    if not isinstance(run, dict) or not {"stage", "parents", "consumed"} <= run.keys():
-        raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
-    return run
-
-
-def read_record(directory: Path) -> dict | None:
-    """The `run.json` of a run that is not finished, or of one of its training states; None if it cannot be read."""
-    try:
-        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        if {"stage", "parents", "consumed"} <= run.keys():
+            return run
+    except (ValueError, AttributeError):
+        pass
+    raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
 
 
 def consumed_problems(lineage: dict) -> set[str]:
@@ -72,6 +65,19 @@ def consumed_problems(lineage: dict) -> set[str]:
     held-out half (2H) may not contain.
     """
     return set(lineage.get("consumed", ())).union(*(map(consumed_problems, lineage.get("parents", {}).values())))
+
+
+def history_notes(lineage: dict) -> list[str]:
+    """Why `consumed_problems` may be incomplete, one sentence for each reason; none if nothing is wrong."""
+    if "stage" not in lineage:
+        return ["no history on record: held-out labels cannot be checked"]
+    notes, waiting = [], [lineage]
+    while waiting:
+        record = waiting.pop()
+        waiting += record.get("parents", {}).values()
+        if record.get("id_rule", ID_RULE) != ID_RULE:
+            notes.append(f"{record['path']} names its problems by another rule: held-out labels cannot be checked")
+    return notes
 
 
 def last_rl_stage(lineage: dict) -> dict | None:
@@ -89,36 +95,61 @@ def hardware() -> str:
 
 def code_version() -> str:
     """The commit of this code, with "-dirty" if it was changed since, or "unknown" outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
+def code_files(stage: ModuleType) -> dict[str, str]:
+    """sha256 of the code that a stage runs, by path: all of lib/, its own script, and what this imports from above lib/.
+
+    A copy of a stage that was never committed, or that lies elsewhere, is recorded by it as it was.
+    """
+    found, waiting = set((ROOT / "lib").glob("*.py")), [stage]
+    while waiting:
+        module = waiting.pop()
+        path = Path(getattr(module, "__file__", None) or "/").absolute()
+        if path in found or not (module is stage or path.parent == ROOT):
+            continue
+        found.add(path)
+        names = {
+            v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) for v in vars(module).values()
+        }
+        waiting += [sys.modules[name] for name in names if isinstance(name, str) and name in sys.modules]
+    return {str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name: file_sha256(path)
+            for path in sorted(found)}  # fmt: skip
+
+
 def new_record(cfg, parents: dict[str, str]) -> dict:
-    """What `run.json` says of a run that begins; the weights of `parents` are hashed for it."""
-    return {
-        "stage": Path(sys.modules[type(cfg).__module__].__file__).stem,
-        "config": dataclasses.asdict(cfg),
-        "parents": {role: read_lineage(model) for role, model in parents.items()},
-        "reward_sha256": reward_sha256(cfg),
-        "consumed": [],
-        "warnings": {},
+    """What `run.json` says of a run that begins or is resumed, which is one session; the `parents` are hashed for it."""
+    stage = sys.modules[type(cfg).__module__]
+    files, reward = code_files(stage), reward_sha256(cfg)
+    session = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "code": code_version(),
+        "files": files | ({cfg.reward: reward} if reward else {}),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
         "hardware": hardware(),
         "ranks": world_size(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "first_step": 0,
+    }
+    return {
+        "stage": Path(stage.__file__).stem,
+        "config": dataclasses.asdict(cfg),
+        "parents": {role: read_lineage(model) for role, model in parents.items()},
+        "reward_sha256": reward,
+        "id_rule": ID_RULE,
+        "consumed": [],
+        "warnings": {},
+        "sessions": [session],
         "seconds": 0.0,
         "cpu_seconds": 0.0,  # of the process of rank 0
         "trained_tokens": 0,  # response tokens of all steps
     }
 
 
-def file_sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,14 +1,27 @@
-"""Rollouts packed into micro-batches: which rank computes which, and where each token stands."""
+"""Rollouts packed into micro-batches: which rank computes which, where each token is, and what it attends to."""
 
 from __future__ import annotations
 
 import heapq
+import inspect
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
 import torch
+import transformers.utils
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
-from common import Batch, Rollout, Span, rank, world_size
+# If a package called `kernels` is installed, transformers imports from it, and would find our kernels.py in its place.
+transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+from common import Batch, InputError, Rollout, Span, rank, world_size  # noqa: E402
 
 
 def make_batches(
@@ -16,13 +29,12 @@ def make_batches(
 ) -> list[Batch]:
     """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions.
 
-    None is 16,384 on a GPU and 2,048 on a CPU, where real models keep several megabytes for each position.
-
-    A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to exactly one
-    micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of micro-batches,
-    at least one and some perhaps empty, because every forward and backward pass of a sharded model needs all ranks.
-    With `share_prompts`, responses to one prompt that are in one micro-batch compute it once; None means that this is
-    done on a CPU. None of this changes a loss: a loss is a sum over tokens divided by one global count, and gradients
+    `max_tokens` is by default 16,384 on a GPU and 2,048 on a CPU, where real models keep several megabytes for each
+    position. A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to
+    exactly one micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of
+    micro-batches, at least one and some perhaps empty, because every forward and backward pass of a sharded model needs
+    all ranks. With `share_prompts`, which is the default on a CPU, responses to one prompt that are in one micro-batch
+    compute it once. None of this changes a loss: a loss is a sum over tokens divided by one global count, and gradients
     are summed over ranks (lib.policy.shard).
     """
     if share_prompts is None:
@@ -145,3 +157,150 @@ def pack(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]], device: t
         advantages=advantages.repeat_interleave(counts).to(device),
         rollout_index=torch.tensor(packed, dtype=torch.long).repeat_interleave(counts).to(device),
     )
+
+
+# Attention within a pack
+
+PADDING = 0.5  # padding is cheaper than many small attention calls, up to about this share
+
+
+class Packing:
+    """What attention needs to know of a pack, worked out once for all layers of a pass.
+
+    On a GPU: where each span's queries and keys begin, and, if any span has a prefix, which positions the keys come
+    from. On a CPU: spans of similar size are padded to one, and each such `Block` is a batch for the usual attention.
+    `used` tells whether the model has called `packed_attention` with it.
+    """
+
+    def __init__(self, batch: Batch):
+        device = batch.input_ids.device
+        self.used, self.block_order, self.blocks, self.keys = False, None, [], None
+        if batch.input_ids.is_cuda:
+            queries = [span.length for span in batch.spans]
+            keys = [span.prefix_length + span.length for span in batch.spans]
+            self.query_bounds = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32, device=device)
+            self.key_bounds = torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32, device=device)
+            self.longest_query, self.longest_key = max(queries), max(keys)
+            if keys != queries:
+                self.keys = torch.cat([seen_by(span) for span in batch.spans]).to(device)  # (sum of keys,)
+            return
+        self.blocks = [Block(spans, device) for spans in similar_spans(batch.spans)]
+        rows = torch.cat([block.positions for block in self.blocks])  # (T,) the position of each row except padding
+        self.block_order = rows.argsort()  # (T,) the row of each position
+
+
+def seen_by(span: Span) -> Tensor:
+    """The positions that a span attends to, (prefix_length + length,)."""
+    prefix = torch.arange(span.prefix_start, span.prefix_start + span.prefix_length)
+    return torch.cat([prefix, torch.arange(span.start, span.start + span.length)])
+
+
+def similar_spans(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans in lists whose padding to one size adds at most a share PADDING to the products of queries and keys."""
+    lists: list[list[Span]] = []
+    keys, queries, products = 0, 0, 0  # of the last list: most keys, most queries, products without padding
+    for span in sorted(spans, key=lambda span: (span.prefix_length + span.length, span.length), reverse=True):
+        seen = span.prefix_length + span.length
+        queries, products = max(queries, span.length), products + span.length * seen
+        if not lists or (len(lists[-1]) + 1) * queries * keys > (1 + PADDING) * products:
+            lists.append([])
+            keys, queries, products = seen, span.length, span.length * seen
+        lists[-1].append(span)
+    return lists
+
+
+class Block:
+    """Spans side by side as a batch of C, padded on the right to n queries and m keys."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device):
+        lengths = torch.tensor([span.length for span in spans])
+        prefixes = torch.tensor([span.prefix_length for span in spans])
+        n, m = int(lengths.max()), int((prefixes + lengths).max())
+        own = torch.arange(n).expand(len(spans), n)
+        starts = torch.tensor([span.start for span in spans])
+        real = own < lengths[:, None]  # (C, n) False at padding
+        queries = torch.where(real, starts[:, None] + own, 0)
+        keys = torch.zeros(len(spans), m, dtype=torch.long)
+        for row, span in zip(keys, spans):
+            row[: span.prefix_length + span.length] = seen_by(span)
+        self.shape = len(spans), n, m
+        self.queries, self.keys = queries.flatten().to(device), keys.flatten().to(device)
+        self.rows = None if real.all() else real.flatten().nonzero()[:, 0].to(device)
+        self.positions = queries[real].to(device)
+        self.mask = None  # causal attention over as many keys as queries needs none
+        if prefixes.any():
+            last = (prefixes[:, None] + own)[..., None]  # query i of a span sees its keys up to number prefix + i
+            self.mask = (torch.arange(m) <= last)[:, None].to(device)  # (C, 1, n, m)
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, packing=None, **kwargs
+):
+    """Attention within each span of a pack and to its prefix, at a cost that follows their lengths and not their sum.
+
+    query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU this is PyTorch's flash attention for
+    sequences of different lengths, elsewhere the usual attention for blocks of similar spans. Without `packing` (when a
+    sampler calls the model) it is transformers' own attention, or `attend_from_one` for a single position of each row.
+    Raises InputError for a pack in a model with a sliding window, which it would ignore.
+    """
+    if packing is None and query.shape[2] == 1:
+        return attend_from_one(query, key, value, attention_mask, scaling), None
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if sliding_window is not None:
+        raise InputError(
+            f"model {module.config.name_or_path!r} attends within a sliding window, with which no training is tested; take a "
+            "model without one"
+        )
+    packing.used = True
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or K, d)
+    attend = attend_varlen if packing.block_order is None else attend_in_blocks
+    return attend(query, key, value, packing, scaling)[None], None
+
+
+def attend_from_one(query, key, value, attention_mask, scaling) -> Tensor:
+    """query (B, H, 1, d), key and value (B, K, T, d) -> (B, 1, H, d).
+
+    All heads of a group see the same keys, so they can take the place of the positions, of which there is one.
+    Repeating keys and values for each head, as transformers does, takes five times as long on a CPU.
+    """
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])  # (B, K, H / K, d)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return mixed.reshape(query.shape[0], 1, query.shape[1], -1)
+
+
+def attend_in_blocks(query, key, value, packing: Packing, scaling) -> Tensor:
+    """(T, H, d) with PyTorch's usual attention, in float32, because in bfloat16 it is four times slower on a CPU."""
+    attended, dtype = [], query.dtype
+    query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
+    for block in packing.blocks:
+        count, n, m = block.shape
+        q = query.index_select(0, block.queries).unflatten(0, (count, n)).transpose(1, 2)  # (C, H, n, d)
+        k, v = (x.index_select(0, block.keys).unflatten(0, (count, m)).transpose(1, 2) for x in (key, value))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=block.mask, is_causal=block.mask is None, scale=scaling, enable_gqa=True
+        ).transpose(1, 2).flatten(0, 1)  # (C n, H, d)  # fmt: skip
+        attended.append(mixed if block.rows is None else mixed.index_select(0, block.rows))
+    return torch.cat(attended).index_select(0, packing.block_order).to(dtype)
+
+
+def attend_varlen(query, key, value, packing: Packing, scaling) -> Tensor:
+    """(T, H, d) with PyTorch's kernel for bfloat16 on a GPU."""
+    grouped = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 wants as many heads as the query has
+        grouped, heads = {}, query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
+    if packing.keys is not None:
+        key, value = key.index_select(0, packing.keys), value.index_select(0, packing.keys)
+    bounds = packing.query_bounds, packing.key_bounds, packing.longest_query, packing.longest_key
+    # The window is causal. Where a span has more keys than queries, its last query is aligned to the last key.
+    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **grouped)
+
+
+def packed_mask(*arguments, attention_mask=None, **options):
+    """None for a pack, whose attention keeps sequences apart by itself; transformers' own for a sampler's padding."""
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", packed_mask)

@@ -1,113 +1,119 @@
-"""What responses are graded with: the verifier, or with `--reward FILE.py:function` a function of the user's own.
+"""What grades responses: the verifier, or with `--reward FILE.py:function` a function of the user's own.
 
-    def few_words(row: dict, response: str) -> float:
+    def few_words(row, response):
         return 1.0 if len(response.split()) <= 100 else 0.0
 
-`row` is the problem's row in the data set and `response` the text that the model wrote, without its prompt. A value of
-1 or more counts as a right answer wherever right answers are counted.
+    def right_and_short(row, response, correct, tokens, finish_reason):
+        return -1.0 if finish_reason == "length" else correct - 0.001 * tokens
 
-The function runs in the training process, with all that this process may do: it is as trusted as the stage itself. So
-it should take no text of the model for code, and it should end soon, because nothing stops it. This file is the only
-one that runs code from outside the project.
+`row` is the problem's row in the data set, and `response` the text that the model wrote, without its prompt. After these
+two a function may ask for any of three more by name: `correct` is the verifier's verdict, which is computed only then;
+`tokens` is the length of the response; `finish_reason` is "stop", or "length" if the response was cut at the length
+limit.
+
+The value is used unchanged in training, validation and evaluation. That includes the value of a cut response:
+`--require-finished` concerns the verifier alone, because 0 may be a good reward on the function's own scale. Where right
+answers are counted, the verifier's verdict counts if the function asks for it, otherwise a value of 1 or more.
+
+The function runs in the training process with all rights of that process, and nothing stops it. It should not execute
+what a model wrote, and it should return soon. This file is the only one that runs code from outside the project.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.abc
 import importlib.util
+import inspect
 import math
-import numbers
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import InputError, Problem, first_line
-from lib.verifier import Verifier
+from common import InputError, Rollout, map_over_ranks
+from lib.verifier import Verdict, Verifier
 
 
 def make_grader(cfg) -> Verifier | Reward:
-    """What a Config grades with, for a `with` statement. InputError if the file of `--reward` cannot be used."""
+    """What a Config grades with, for a `with` statement."""
     return Verifier() if cfg.reward is None else Reward(cfg.reward)
 
 
+def grade(rollouts: Sequence[Rollout], grader: Verifier | Reward) -> None:
+    """Sets `correct` and `how` of every rollout, and `reward` if the grader is a Reward. Collective; work is spread."""
+
+    def graded(share: Sequence[Rollout]) -> list[tuple[bool, str, float | None]]:
+        if isinstance(grader, Reward):
+            return grader.check(share)
+        verdicts = grader.check([rollout.text for rollout in share], [rollout.problem.answer for rollout in share])
+        return [(verdict.correct, verdict.how, None) for verdict in verdicts]
+
+    # One rank grades a response and sends the verdict to all. If every rank graded all of them, a time-out on one rank
+    # alone would make the ranks disagree.
+    for rollout, grading in zip(rollouts, map_over_ranks(graded, rollouts), strict=True):
+        rollout.correct, rollout.how, rollout.reward = grading
+
+
 def reward_sha256(cfg) -> str | None:
-    """The hash of the file of `--reward`, None for the verifier. InputError if there is no such file."""
-    return None if cfg.reward is None else hashlib.sha256(_read(cfg.reward)[1]).hexdigest()
+    """The hash of the file of `--reward`, None for the verifier."""
+    return None if cfg.reward is None else hashlib.sha256(_file_of(cfg.reward).read_bytes()).hexdigest()
 
 
 class Reward:
-    """The function that `--reward` names, in the verifier's place."""
+    """The function that `--reward` names."""
+
+    OFFERED = ("correct", "tokens", "finish_reason")  # what it may ask for besides the row and the response
 
     def __init__(self, reward: str):
-        self.name = f"--reward {reward!r}"
-        path, content, function = _read(reward)
-        self.path = str(path)
-        spec = importlib.util.spec_from_loader("reward_of_the_user", _Source(self.path, content))
+        self.name = reward
+        spec = importlib.util.spec_from_file_location("reward_of_the_user", _file_of(reward))
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where dataclasses, for one, look up the module of a class
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise InputError(f"{self.name} could not be loaded ({self._what_happened(error)}); mend the file") from None
-        self.function = getattr(module, function, None)
-        if not callable(self.function):
-            raise InputError(f"{self.name}: the file defines no function {function!r}; name one that it defines")
+        spec.loader.exec_module(module)
+        self.function = getattr(module, reward.rpartition(":")[2])
+        self.asked = [name for name in list(inspect.signature(self.function).parameters)[2:] if name in self.OFFERED]
+        self.verifier = Verifier() if "correct" in self.asked else None
 
-    def check(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[float]:
-        """The function's value for each response, in order; `problems[i]` is the problem of `responses[i]`.
+    def check(self, rollouts: Sequence[Rollout]) -> list[tuple[bool, str, float]]:
+        """`correct`, `how` and `reward` of each rollout.
 
-        Raises InputError, naming the problem, if the function fails or does not return a finite number.
+        The function's own exceptions pass through, with a note that names the problem. Raises ValueError if it returns
+        a number that is not finite.
         """
-        return [self._value(problem, response) for problem, response in zip(problems, responses, strict=True)]
+        verdicts: Sequence[Verdict | None] = [None] * len(rollouts)
+        if self.verifier:
+            verdicts = self.verifier.check([r.text for r in rollouts], [r.problem.answer for r in rollouts])
+        found = []
+        for rollout, verdict in zip(rollouts, verdicts):
+            value = self._value(rollout, verdict)
+            found.append((verdict.correct, verdict.how, value) if verdict else (value >= 1, "reward", value))
+        return found
 
-    def _value(self, problem: Problem, response: str) -> float:
+    def _value(self, rollout: Rollout, verdict: Verdict | None) -> float:
+        offered = {
+            "correct": verdict and verdict.correct,
+            "tokens": len(rollout.response_ids),
+            "finish_reason": rollout.finish_reason,
+        }
+        row = dict(rollout.problem.row)  # a copy, so that a function that changes it changes no other call
         try:
-            value = self.function(dict(problem.row), response)  # a copy, so that no call can change what others get
-            number = float(value) if isinstance(value, numbers.Real) else math.nan
-        except (Exception, SystemExit) as error:
-            raise InputError(
-                f"{self.name} failed on a response to problem {problem.id} ({self._what_happened(error)}); mend the function"
-            ) from None
-        if not math.isfinite(number):
-            raise InputError(
-                f"{self.name} returned {value!r:.40} for a response to problem {problem.id}; it must return a finite number"
-            )
-        return number
-
-    def _what_happened(self, error: BaseException) -> str:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.path]
-        return f"{type(error).__name__}{f' in line {lines[-1]}' if lines else ''}: {first_line(error)}"
+            value = float(self.function(row, rollout.text, **{name: offered[name] for name in self.asked}))
+            if not math.isfinite(value):
+                raise ValueError(f"the reward is {value}, and has to be a finite number")
+            return value
+        except Exception as error:
+            error.add_note(f"--reward {self.name} failed on a response to problem {rollout.problem.id}")
+            raise
 
     def __enter__(self) -> Reward:
         return self
 
     def __exit__(self, *exc) -> None:
-        """There is nothing to close."""
+        if self.verifier:
+            self.verifier.close()
 
 
-class _Source(importlib.abc.SourceLoader):
-    """Runs the very bytes that were read and hashed, and leaves no compiled copy beside the file."""
-
-    def __init__(self, path: str, content: bytes):
-        self.path, self.content = path, content
-
-    def get_filename(self, fullname: str) -> str:
-        return self.path
-
-    def get_data(self, path: str) -> bytes:
-        return self.content
-
-
-def _read(reward: str) -> tuple[Path, bytes, str]:
-    """The path and the content of the file that `--reward` names, and the name of the function in it."""
+def _file_of(reward: str) -> Path:
     path, _, function = reward.rpartition(":")
-    if not path.endswith(".py") or not function.isidentifier():
-        raise InputError(
-            f"--reward {reward!r} does not have the form FILE.py:function; give a Python file and a function in it"
-        )
-    try:
-        return Path(path), Path(path).read_bytes(), function
-    except OSError as error:
-        raise InputError(f"--reward {reward!r}: the file cannot be read ({error.strerror}); check the path") from None
+    if not path.endswith(".py") or not function.isidentifier() or not Path(path).is_file():
+        raise InputError(f"--reward {reward!r} is not FILE.py:function with a file that exists; check the path")
+    return Path(path)

@@ -1,17 +1,23 @@
-"""Rollouts: sampled with an engine, graded by the verifier, and kept in a directory (Stage 2a's teacher rollouts)."""
+"""Rollouts: sampled with an engine, or read from texts, and kept in a directory (Stage 2a's teacher rollouts)."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
-import shutil
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from common import InputError, Problem, Rollout, barrier, map_over_ranks, on_rank_0, request_seed
+from transformers import PreTrainedTokenizerBase
+
+from common import InputError, Problem, Rollout, map_over_ranks, on_rank_0, print0, request_seed
+from lib.data import prompt_and_id, vocab_size
 from lib.engines import Completion, Sampling, TorchEngine, VLLMEngine
-from lib.rewards import Reward
+from lib.files import whole
+from lib.rewards import Reward, grade
 from lib.verifier import Verifier
 
 
@@ -27,10 +33,9 @@ def sample_rollouts(
 
     The seed of each response is made from `seed_key`, its problem and its number, so that responses depend neither on
     the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on the batch).
-    The number is the index in the group. If a problem occurs again among `problems`, its numbers go on where they
-    stopped, because the same numbers would give the same responses again. Responses are spread over ranks one by one
-    and not by groups, so that a few problems keep all ranks busy. Every rank gets all rollouts, and training then
-    balances them over ranks by their lengths.
+    The number is the index in the group. A problem that appears twice in `problems` gets new numbers, hence new seeds.
+    Responses are spread over ranks one by one and not by groups, so that a few problems keep all ranks busy. Every rank
+    gets all rollouts, and training then balances them over ranks by their lengths.
     """
 
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
@@ -38,9 +43,8 @@ def sample_rollouts(
         groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: (r[0].id, r[1] // n))]
         ids = [prompts[group[0][0].id] for group in groups]
         seeds = [[request_seed(*seed_key, problem.id, number) for problem, number in group] for group in groups]
-        completions = [
-            known_tokens(c, len(engine.tokenizer)) for group in engine.generate(ids, seeds, sampling) for c in group
-        ]
+        size = vocab_size(engine.tokenizer)
+        completions = [known_tokens(c, size) for group in engine.generate(ids, seeds, sampling) for c in group]
         texts = engine.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         return [
             Rollout(problem, number % n, prompts[problem.id], c.token_ids, c.logprobs, c.finish_reason, text)
@@ -55,143 +59,116 @@ def sample_rollouts(
 def known_tokens(completion: Completion, vocab_size: int) -> Completion:
     """The completion up to the first token that the tokenizer does not have, as if the length limit had cut it there.
 
-    Output matrices are padded to more rows than there are tokens, and a row of the padding may be sampled, if seldom.
+    Output matrices are padded to more rows than there are tokens, and on rare occasions a row of the padding is sampled.
     """
     ids = completion.token_ids
     end = next((number for number, token in enumerate(ids) if token >= vocab_size), None)
     return completion if end is None else Completion(ids[:end], completion.logprobs[:end], "length")
 
 
-def grade(rollouts: Sequence[Rollout], grader: Verifier | Reward) -> None:
-    """Grades every rollout: sets `correct` and `how`, and `reward` if the grader is one. Spread over ranks; collective.
+# The cache
 
-    Raises InputError on every rank if the user's own reward fails on one.
+
+@contextmanager
+def open_cache(
+    directory: Path, identity: dict, problems: Sequence[Problem], prompts: dict[str, list[int]]
+) -> Iterator[RolloutCache]:
+    """The RolloutCache in `directory`. Another run that opens the directory waits until the block ends. Collective.
+
+    Without the lock two runs would sample the same problems, and each problem would have twice its responses.
+    `identity` says what the rollouts follow from. InputError if the directory holds rollouts of another identity.
     """
+    path = directory / "identity.json"
+    identity = json.loads(json.dumps(identity))  # as the file gives it
 
-    def verdicts(share: Sequence[Rollout]) -> list[tuple[bool, str, float | None] | InputError]:
-        texts, problems = [rollout.text for rollout in share], [rollout.problem for rollout in share]
-        if isinstance(grader, Verifier):
-            found = grader.check(texts, [problem.answer for problem in problems])
-            return [(verdict.correct, verdict.how, None) for verdict in found]
+    def prepare() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        ours = {"lock", "identity.json.tmp"}
+        if not path.exists() and any(other.name not in ours for other in directory.iterdir()):
+            raise InputError(
+                f"--rollouts {str(directory)!r} holds something else than rollouts; name another directory"
+            )
+
+    def claim() -> None:
         try:
-            return [(value >= 1, "reward", value) for value in grader.check(texts, problems)]
-        except InputError as error:  # the other ranks wait for this one's verdicts, so they get to know it as one
-            return [error]
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print0(f"waiting for another run to fill {directory}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with whole(path) as unfinished:
+                unfinished.write_text(json.dumps(identity), encoding="utf-8")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in identity.items():
+            if found.get(name) != value:
+                raise InputError(
+                    f"--rollouts {str(directory)!r} holds other rollouts (with {name} = {found.get(name)!r}, and this run "
+                    f"needs {value!r}); name another directory"
+                )
 
-    # Each response is graded by one rank, and the verdict sent to all. If every rank graded all of them, a grading
-    # might time out on one rank and not on another, and the ranks would disagree.
-    found = map_over_ranks(verdicts, rollouts)
-    failed = next((verdict for verdict in found if isinstance(verdict, InputError)), None)
-    if failed is not None:
-        raise failed
-    for rollout, (correct, how, reward) in zip(rollouts, found):
-        rollout.correct, rollout.how, rollout.reward = correct, how, reward
+    on_rank_0(prepare)
+    with (directory / "lock").open("a") as lock:
+        on_rank_0(claim)
+        yield RolloutCache(directory, problems, prompts)
 
 
 class RolloutCache:
     """Graded rollouts in a directory, read from disk as they are needed, because at the paper's scale they fill memory.
 
-    `identity.json` says what they are (teacher, problems, sampling), and a run that needs others is refused. Every
-    `shard-NNNNNN` is a data set with all rollouts of some problems, in the order in which they were appended. Its number
-    is the place of its first problem among `problems`: a problem is in one shard only, so no other shard has that number,
-    whichever problems a run needs and in whichever order. It is written whole and then renamed, so an interrupted run
-    goes on with the problems that are missing. Rank 0 writes, all ranks read.
+    Every `shard-NNNNNN` is a data set of rollouts, written whole, so an interrupted run goes on with what is missing.
+    A shard of sampled rollouts has all rollouts of some problems. Its number is the place of its first problem among
+    `problems`: no other shard has that number, whichever problems a run needs and in whichever order. Rank 0 writes,
+    all ranks read.
 
-    Rows are numbered 0 to `len` - 1 over all shards. `rows` has the numbers of each problem's rows by its id, and no
-    entry for a problem that is missing. `correct` says of each row whether the response is right. `per_problem` is the
-    number of responses that every problem has, None if they differ.
+    Rows are numbered from 0 over all shards. `rows` has the numbers of each problem's rows by its id, and no entry for a
+    problem that is missing. `right` says of each row whether the response is right and finished. `tokens` counts the
+    tokens of all responses.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        identity: dict,
-        problems: Sequence[Problem],
-        prompts: dict[str, list[int]],
-        per_problem: int | None,
-    ):
-        self.directory, self.prompts, self.per_problem = directory, prompts, per_problem
-        self.identity = json.loads(json.dumps(identity))  # as the file will give it
+    def __init__(self, directory: Path, problems: Sequence[Problem], prompts: dict[str, list[int]]):
+        self.directory, self.prompts = directory, prompts
         self.problems = {problem.id: problem for problem in problems}
-        on_rank_0(self._open)
-        self._read()
+        self.rows: dict[str, list[int]] = {}
+        self.right: list[bool] = []
+        self.tokens = 0
+        self._shards = []
+        for path in sorted(directory.glob("shard-??????")):
+            self._read(path)
 
-    def _open(self) -> None:
-        path = self.directory / "identity.json"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if not path.exists() and not any(self.directory.iterdir()):
-                path.with_suffix(".tmp").write_text(json.dumps(self.identity), encoding="utf-8")
-                path.with_suffix(".tmp").rename(path)
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except OSError as error:
-            raise InputError(
-                f"--rollouts {str(self.directory)!r} cannot be written ({error.strerror}); name another directory"
-            ) from None
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise InputError(
-                f"--rollouts {str(self.directory)!r} is not empty and has no identity.json that can be read; name another "
-                "directory"
-            )
-        for name, value in self.identity.items():
-            if found.get(name) != value:
-                raise InputError(
-                    f"--rollouts {str(self.directory)!r} holds other rollouts (with {name} = {found.get(name)!r}, and this "
-                    f"run needs {value!r}); name another directory"
-                )
-
-    def _read(self) -> None:
-        """Opens all shards. Collective."""
+    def _read(self, path: Path) -> None:
         import datasets  # importing it takes a second
         from pyarrow import compute
 
-        barrier()  # wait until rank 0 has written its shards
-        parts = []
-        for path in sorted(self.directory.glob("shard-??????")):
-            try:
-                parts.append(datasets.load_from_disk(str(path)))
-                ids = parts[-1]["id"]
-                if not set(ids) <= self.problems.keys() or len(ids) % (self.per_problem or 1):
-                    raise ValueError
-            except Exception:  # what is raised depends on which of the shard's files is damaged, and how
-                raise InputError(f"{path} is damaged; delete it, and its rollouts will be sampled again") from None
-        self._rows = datasets.concatenate_datasets(parts) if parts else []
-        self.correct: list[bool] = list(self._rows["correct"]) if parts else []
-        lengths = compute.list_value_length(self._rows.data["response_ids"]) if parts else []
-        self.tokens = compute.sum(lengths).as_py() if parts else 0  # of all responses
-        self.rows: dict[str, list[int]] = {}
-        for number, problem in enumerate(self._rows["id"] if parts else ()):
+        shard = datasets.load_from_disk(str(path))
+        for number, (problem, correct, finish_reason) in enumerate(
+            zip(shard["id"], shard["correct"], shard["finish_reason"]), start=len(self)
+        ):
             self.rows.setdefault(problem, []).append(number)
+            self.right.append(correct and finish_reason == "stop")
+        self.tokens += compute.sum(compute.list_value_length(shard.data["response_ids"])).as_py()
+        self._shards.append(shard)
+        self._rows = datasets.concatenate_datasets(self._shards)
 
-    def append(self, rollouts: Sequence[Rollout]) -> None:
-        """Writes a shard with all rollouts of some missing problems. Collective; InputError if it cannot be written."""
-        if rollouts:
-            on_rank_0(lambda: self._write(rollouts))
-            self._read()
+    def append(self, rollouts: Sequence[Rollout], number: int | None = None) -> None:
+        """Writes a shard, by default with the number that all rollouts of some missing problems have. Collective."""
+        if number is None:
+            number = list(self.problems).index(rollouts[0].problem.id)
+        path = self.directory / f"shard-{number:06d}"
 
-    def _write(self, rollouts: Sequence[Rollout]) -> None:
-        import datasets
+        def write() -> None:
+            import datasets
 
-        rows = [
-            {"id": r.problem.id, "sample": r.sample, "correct": r.correct, "finish_reason": r.finish_reason,
-             "response_ids": r.response_ids, "logprobs": r.logprobs, "text": r.text}
-            for r in rollouts
-        ]  # fmt: skip
-        number = list(self.problems).index(rollouts[0].problem.id)
-        shard = self.directory / f"shard-{number:06d}"
-        unfinished = shard.with_suffix(".tmp")
-        datasets.disable_progress_bars()
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            datasets.Dataset.from_list(rows).save_to_disk(str(unfinished))
-            unfinished.rename(shard)
-        except OSError as error:
-            raise InputError(
-                f"the teacher's rollouts could not be written to {self.directory} ({error.strerror or error}); make room, "
-                "then --resume: the shards that are written are kept"
-            ) from None
+            rows = [
+                {"id": r.problem.id, "sample": r.sample, "correct": r.correct, "finish_reason": r.finish_reason,
+                 "response_ids": r.response_ids, "logprobs": r.logprobs, "text": r.text}
+                for r in rollouts
+            ]  # fmt: skip
+            datasets.disable_progress_bars()
+            with whole(path) as unfinished:
+                datasets.Dataset.from_list(rows).save_to_disk(str(unfinished))
+
+        on_rank_0(write)
+        self._read(path)
 
     def __getitem__(self, index: int) -> Rollout:
         row = self._rows[index]
@@ -200,4 +177,87 @@ class RolloutCache:
                        row["finish_reason"], row["text"], row["correct"])  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.right)
+
+
+# Texts: responses that any model has written, whatever tokenizer it had
+
+LINES_AT_A_TIME = 1024  # of the file; the responses in them become one shard, with the number of the part
+
+
+def read_texts(
+    path: str,
+    cache: RolloutCache,
+    tokenizer: PreTrainedTokenizerBase,
+    max_response_tokens: int,
+    grader: Verifier | Reward,
+) -> None:
+    """Appends the responses in a .jsonl file to the cache, graded (App. B). Parts that it has are skipped. Collective.
+
+    A line has a prompt, as in a data set, and a `response`; or `messages`, of which the last assistant's turn is the
+    response. A problem may have several lines, anywhere. A response is tokenised as what follows the prompt, and ends
+    with the end-of-sequence token. One that is longer than `max_response_tokens` is left out: its beginning alone would
+    teach the student to stop in the middle. Left out, too, are responses to other problems, and lines that are no
+    response; all are counted in one printed sentence. The sampler's log-probabilities are not known (nan).
+
+    Raises InputError if no line is left.
+    """
+
+    def tokenised(share: Sequence[tuple[int, str, str]]) -> list[list[int]]:
+        # What looks like a special token in the text of another model is text, and must not end a turn here.
+        texts = [text for _, _, text in share]
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+        return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+    done = max((int(shard.name[6:]) for shard in cache.directory.glob("shard-??????")), default=-1)
+    to_known, to_others, unreadable, first = 0, 0, 0, ""
+    with Path(path).open("rb") as file:
+        for part in itertools.count():
+            lines = list(itertools.islice(file, LINES_AT_A_TIME))
+            if not lines:
+                break
+            responses = []  # (number of the line, problem id, text)
+            for number, line in enumerate(lines, start=part * LINES_AT_A_TIME + 1):
+                if not line.strip():
+                    continue
+                try:
+                    name, text = _response_in(json.loads(line))
+                except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
+                    unreadable, first = unreadable + 1, first or f" (the first is line {number}: {error})"
+                    continue
+                if name in cache.problems:
+                    responses.append((number, name, text.removesuffix(tokenizer.eos_token)))
+                else:
+                    to_others += 1
+            to_known += len(responses)
+            if part <= done:
+                continue
+            rollouts = [
+                Rollout(cache.problems[name], number, cache.prompts[name], ids, [math.nan] * len(ids), "stop", text)
+                for (number, name, text), ids in zip(responses, map_over_ranks(tokenised, responses))
+                if len(ids) <= max_response_tokens
+            ]
+            if rollouts:
+                grade(rollouts, grader)
+                cache.append(rollouts, part)
+    found = (
+        f"{path}: {len(cache)} responses to {len(cache.rows)} of the {len(cache.problems)} training problems; left out are "
+        f"{to_others} to other problems, {to_known - len(cache)} longer than --max-response-tokens {max_response_tokens}, and "
+        f"{unreadable} lines without a prompt and a response{first}"
+    )
+    if not len(cache):
+        raise InputError(f"--rollouts {found}; check the file, --data and --half")
+    print0(found)
+
+
+def _response_in(row: dict) -> tuple[str, str]:
+    """The problem id and the text of a line. Raises ValueError, KeyError or TypeError for a line that is no response."""
+    if isinstance(row, dict) and "messages" in row and "response" not in row:
+        turns = row["messages"]
+        last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+        row = {"prompt": turns[:last], "response": turns[last]["content"]}
+    (_, name), response = prompt_and_id(row), row.get("response")
+    if not isinstance(response, str) or not response.strip():
+        raise ValueError("no text in its response")
+    response.encode()  # raises for half of a surrogate pair, which no tokenizer takes
+    return name, response

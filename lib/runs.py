@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import signal
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
@@ -35,25 +38,31 @@ from common import (
     Problem,
     Rollout,
     all_max,
+    barrier,
     check_settings,
     count_tokens,
     exit_process,
     first_line,
     last_words,
-    map_over_ranks,
     on_rank_0,
     print0,
     progress_bar,
     rank,
 )
-from lib.data import check_same_tokenizer, load_tokenizer, load_training_problems, stop_tokens, tokenize_prompts
+from lib.data import (
+    check_same_tokenizer,
+    load_tokenizer,
+    load_training_problems,
+    stop_tokens,
+    tokenize_prompts,
+    vocab_size,
+)
 from lib.engines import check_engine, check_lengths
-from lib.files import drop_steps
-from lib.lineage import file_sha256, new_record, read_record, read_run
+from lib.files import flush, json_lines, whole
+from lib.lineage import new_record, read_run
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, save_pretrained
 from lib.scores import validation_sets
-from lib.stopping import Stopping, signal_name
 from lib.watch import find_warnings, is_training, one_sample, sample_lines
 
 # In a lone process PyTorch's checkpoint library warns at every call that it assumes a single process.
@@ -69,45 +78,22 @@ def prepare(
     the model learns from; `sampled` the one that responses are sampled from (by default the model).
     """
     check_settings(cfg)
-    if cfg.passes > 1000 and cfg.max_steps is None:  # the order of the data is made before the first step
-        raise InputError(f"--passes {cfg.passes} is more than 1000; give fewer, or say with --max-steps when to stop")
     tokenizer = load_tokenizer(cfg.model)
     stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
-    problems = load_training_problems(cfg.data, cfg.half, cfg.exclude, cfg.validate)
+    problems = load_training_problems(cfg)
     if teacher:
         check_same_tokenizer(cfg.model, teacher, problems, cfg)
     for model in filter(None, (cfg.model, teacher)):
-        check_checkpoint(model, len(tokenizer))
-    prompts = tokenize_prompts(tokenizer, problems, cfg)
+        check_checkpoint(model, vocab_size(tokenizer))
+    prompts = tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
+    problems = [problem for problem in problems if problem.id in prompts]
     for model in filter(None, (cfg.model, teacher)):
         check_lengths(cfg, model, prompts.values())
     for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
         check_engine(cfg, model)
     return problems, tokenizer, prompts
 
-
-# Training states
-
-
-def _file_hashes(directory: Path) -> dict[str, str | None]:
-    """The sha256 of each file in a directory by its name, None for one that cannot be read. Work is spread;
-    collective.
-    """
-    names = on_rank_0(lambda: sorted(path.name for path in directory.iterdir() if path.name != "SHA256SUMS"))
-    return dict(map_over_ranks(lambda share: [(name, file_sha256(directory / name)) for name in share], names))
-
-
-def _saved_hashes(state: Path) -> dict[str, str]:
-    """What `SHA256SUMS` says of a training state's files; {} if it cannot be read."""
-    try:
-        lines = (state / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-        return {name: digest for digest, name in (line.split("  ") for line in lines)}
-    except (OSError, ValueError):
-        return {}
-
-
-# Run directories
 
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
@@ -120,21 +106,29 @@ SHORT_NAMES = {
     "truncated": "cut",
 }
 
+# Settings that --resume may change. The size of micro-batches changes rounding only, and a run may need a smaller one.
+MAY_CHANGE = ("resume", "out", "micro_batch_tokens", "track", "accept_changes")
+
 
 class Run:
     """The output directory of a stage while it runs.
 
-    Everything is written to OUT.partial: `metrics.jsonl` (one line for each step and one for each validation),
-    `samples.jsonl` (a few responses of each step), `run.json` and, every `save_every` steps, the training state from
-    which `--resume` continues. Only a complete checkpoint is renamed to OUT. So a directory called OUT is always whole,
-    however the process ends, and a Makefile can use it as a target. Beside them are the checkpoints along the way,
-    `step-NNNNNN`, of `--export-every`.
+    What is on disk, and when. Everything is written to OUT.partial:
 
-    The files of a training state are hashed when it is saved, and a state is resumed from only if the hashes still fit.
+    - `metrics.jsonl`: one line for each step and one for each validation, and `samples.jsonl`: a few responses of each
+      step. They are kept however the run ends.
+    - `state-NNNNNN`: weights, optimizer and run.json after NNNNNN steps, written every `save_every` steps and when a
+      signal stops the run. The previous one is removed when the new one is complete. `--resume` loads the newest that
+      can be loaded, and then drops the lines of later steps from the two files above, because they will come again.
+    - `step-NNNNNN`: checkpoints along the way, if there is `export_every`.
+    - `run.json`: settings and lineage.
+
+    At the end the last checkpoint is written beside them, and OUT.partial is renamed to OUT. So a directory called OUT
+    is always whole, however the process ends, and a Makefile can use it as a target.
 
     `cfg` is a stage's Config. `parents` maps roles ("model", "teacher") to checkpoints, whose lineage is copied into
-    `run.json`. Use it in a `with` block: at its end the directory is free for another run, and if bad input ended the
-    run before there was anything to keep, OUT.partial is removed.
+    `run.json`. Use it in a `with` block, in this order: `restore`, and in each of `steps` first `log`, then `save`; in
+    the end `finish`.
 
     Raises InputError when OUT exists, is in use by another run, or holds an interrupted run that cannot be continued.
     With `resume`, an OUT that the same settings have made raises AlreadyFinished, on which a stage ends as a success.
@@ -144,36 +138,28 @@ class Run:
         self.out = Path(cfg.out)
         self.partial = Path(f"{self.out}.partial")  # of the Path, so that "runs/x/" becomes "runs/x.partial"
         self.save_every, self.export_every = cfg.save_every, cfg.export_every
+        self.steps_done = 0
         self.total_steps: int | None = None  # known once `steps` is called
-        self._stopping = Stopping(f"the same command with --resume continues from what {self.partial} holds")
-        self._require_finished = getattr(cfg, "require_finished", False)
-        self._lock = self._metrics = self._bar = None
+        self.lines: list[dict] = []  # of metrics.jsonl
+        self._signal, self._lock, self._bar = StopSignal(), None, None
+        self._tracker = Tracker(cfg.track if rank() == 0 else None)
         try:
             # Rank 0 reads and writes the files; the other ranks learn what it found.
-            self.record, states = on_rank_0(lambda: self._open(cfg, parents))
-            self.state, saved = self._newest_whole(states)
-            if saved:
-                self._compare_settings(saved, self.record, self.partial)
-            self.steps_done = saved.get("steps", 0)
-            kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings")
-            self.record.update({name: saved[name] for name in kept if name in saved})
-            self.lines = on_rank_0(self._open_metrics)  # of metrics.jsonl
+            self.record, self._states = on_rank_0(lambda: self._open(cfg, parents))
         except InputError as error:
             self.__exit__(InputError, error, None)
             raise
-        skipped = [bool(line["skipped_steps"]) for line in self.lines if is_training(line)]
-        self._skipped_in_a_row = len(skipped) if all(skipped) else skipped[::-1].index(False)
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         self._phases: dict[str, float] = defaultdict(float)
 
-    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict | None]]]:
+    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict]]]:
         """Locks the directory; returns this run's record, and the training states with their records, newest first."""
         if os.path.lexists(self.out):  # also a link to nothing, in whose place the finished run could not be put
-            finished = read_run(cfg.out)
+            finished = read_run(self.out)
             if finished:
                 _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
             if finished and cfg.resume:
-                self._compare_settings(finished, new_record(cfg, parents), self.out)
+                self._compare(finished, new_record(cfg, parents), self.out)
                 raise AlreadyFinished(
                     f"{self.out} is already finished, with these settings; there is nothing to resume"
                 )
@@ -191,18 +177,28 @@ class Run:
             raise InputError(
                 f"--out {cfg.out!r} cannot be written ({error.strerror}); name another directory"
             ) from None
-        paths = self._states()[::-1]
-        if (paths or self._holds_work()) and not cfg.resume:
+        if self._holds_work() and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
-        states = [(path, read_record(path)) for path in paths]
-        return new_record(cfg, parents), states
+        record = new_record(cfg, parents)
+        states = [(path, _read_or_nothing(path)) for path in sorted(self.partial.glob("state-??????"), reverse=True)]
+        if newest := next((saved for _, saved in states if saved), None):
+            self._compare(newest, record, self.partial)
+        if earlier := _read_or_nothing(self.partial).get("tracker_run"):
+            record["tracker_run"] = earlier
+        return record, states
 
-    def _states(self) -> list[Path]:
-        """The training states, oldest first."""
-        return sorted(self.partial.glob("state-??????"))
+    def _holds_work(self) -> bool:
+        """Whether OUT.partial holds anything worth keeping: logs, a training state, a checkpoint, or rollouts."""
+        patterns = ("state-??????", "step-??????", "*/shard-??????", "skipped-*")
+        logs = (path.stat().st_size for path in self.partial.glob("*.jsonl"))
+        return any(logs) or any(any(self.partial.glob(pattern)) for pattern in patterns)
 
-    def _compare_settings(self, saved: dict, record: dict, directory: Path) -> None:
-        """InputError unless `saved`, the record of the run in `directory`, is of the settings and parents in `record`."""
+    def _compare(self, saved: dict, record: dict, directory: Path) -> None:
+        """InputError unless `saved`, the record of the run in `directory`, has the settings, parents and code of `record`.
+
+        Changed code above lib/, or a changed reward, passes with --accept-changes, which is recorded. Of changed code in
+        lib/, which a reader rarely touches and an update often does, there is only a message.
+        """
         if saved["stage"] != record["stage"]:
             raise InputError(
                 f"--resume: {directory} holds a run of {saved['stage']}.py, not of {record['stage']}.py; "
@@ -211,8 +207,7 @@ class Run:
         config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
         for name, value in config.items():
             before = saved.get("config", {}).get(name)
-            # The size of micro-batches changes nothing but rounding, and may have to be lowered to go on.
-            if name not in ("resume", "out", "micro_batch_tokens") and before != value:
+            if name not in MAY_CHANGE and before != value:
                 raise InputError(
                     f"--resume: the run in {directory} had {name} = {before!r}, now it is {value!r}; "
                     f"give the same settings, name another --out, or delete {directory}"
@@ -224,102 +219,91 @@ class Run:
                     f"--resume: --{role} {parent['path']!r} has other {content} than in the run in {directory}; put "
                     f"the old {content} back, or delete {directory}"
                 )
-        if saved.get("reward_sha256") != record["reward_sha256"]:
-            raise InputError(
-                f"--resume: the file of --reward {config['reward']!r} is not what it was in the run in {directory}; put "
-                f"the old one back, or delete {directory}"
-            )
-
-    def _newest_whole(self, states: list[tuple[Path, dict | None]]) -> tuple[Path | None, dict]:
-        """The newest training state whose files have the hashes in its SHA256SUMS, and its record. Collective."""
-        for path, saved in states:
-            kept, found = _saved_hashes(path), _file_hashes(path)
-            differing = sorted(name for name in kept.keys() | found.keys() if kept.get(name) != found.get(name))
-            damaged = differing if kept else ["SHA256SUMS"]
-            if not damaged and saved:
-                return path, saved
-            print0(f"{path} is damaged: {damaged[0]} is not what was written")
-        if states:
-            raise InputError(
-                f"no training state in {self.partial} is whole, {damaged[0]} of {path.name} is not what was written; "
-                "delete the directory to begin again"
-            )
-        return None, {}
-
-    def _open_metrics(self) -> list[dict]:
-        """Removes what will be written again from metrics.jsonl and samples.jsonl; returns what is left of the first.
-
-        The validation before a step has the step's number, and is made again with it.
-        """
-        drop_steps(self.partial / "samples.jsonl", self.steps_done)
-        lines = drop_steps(self.partial / "metrics.jsonl", self.steps_done)
-        self._metrics = (self.partial / "metrics.jsonl").open("a", encoding="utf-8")
-        return lines
-
-    def _holds_work(self) -> bool:
-        """Whether OUT.partial holds anything worth keeping: a training state, a checkpoint along the way, rollouts, or
-        those of a skipped step.
-        """
-        patterns = ("state-??????", "step-??????", "*/shard-??????", "skipped-*")
-        return any(any(self.partial.glob(pattern)) for pattern in patterns)
+        session, files = record["sessions"][-1], saved.get("sessions", [{}])[-1].get("files", {})
+        changed = [name for name, digest in session["files"].items() if files.get(name, digest) != digest]
+        for name in changed:
+            what = f"the file of --reward {name!r}" if name == config["reward"] else name
+            if name.startswith("lib/"):
+                pass
+            elif config["accept_changes"]:
+                session.setdefault("accepted_changes", []).append(name)
+            else:
+                raise InputError(
+                    f"--resume: {what} is not what it was in the run in {directory}; put the old one back, give "
+                    f"--accept-changes, or delete {directory}"
+                )
+            print0(f"{directory}: {what} has changed since the run was last started")
 
     def __enter__(self) -> Run:
-        self._stopping.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._stopping.__exit__()
-        if self._bar is not None:
-            self._bar.close()  # so that the next message begins on a new line
-        if self._metrics is not None:
-            with suppress(OSError):  # closing writes what is left, which fails again on a full disk
-                self._metrics.close()
+        self._close()
+        if error is not None and self.total_steps is not None and not isinstance(error, SystemExit):
+            error.add_note(f"the same command with --resume continues from what {self.partial} holds")
         if self._lock is not None:
             if isinstance(error, InputError) and self.partial.exists() and not self._holds_work():
                 shutil.rmtree(self.partial)
             self._lock.close()
 
-    @contextmanager
-    def _writing(self, what: str):
-        """Turns a failed write into one sentence that says from where the run can be continued."""
-        try:
-            yield
-        except (OSError, SafetensorError, CheckpointException) as error:
-            states = self._states()
-            remedy = f"--resume to continue after step {int(states[-1].name[6:])}" if states else "begin again"
-            raise InputError(
-                f"{what} could not be written to {self.partial} ({_reason(error)}); make room, then {remedy}"
-            ) from None
-
-    @contextmanager
-    def _new_directory(self, name: str):
-        """NAME.tmp, for the block to fill and to rename. It is removed if that fails, because half of it is no use."""
-        unfinished = self.partial / f"{name}.tmp"
-        on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        try:
-            yield unfinished
-        except InputError:
-            if rank() == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+    def _close(self) -> None:
+        self._signal.restore()
+        if self._bar is not None:
+            self._bar.close()  # so that the next message begins on a new line
+        self._tracker.call("finish")
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Loads the weights and optimizer state of the interrupted run, if there is one to continue. Collective."""
-        if self.state is not None:
-            model_state, optimizer_state = get_state_dict(policy, optimizer)
-            state = {"model": model_state, "optimizer": optimizer_state}
-            dcp.load(state, checkpoint_id=self.state, no_dist=not dist.is_initialized())
-            set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-            print0(f"{self.out}: continuing after step {self.steps_done}")
+        """Loads weights, optimizer and record of the interrupted run, if there is one to continue. Collective.
 
-    def steps(self, total: int) -> Iterable[int]:
+        A state counts once all ranks have loaded it; otherwise all take the one before it, which is there if the run was
+        killed just before it was removed.
+        """
+        for path, saved in self._states:
+            problem = self._load(path, policy, optimizer) if saved else "its run.json is damaged"
+            if not all_max({"failed": bool(problem)})["failed"]:
+                self.steps_done = saved["steps"]
+                kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings")
+                self.record.update({name: saved[name] for name in kept})
+                self.record["sessions"] = saved.get("sessions", []) + self.record["sessions"]
+                self.record["sessions"][-1]["first_step"] = self.steps_done
+                print0(f"{self.out}: continuing after step {self.steps_done}")
+                return
+            print0(f"{path} cannot be loaded ({problem or 'on another rank'})")
+        if self._states:
+            raise InputError(f"no training state in {self.partial} can be loaded; delete the directory to begin again")
+
+    def _load(self, path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> str | None:
+        """Loads a training state; returns why it could not be loaded, None if it was. Collective."""
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        try:
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        except (Exception, CheckpointException) as error:  # what is raised depends on which file is damaged, and how
+            return first_line(next((cause for cause, _ in getattr(error, "failures", {}).values()), error))
+        return None
+
+    def _cut_logs(self) -> list[dict]:
+        """Removes what will be written again from samples.jsonl and metrics.jsonl; returns what is left of the second.
+
+        The validation before a step has the step's number, and is made again with it.
+        """
+        for path in (self.partial / "samples.jsonl", self.partial / "metrics.jsonl"):
+            kept = [line for line in json_lines(path) if line["step"] < self.steps_done]
+            with whole(path) as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return kept
+
+    def steps(self, total: int) -> Iterator[int]:
         """The numbers of the steps still to do, while a progress bar shows how many are done. Collective.
 
-        From here on a signal to stop waits for the end of the step, which `save` is told of.
+        From here on a signal to stop waits for the end of the step, where `save` looks for it.
         """
         self.total_steps = total
+        self.lines = on_rank_0(self._cut_logs)
+        self._tracker.start(self.record, self.out)
         on_rank_0(lambda: self._write_record(self.partial))
-        self._stopping.patient = True
+        self._signal.listen()
         transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would tear that of the steps
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
         self._bar = progress_bar(total, route, "step", initial=self.steps_done)
@@ -339,10 +323,11 @@ class Run:
         """Appends a line to metrics.jsonl, and shows the metrics named in `show` beside the progress bar.
 
         The line also holds the rollouts' mean length in tokens, the share that was cut at the length limit, and, if they
-        have just been graded, the share in which no answer was found. A few of them are written to samples.jsonl, and
-        every `save_every` steps one is printed. Warnings (lib.watch) are printed once in a run.
-        `metrics` must have `skipped_steps`, the number of optimizer steps that were skipped. After STOP_AFTER_SKIPPED
-        steps in a row with any, the rollouts of the last are written to a file and the run ends with an InputError.
+        have just been graded, the shares in which no answer was found and on which the grader failed. A few of them are
+        written to samples.jsonl, and every `save_every` steps one is printed. Warnings (lib.watch) are printed once in a
+        run. `metrics` must have `skipped_steps`, the number of optimizer steps that were skipped. After
+        STOP_AFTER_SKIPPED steps in a row with any, the rollouts of the last are written to a file and the run ends with
+        an InputError.
         """
         tokens = count_tokens(rollouts)
         self.record["trained_tokens"] += tokens
@@ -353,16 +338,17 @@ class Run:
             "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         }
         if all(rollout.how for rollout in rollouts):  # those that Stage 2a reads from its cache do not have it
-            line["no_answer"] = sum(rollout.how == "no_answer" for rollout in rollouts) / len(rollouts)
+            for name, kinds in (("no_answer", ("no_answer",)), ("verifier_failed", ("timeout", "error"))):
+                line[name] = sum(rollout.how in kinds for rollout in rollouts) / len(rollouts)
         line = self._append(line)
         if rank() == 0:
             self._show_samples(step, rollouts)
             self._warn()
             if self._bar is not None:
                 shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
-                self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
-        if self._skipped_in_a_row == STOP_AFTER_SKIPPED:
+                self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        last = [line["skipped_steps"] for line in self.lines if is_training(line)][-STOP_AFTER_SKIPPED:]
+        if len(last) == STOP_AFTER_SKIPPED and all(last):
             self._stop(step, rollouts)
 
     def _append(self, line: dict[str, float]) -> dict[str, float | None]:
@@ -372,10 +358,14 @@ class Run:
         self._phases.clear()
         self.lines.append(line)
         if rank() == 0:
-            with self._writing("metrics.jsonl"):
-                self._metrics.write(json.dumps(line) + "\n")
-                self._metrics.flush()
+            self._write_lines("metrics.jsonl", [line])
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            self._tracker.call("log", values, step=line["step"])
         return line
+
+    def _write_lines(self, name: str, lines: list[dict]) -> None:
+        with (self.partial / name).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def log_validation(self, steps: int, scores: dict[str, dict]) -> None:
         """Appends a line of its own to metrics.jsonl for the validation after `steps` steps, and says what it found.
@@ -392,13 +382,11 @@ class Run:
                 f"{score['tokens']:.1f} tokens on average)"
             )
         self._append(line)
-        if rank() == 0:
-            tqdm.write(f"Validation after {steps} steps: {', '.join(said)}.")  # above the progress bar
+        print0(f"Validation after {steps} steps: {', '.join(said)}.")
 
     def _show_samples(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        lines = sample_lines(step, rollouts, self._require_finished)
-        with self._writing("samples.jsonl"), (self.partial / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        lines = sample_lines(step, rollouts)
+        self._write_lines("samples.jsonl", lines)
         if step % self.save_every == 0:
             tqdm.write(one_sample(lines[step // self.save_every % len(lines)], chars=400))  # a good one, a bad one, ...
 
@@ -411,63 +399,59 @@ class Run:
 
     def _stop(self, step: int, rollouts: Sequence[Rollout]) -> None:
         path = self.partial / f"skipped-{step:06d}.json"
-
-        def write() -> None:
-            with self._writing(path.name):
-                path.write_text(
-                    json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], indent=1, default=str)
-                )
-
-        on_rank_0(write)
+        if rank() == 0:
+            rows = [dataclasses.asdict(rollout) for rollout in rollouts]
+            path.write_text(json.dumps(rows, indent=1, default=str), encoding="utf-8")
         raise InputError(
-            f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row, the last of them step "
+            f"the loss or its gradient was not finite in {STOP_AFTER_SKIPPED} steps in a row, the last of them step "
             f"{step}, whose rollouts are in {path}; look at them, or lower --lr"
         )
 
-    def save(self, steps: int, policy: Policy, optimizer: torch.optim.Optimizer, trained_on: Iterable[Problem]) -> None:
-        """Call it after every step: it records the step's problems, and saves the training state every `save_every`
-        steps. If a signal has asked any rank to stop, it saves the state, too, and then ends the process.
+    def save(
+        self,
+        steps: int,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: PreTrainedTokenizerBase,
+        trained_on: Iterable[Problem],
+    ) -> None:
+        """Call it after every step. Usually it only records the step's problems. Every `save_every` steps it writes a
+        training state, and every `export_every` a checkpoint. If a signal has asked any rank to stop, it writes a
+        training state and ends the process with exit status 128 + the signal's number.
 
         `steps` counts the finished steps. `trained_on` are problems that the weights have been trained on, whether or
-        not their answers were used; Stage 3 refuses them. The previous state is removed once the new one is complete.
-        Every rank writes its own shards, so on several nodes the directory must be one that all of them see.
-        Collective; InputError when the state cannot be written, and then the previous one is still there.
+        not their answers were used; Stage 3 refuses them. Every rank writes its own shards of a state, so on several
+        nodes the directory must be one that all of them see. Collective; an OSError leaves the previous state in place.
         """
         self.steps_done = steps
         self.record["consumed"] = sorted({*self.record["consumed"], *(problem.id for problem in trained_on)})
-        stop = int(all_max({"signal": self._stopping.number})["signal"])
-        if steps % self.save_every and not stop:
-            return
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        with self._new_directory(f"state-{steps:06d}") as unfinished:
-            with self._writing(f"the training state of step {steps}"):
-                dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
-            on_rank_0(lambda: self._write_record(unfinished))
-            hashes = _file_hashes(unfinished)
-            on_rank_0(lambda: self._accept_state(unfinished, hashes))
+        # The checkpoint comes first: if the process is killed between the two, the resumed run writes it again.
+        if self.export_every and steps % self.export_every == 0 and steps != self.total_steps:
+            with whole_for_all(self.partial / f"step-{steps:06d}") as unfinished:
+                self._write_checkpoint(unfinished, policy, tokenizer)
+        stop = int(all_max({"signal": self._signal.number})["signal"])
+        if steps % self.save_every == 0 or stop:
+            self._write_state(policy, optimizer)
         if stop:
-            self._leave(stop)
+            self._close()
+            if rank() == 0:
+                last_words(
+                    f"stopped by {signal_name(stop)} after step {steps}, which is saved; the same command with --resume "
+                    "continues"
+                )
+            barrier()  # torchrun ends all ranks when the first of them has ended
+            exit_process(128 + stop)
 
-    def _leave(self, number: int) -> None:
-        """Ends the process in a sentence, after a signal and once the state is saved."""
-        if rank() == 0:
-            self._bar.close()
-            last_words(
-                f"stopped by {signal_name(number)} after step {self.steps_done}, which is saved; the same command with "
-                "--resume continues"
-            )
-        exit_process(128 + number)
-
-    def _accept_state(self, unfinished: Path, hashes: dict[str, str]) -> None:
-        state = unfinished.with_suffix("")
-        with self._writing(f"the training state of step {self.steps_done}"):
-            lines = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
-            (unfinished / "SHA256SUMS").write_text(lines, encoding="utf-8")
-            shutil.rmtree(state, ignore_errors=True)  # an older, damaged state of the same step
-            unfinished.rename(state)
-        for older in self.partial.glob("state-*"):
-            if older != state:
+    def _write_state(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        path = self.partial / f"state-{self.steps_done:06d}"
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        with whole_for_all(path) as unfinished:
+            state = {"model": model_state, "optimizer": optimizer_state}
+            dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+            if rank() == 0:
+                self._write_record(unfinished)
+        for older in self.partial.glob("state-*") if rank() == 0 else ():
+            if older != path:
                 shutil.rmtree(older)
 
     def _write_record(self, directory: Path) -> None:
@@ -482,51 +466,33 @@ class Run:
             record["validation"] = [
                 {k: v for k, v in line.items() if not k.startswith("seconds")} for line in validated
             ]
-        with self._writing("run.json"):
-            (directory / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (directory / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    def export(self, steps: int, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the checkpoint OUT/step-NNNNNN every `export_every` steps. Collective.
-
-        Call it before each step, with the number of steps that are finished. A run that is resumed from the state of
-        the same step then writes the checkpoint again, in case the kill came between the two.
-        """
-        if self.export_every and steps and steps % self.export_every == 0:
-            self._write_checkpoint(f"step-{steps:06d}", policy, tokenizer)
-
-    def _write_checkpoint(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes a checkpoint with its own run.json, and gives it its name once it is whole. Collective."""
-        with self._new_directory(name) as unfinished:
-            with self._writing(f"the checkpoint {name}"):
-                save_pretrained(policy, unfinished)
-            on_rank_0(lambda: self._accept_checkpoint(unfinished, tokenizer))
-
-    def _accept_checkpoint(self, unfinished: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        checkpoint = unfinished.with_suffix("")
-        with self._writing(f"the checkpoint {checkpoint.name}"):
-            tokenizer.save_pretrained(unfinished)
-            self._write_record(unfinished)
-            shutil.rmtree(checkpoint, ignore_errors=True)  # the same one, of the run before it was resumed
-            unfinished.rename(checkpoint)
+    def _write_checkpoint(self, directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes weights, tokenizer and run.json. Collective."""
+        save_pretrained(policy, directory)
+        if rank() == 0:
+            tokenizer.save_pretrained(directory)
+            self._write_record(directory)
 
     def finish(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the checkpoint, its curves and its record, and gives the directory its final name. Collective.
-
-        With `--keep-best` it has the weights that scored best in validation.
-        """
-        with self._writing("the checkpoint"):
-            save_pretrained(policy, self.partial)
-        on_rank_0(lambda: self._complete(tokenizer))
-
-    def _complete(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        with self._writing("the checkpoint"):
-            tokenizer.save_pretrained(self.partial)
-            self._metrics.close()
+        """Writes the checkpoint and its curves, and gives the directory its final name. Collective."""
+        self._write_checkpoint(self.partial, policy, tokenizer)
+        if rank() == 0:
             plot_metrics(self.lines, self.partial / "curves.png")
-        self._write_record(self.partial)
-        self.partial.rename(self.out)
-        _tidy(self.out)  # last, because a run that is killed before the renaming continues from the training state
-        print(f"wrote {self.out}")
+            flush(self.partial)
+            self.partial.rename(self.out)
+            flush(self.out.parent, below=False)
+            _tidy(self.out)  # last, because a run that is killed before the renaming continues from the training state
+            print0(f"wrote {self.out}")
+        barrier()
+
+
+def _read_or_nothing(directory: Path) -> dict:
+    try:
+        return read_run(directory)
+    except InputError:
+        return {}
 
 
 def _tidy(checkpoint: Path) -> None:
@@ -536,13 +502,83 @@ def _tidy(checkpoint: Path) -> None:
     (checkpoint / "lock").unlink(missing_ok=True)
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong in a write, in a few words; libraries wrap the system's error in their own."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        seen.append(error)
-        failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
-        error = failures[0][0] if failures else error.__cause__ or error.__context__
-    return first_line(seen[-1])
+@contextmanager
+def whole_for_all(path: Path) -> Iterator[Path]:
+    """lib.files.whole for a directory that all ranks write to. Collective."""
+    with whole(path) if rank() == 0 else nullcontext(path.with_name(path.name + ".tmp")) as unfinished:
+        barrier()  # rank 0 has removed what an earlier run may have left
+        yield unfinished
+    barrier()  # rank 0 has renamed it
+
+
+# Stopping, by Ctrl-C, SIGTERM, or SIGUSR1, which SLURM can send some time before it ends a job.
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+COPY_SECONDS = 1.0  # SLURM and torchrun may both send a signal; one that comes so soon after the first is its copy
+
+
+def signal_name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class StopSignal:
+    """Notes the first signal in `number` (0 before). A later one that is not its copy acts as if nobody listened.
+
+    Files on disk are always consistent, so a process may end at any point; only the step in progress is worth waiting
+    for. Python runs a handler between two steps of the main thread. A rank that waits in a collective for one that never
+    answers therefore hears nothing, and is left to torchrun, which kills it some time after the first signal.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self._handlers: dict[int, object] = {}
+
+    def listen(self) -> None:
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs ignore Ctrl-C
+                self._handlers[number] = signal.signal(number, self._receive)
+
+    def restore(self) -> None:
+        for number in list(self._handlers):
+            signal.signal(number, self._handlers.pop(number))
+
+    def _receive(self, number: int, frame) -> None:
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            said = f"\n{signal_name(number)}: this step is finished and saved first; another one ends the run at once\n"
+            os.write(2, said.encode() if rank() == 0 else b"")  # print may be what the signal has interrupted
+        elif time.monotonic() - self._since > COPY_SECONDS:
+            self.restore()
+            signal.raise_signal(number)
+
+
+class Tracker:
+    """Sends rank 0's metrics to the package that --track names: trackio or wandb, whose functions have the same names.
+
+    It is imported by name, because an import statement would make it a requirement. An exception of it is printed, and
+    the run goes on without it. Without a package it does nothing.
+    """
+
+    def __init__(self, package: str | None):
+        self._package, self._module = package, None
+        if package:
+            try:
+                self._module = importlib.import_module(package)
+            except ImportError as error:
+                raise InputError(f"--track {package} cannot be imported ({error}); run pip install {package}") from None
+
+    def start(self, record: dict, out: Path) -> None:
+        """Begins a run, or continues the one that `record` names as its `tracker_run`."""
+        if self._module:
+            name = record.setdefault("tracker_run", re.sub(r"[^\w.-]", "-", out.name) + "-" + secrets.token_hex(4))
+            more = {"id": name} if self._package == "wandb" else {}  # trackio knows a run by its name
+            config = record["config"] | {key: record["sessions"][-1][key] for key in ("code", "hardware", "ranks")}
+            self.call("init", project="sparse-to-dense", name=name, resume="allow", config=config, **more)
+
+    def call(self, function: str, *arguments, **options) -> None:
+        try:
+            if self._module:
+                getattr(self._module, function)(*arguments, **options)
+        except Exception as error:
+            self._module = None
+            print0(f"--track {self._package}: {type(error).__name__}: {first_line(error)}; the run goes on without it")

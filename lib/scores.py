@@ -1,32 +1,41 @@
-"""avg@k ± standard error over problems (App. F), pass@k, paired differences, and the validation while a stage trains."""
+"""avg@k ± standard error over problems (App. F), pass@k, paired differences; the files that keep an evaluation's samples;
+and the validation while a stage trains.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common import InputError, Problem, TrainingConfig
+from common import InputError, Problem, Rollout, TrainingConfig, on_rank_0, print0, rank
+from lib import verifier
 from lib.data import load_problems, tokenize_prompts
-from lib.engines import Sampling, TorchEngine, VLLMEngine
+from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
+from lib.files import json_lines, whole
 from lib.policy import Policy
+from lib.rewards import Reward
 from lib.rollouts import grade, sample_rollouts
-from lib.samples import as_sample
 from lib.verifier import Verifier
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean of (P,) values ± its standard error (SE); of a single value the error is not known (nan)."""
+    """Mean of (P,) values ± its standard error (SE), which is nan for a single value."""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return float(values.mean()), float(error)
 
 
-def summarise(samples: list[dict], k: int) -> dict:
-    """Statistics of one data set from its P*k samples, among them avg@k ± SE (avg@16 in the paper): rates in [0, 1],
-    lengths in tokens, the scores by problem id.
+def summarise(samples: Sequence[dict], k: int) -> dict:
+    """Statistics of one data set from its P*k samples (`as_sample`), among them avg@k ± SE (avg@16 in the paper).
 
-    A sample's score is its `reward` if it has one, which need not lie in [0, 1]; otherwise 1 if it is correct, else 0.
+    Rates are in [0, 1], lengths in tokens, scores by problem id. A sample's score is its `reward` if it has one, which
+    may be any number, and otherwise 1 if it is correct, else 0.
     """
     ids = list(dict.fromkeys(sample["id"] for sample in samples))
     row = {problem_id: index for index, problem_id in enumerate(ids)}
@@ -42,6 +51,7 @@ def summarise(samples: list[dict], k: int) -> dict:
         "se": error,
         "pass": float(correct.any(axis=1).mean()),
         "truncated": float(np.mean([sample["finish_reason"] == "length" for sample in samples])),
+        "verifier_failed": float(np.mean([sample.get("how") in ("timeout", "error") for sample in samples])),
         "tokens": float(np.mean([sample["tokens"] for sample in samples])),
         "scores": dict(zip(ids, scores.mean(axis=1).tolist())),
     }
@@ -50,18 +60,132 @@ def summarise(samples: list[dict], k: int) -> dict:
 def paired_difference(first: dict[str, float], second: dict[str, float]) -> tuple[float, float]:
     """Mean of first - second over the problems (scores by problem id) ± the standard error (SE) of that mean."""
     if first.keys() != second.keys():
-        raise InputError(
-            "two checkpoints were evaluated on different problems and cannot be compared; evaluate both anew"
-        )
+        raise InputError("two checkpoints were evaluated on different problems; evaluate both again on the same ones")
     return mean_and_error(np.array([first[problem_id] - second[problem_id] for problem_id in first]))
 
 
-def check_decoding(top_p: float, top_k: int) -> None:
-    """InputError for a top-p above 1 or a top-k that keeps no token."""
-    if top_p > 1:
-        raise InputError(f"--top-p {top_p} is more than all of the distribution; give 1 or less")
-    if top_k < 1 and top_k != -1:
-        raise InputError(f"--top-k {top_k} keeps no token; give 1 or more, or -1 for all")
+# Samples on disk
+
+
+def sha256(value: object) -> str:
+    """The hash of a value written as JSON."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+
+
+def grader_sha256(reward: str | None, problems: Sequence[Problem]) -> str:
+    """The hash of what grades responses: the verifier's sources and the versions of the packages behind it; or the
+    file of `--reward` and the rows of the data set, which that function may read.
+    """
+    if reward:
+        source = Path(reward.rpartition(":")[0]).read_text(encoding="utf-8")
+        return sha256([reward, source, [problem.row for problem in problems]])
+    source = Path(verifier.__file__)
+    sources = [path.read_text(encoding="utf-8") for path in (source, source.with_name("verifier_worker.py"))]
+    return sha256([*sources, *map(metadata.version, ("math-verify", "latex2sympy2-extended", "sympy"))])
+
+
+def as_sample(rollout: Rollout) -> dict:
+    """A graded rollout as one line of a sample file."""
+    return {
+        "id": rollout.problem.id,
+        "sample": rollout.sample,
+        "prompt": rollout.problem.prompt,
+        "answer": rollout.problem.answer,
+        "response": rollout.text,
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.response_ids),
+        "correct": rollout.correct,
+        "how": rollout.how,
+        "reward": rollout.reward,
+    }
+
+
+def sample_directories(out: str | Path, labels: Sequence[str]) -> dict[str, Path]:
+    """The directory inside the report `out` for each label's samples. InputError if two labels would share one."""
+    names = {label: re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in labels}
+    if not all(names.values()) or len(set(names.values())) < len(names):
+        raise InputError(
+            f"--labels {list(labels)}: each needs letters or digits that tell it from the others, because it names a "
+            "directory of the report"
+        )
+    return {label: Path(out) / name for label, name in names.items()}
+
+
+class SampleFile:
+    """One checkpoint's graded samples on one data set: DIRECTORY/NAME-HASH.jsonl, with one sample a line.
+
+    HASH is that of `settings`, everything that decides what is sampled, which the first line holds. Samples made with
+    other settings are therefore in another file and are never overwritten. Lines are only appended, so a process that
+    is killed loses at most the part that it was sampling, and the same evaluation continues from the file.
+
+    Each line carries the hash of its grader. Samples that another grader has graded, or against another answer, are
+    graded again by `grade_again` and not sampled again.
+
+    Rank 0 reads and writes; the methods are collective.
+    """
+
+    def __init__(self, directory: Path, name: str, settings: dict, problems: Sequence[Problem], k: int, grader: str):
+        self.path = directory / f"{name}-{sha256(settings)[:8]}.jsonl"
+        self.settings, self.problems, self.k = settings, {problem.id: problem for problem in problems}, k
+        self.grader = grader  # its hash
+        self.samples: dict[tuple[str, int], dict] = {}  # by problem id and number; on rank 0 only
+        self.missing: list[Problem] = [self.problems[name] for name in on_rank_0(self._open)]
+
+    def _open(self) -> list[str]:
+        """Reads the samples of the problems that have all `k` of them; returns the ids of the other problems."""
+        if not self.path.exists():
+            self._append([{"settings": self.settings}])
+        elif not self.path.read_bytes().endswith(b"\n"):  # a kill has cut the last line
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        found = {(line["id"], line["sample"]): line for line in json_lines(self.path) if "sample" in line}
+        missing = [name for name in self.problems if any((name, n) not in found for n in range(self.k))]
+        kept = [(name, n) for name in self.problems if name not in missing for n in range(self.k)]
+        self.samples = {key: found[key] for key in kept}
+        return missing
+
+    def _append(self, lines: Iterable[dict]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def append(self, rollouts: Sequence[Rollout]) -> None:
+        """Keeps all `k` graded rollouts of some missing problems."""
+        samples = [as_sample(rollout) | {"grader": self.grader} for rollout in rollouts]
+        self.samples |= {(sample["id"], sample["sample"]): sample for sample in samples if rank() == 0}
+        on_rank_0(lambda: self._append(samples))
+
+    def grade_again(self, grader: Verifier | Reward) -> None:
+        """Grades the samples whose grader or right answer was another one, and says how many verdicts changed."""
+
+        def outdated() -> list[Rollout]:
+            return [
+                # The number of tokens is all that a grader may ask about them.
+                Rollout(problem, line["sample"], [], [0] * line["tokens"], [], line["finish_reason"], line["response"])
+                for line in self.samples.values()
+                if (problem := self.problems[line["id"]]).answer != line["answer"] or line["grader"] != self.grader
+            ]
+
+        rollouts = on_rank_0(outdated)
+        if not rollouts:
+            return
+        grade(rollouts, grader)
+        changed = 0
+        for rollout in rollouts if rank() == 0 else ():
+            line = self.samples[rollout.problem.id, rollout.sample]
+            changed += line["correct"] != rollout.correct
+            line |= as_sample(rollout) | {"grader": self.grader}
+        on_rank_0(self._rewrite)
+        print0(f"{self.path}: {len(rollouts)} samples graded again, because the grading has changed; {changed} differ")
+
+    def _rewrite(self) -> None:
+        with whole(self.path) as unfinished:
+            lines = [{"settings": self.settings}, *self.samples.values()]
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def in_order(self) -> list[dict]:
+        """All samples in the order of the problems; on rank 0 only."""
+        return [self.samples[name, number] for name in self.problems for number in range(self.k)]
 
 
 # Validation
@@ -72,17 +196,16 @@ def validation_sets(
 ) -> dict[str, tuple[list[Problem], dict[str, list[int]]]]:
     """Each set of `--validate` by its name: the problems, and their prompts' token ids by problem id.
 
-    InputError for a set that cannot be had or has the name of another one, and for a prompt that is too long.
+    InputError for a set that cannot be read, two sets of one name, and a prompt that is too long.
     """
     sets = {}
     for source in cfg.validate:
         name = Path(source).stem
         if name in sets:
-            raise InputError(
-                f"--validate {list(cfg.validate)}: two sets have one name, and their scores need two; rename a file"
-            )
-        problems = load_problems(source, quiet=True, argument="--validate")
+            raise InputError(f"--validate {list(cfg.validate)}: two sets are called {name!r}; rename a file")
+        problems = load_problems(source, quiet=True, argument="--validate", reward=cfg.reward)
         prompts = tokenize_prompts(tokenizer, problems, cfg)
+        check_lengths(cfg, cfg.model, prompts.values())
         sets[name] = problems, prompts
     return sets
 
@@ -90,8 +213,9 @@ def validation_sets(
 class Validation:
     """avg@k on the sets of `--validate` while a stage trains (Table 8). Without any it does nothing.
 
-    `engine` samples the responses and `run`, the stage's lib.runs.Run, receives the scores. Successive validations use
-    the same random numbers, so that less of the difference between two of them is chance.
+    `engine` samples the responses, with the decoding that evaluate.py has by default, and `run`, the stage's
+    lib.runs.Run, logs the scores. Successive validations use the same random numbers, so that less of the difference
+    between two of them is chance.
     """
 
     def __init__(
@@ -99,12 +223,12 @@ class Validation:
         cfg: TrainingConfig,
         tokenizer: PreTrainedTokenizerBase,
         engine: TorchEngine | VLLMEngine | None,
-        verifier: Verifier,
+        grader: Verifier | Reward,
         run,
     ):
-        self.cfg, self.tokenizer, self.engine, self.verifier, self.run = cfg, tokenizer, engine, verifier, run
+        self.cfg, self.engine, self.grader, self.run = cfg, engine, grader, run
         self.sets = validation_sets(cfg, tokenizer)
-        self.sampling = Sampling(cfg.max_response_tokens, 0.7, 0.8, 20)  # the defaults of evaluate.py
+        self.sampling = Sampling(cfg.max_response_tokens, temperature=0.7, top_p=0.8, top_k=20)
 
     def score(self, steps: int, policy: Policy) -> None:
         """Measures and logs the policy's scores if they are due: every `validate_every` steps, and after the last one.
@@ -120,7 +244,7 @@ class Validation:
                 rollouts = sample_rollouts(
                     self.engine, problems, prompts, self.cfg.validate_k, self.sampling, (self.cfg.seed, "validate")
                 )
-                grade(rollouts, self.verifier)
+                grade(rollouts, self.grader)
                 scores[name] = summarise([as_sample(rollout) for rollout in rollouts], self.cfg.validate_k)
             self.engine.sleep()
         self.run.log_validation(steps, scores)

@@ -2,23 +2,22 @@ r"""Grade a model's response against the right answer ("gold"): is what its last
 
     with Verifier() as verifier:
         verdicts = verifier.check(responses, golds)           # a Verdict for each response, in order
-    python -m lib.verifier '\frac12' 'so we get \boxed{0.5}'  # try one by hand
+    python -m lib.verifier '\frac12' 'so we get \boxed{0.5}'  # grades one response by hand
 
-A reward is only worth what its checker is, and a model in training finds what a checker gets wrong. Hence three rules:
+A model in training exploits whatever its grader gets wrong. So this grader is
 
-Strict. A wrong answer that passes costs more than a right one that fails. Only the last box of a response counts,
-    decimals are exact (0.333333 is not 1/3), answers in different units, number bases or letter cases differ, and what
+strict: accepting a wrong answer costs more than refusing a right one. Only the last box of a response counts, decimals
+    are exact (0.333333 is not 1/3), and answers in different units, number bases or letter cases differ. An answer that
     cannot be decided is wrong.
-Bounded. Ten characters such as 9^{9^{9^9}} keep sympy busy for ever. math-verify's own time-outs do not help: they work
-    in a main thread only and do not interrupt C code. So sympy runs in worker processes with a memory limit, which are
-    killed at a deadline. A time-out counts as wrong.
-Inert. No text of the model is ever evaluated as Python, though much of sympy evaluates text: answers go through a LaTeX
-    grammar, and a worker that is ready refuses to compile any source text.
+bounded: 9^{9^{9^9}} keeps sympy busy forever, and math-verify's own time-outs do not interrupt C code. So sympy runs in
+    worker processes with a memory limit, which are killed at a deadline. A time-out counts as wrong.
+inert: model output is never evaluated as Python, although much of sympy evaluates text. Answers go through a LaTeX
+    grammar, and a worker refuses to compile source text.
 
-Most answers are plain numbers or equal strings, which `quick_check` decides here. Workers (`lib/verifier_worker.py`)
-start when the first answer arrives that needs algebra. They are programs of their own: a fork would copy a process that
-holds CUDA and threads, and multiprocessing's "spawn" would import the training script again. Neither file imports torch
-or transformers, so that a worker starts in about a second.
+`quick_check` decides most answers, which are plain numbers or equal strings. Workers (lib/verifier_worker.py) decide
+the others. They are programs of their own because a fork would copy a process that holds CUDA and threads, and
+multiprocessing's "spawn" would import the training script again. Neither file imports torch, whose import takes longer
+than that of sympy.
 """
 
 import json
@@ -31,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MAX_CHARS = 1000  # of an answer. The longest of MATH-500 has 53, so a longer one is a dump or an attack.
+MAX_CHARS = 1000  # of a gold answer and of a response's answer. MATH-500's longest has 53; more is a dump or an attack.
 START_SECONDS = 120.0  # for a worker to import sympy, even on a busy machine or from a cold disk
 
 
@@ -45,39 +44,32 @@ class Verdict(NamedTuple):
 
 # Finding the answer
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([-+]?\d+(?:,\d{3})*(?:\.\d+)?))", re.ASCII)
-_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# A box that opens or holds a bare number, a brace, or an escaped brace or backslash. A model that escapes its output
+# twice writes \\boxed, which counts.
+_TOKEN = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:(\{)|([-+]?\d+(?:,\d{3})*(?:\.\d+)?))|\\[\\{}](?!boxed|fbox)|[{}]", re.ASCII
+)
 
 
 def extract_answer(text: str) -> str | None:
     r"""The content of the last \boxed{...} or \fbox{...} of `text` (or `\boxed 7`), stripped; None if there is none.
 
     Of nested boxes the outer one counts. A last box that never closes, as in a response cut at its length limit, is no
-    answer, even if an earlier one was complete. Each character is scanned at most twice, so that no text takes long.
+    answer, even if an earlier one was complete. The time is linear in the length of the text.
     """
-    answer, position = None, 0  # `answer` is where the last complete box's content starts and ends.
-    while box := _BOX.search(text, position):
-        position = box.end()
-        if box[1] is not None:
-            answer = box.span(1)
-            continue
-        answer, open_at = None, [position]  # For each open brace: where its content starts if it is a box's, else -1.
-        for token in _BOX_OR_BRACE.finditer(text, position):
-            position = token.end()
-            if token[0] == "{":
-                open_at.append(-1)
-            elif token[0] == "}":
-                start = open_at.pop()
-                if start >= 0:
-                    answer = (start, token.start())
-                if not open_at:
-                    break
-            elif token[0][-1] == "{" and len(token[0]) > 2:  # A box inside the box, while \{ is an escaped brace.
-                answer = None
-                open_at.append(position)
-        else:
-            break  # A box stays open to the end of the text.
-    return None if answer is None else text[answer[0] : answer[1]].strip()
+    answer, open_at = None, []  # For each open brace: where its content starts if it is a box's, else None.
+    for token in _TOKEN.finditer(text):
+        if token[1]:
+            answer = None
+            open_at.append(token.end())
+        elif not open_at:  # Outside of boxes only a bare number matters.
+            answer = token.span(2) if token[2] else answer
+        elif token[0] == "{":
+            open_at.append(None)
+        elif token[0] == "}":
+            start = open_at.pop()
+            answer = answer if start is None else (start, token.start())
+    return None if answer is None else text[slice(*answer)].strip()
 
 
 # The fast path: deciding what needs no algebra
@@ -85,7 +77,6 @@ def extract_answer(text: str) -> str | None:
 _CLEAN = [  # typography that never changes the meaning, and what replaces it, in this order
     (re.compile(r"\\(?:left|right)(?![A-Za-z])\.?|\\!|\\displaystyle(?![A-Za-z])|(?<=\\\\)\[\d+ ?pt\]"), ""),
     (re.compile(r"(?<!\\)\\[,;: \n]|~|\\q?quad(?![A-Za-z])|\\thinspace(?![A-Za-z])|\s+"), " "),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:mbox|math(?:rm|bf)|text(?:bf|it|rm|normal))\s*(?=\{)"), r"\\text"),
     (re.compile(r"\s*\{,\}\s*"), ","),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|°|\\degree(?![A-Za-z])"), r"^\\circ"),
@@ -93,14 +84,15 @@ _CLEAN = [  # typography that never changes the meaning, and what replaces it, i
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])"), ""),  # A space inside "1 2" stays, or it would become 12.
     (re.compile(r"^(-?\d+) (\d+)/(\d+)$", re.ASCII), r"\1\\frac{\2}{\3}"),
+    (re.compile(r"^(\d+)_\{(\d)\}$", re.ASCII), r"\1_\2"),
+    (re.compile(r"^\\text\{([-+]?[\d.,]+)\}$", re.ASCII), r"\1"),
 ]
-_WRAPPERS = [(r"\boxed{", "}"), (r"\fbox{", "}"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
 _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d*)(?:\.(\d*))?", re.ASCII)
+_BASED = re.compile(r"(\d+)_(?:\d|\{\d+\})", re.ASCII)  # a number with its base: 52_8
 _TEXT = re.compile(r"\\text\{([^{}\\]*)\}")
 _UNIT = re.compile(
     r"(?:\\text\{ ?([A-Za-z][A-Za-z ./]*?)\.? ?\}|(?<=[\d }])([A-Za-z]{2,}))(?:\^\{?([23])\}?)?$", re.ASCII
 )
-_BASED = re.compile(r"(\d+)_(?:(\d)|\{(\d+)\})", re.ASCII)  # a number with its base: 52_8
 _UNITS = {  # the name we use for a unit: its other spellings, without a final s
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
     "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mph": "", "deg": "degree", "rad": "radian",
@@ -110,8 +102,11 @@ _UNITS = {  # the name we use for a unit: its other spellings, without a final s
 }  # fmt: skip
 _UNIT_NAME = {spelling: name for name, others in _UNITS.items() for spelling in [name, *others.split()]}
 _POWER = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
-_SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NO_UNIT = set(  # words that change or hedge the number before them
+_FACTOR = {
+    "percent": r"\%", "pct": r"\%", "hundred": r"\cdot 10^{2}", "thousand": r"\cdot 10^{3}",
+    "million": r"\cdot 10^{6}", "billion": r"\cdot 10^{9}", "trillion": r"\cdot 10^{12}",
+}  # fmt: skip
+_NO_UNIT = set(_FACTOR) | set(  # words that change or hedge the number before them
     "a an about almost and approx approximately around at base but by choose cubed divided dozen dozens e each either "
     "else exactly factorial false fifth for fourth from half halves i if in infinity into is it least less maybe minus "
     "mod modulo more most nearly no not of off only or out over pi plus power quarter quarters ratio root roughly "
@@ -120,37 +115,28 @@ _NO_UNIT = set(  # words that change or hedge the number before them
 
 
 def normalise(text: str) -> str:
-    r"""`text` without typography that never changes its meaning: spacing, \left, \dfrac, $...$, a final full stop."""
+    r"""`text` without typography that never changes its meaning: spacing, \left, $...$, a box, a final full stop."""
     text, before = text.strip(), None
     while text != before:
         before = text
-        if text.endswith(".") and not text.endswith((r"\.", "..")):
-            text = text[:-1].rstrip()
-        for opening, closing in _WRAPPERS:
+        text = text if text.endswith((r"\.", "..")) else text.removesuffix(".").rstrip()
+        inner = extract_answer(text)
+        if text in (rf"\boxed{{{inner}}}", rf"\fbox{{{inner}}}"):
+            text = inner
+        for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = text[len(opening) : -len(closing)]
             # The two ends must belong together: "$1$ or $2$" is not one formula between dollar signs.
-            if text == opening + inner + closing and (
-                _balanced(inner) if closing == "}" else opening not in inner and closing not in inner
-            ):
+            if text == opening + inner + closing and opening not in inner and closing not in inner:
                 text = inner.strip()
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
-def _balanced(text: str) -> bool:
-    depth = 0
-    for brace in re.findall(r"(?<!\\)[{}]", text):
-        depth += 1 if brace == "{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
-
-
 def plain_number(text: str) -> str | None:
     """A canonical decimal if `text` is plainly one number ("073", "1,000", "70.0"), else None.
 
-    It works on the digits as text, since int() refuses very long ones and accepts digits that are not ASCII.
+    It works on the digits as text, because int() refuses very long ones and accepts digits that are not ASCII.
     """
     match = _NUMBER.fullmatch(text)
     if not match or not (match[2] or match[3]):
@@ -164,21 +150,18 @@ def split_unit(text: str) -> tuple[str, str]:
     if text.startswith((r"\$", "$")):
         return text.lstrip("\\$"), "dollar"
     if text.endswith(r"^\circ"):
-        return text[: -len(r"^\circ")], "deg"
+        return text.removesuffix(r"^\circ"), "deg"
     match = _UNIT.search(text)
     if not match or not match.start():
         return text, ""
     value, words, power = text[: match.start()].rstrip(), (match[1] or match[2]).lower().split(), match[3] or ""
-    if words in (["percent"], ["pct"]):
-        return value + r"\%", ""
-    if len(words) == 1 and words[0] in _SCALE:
-        return value + rf"\cdot 10^{{{_SCALE[words[0]]}}}", ""
+    if len(words) == 1 and words[0] in _FACTOR:
+        return value + _FACTOR[words[0]], ""
     if words[0] in _POWER and len(words) > 1 and not power:
         power = _POWER[words.pop(0)]
     names = [_UNIT_NAME.get(word) or _UNIT_NAME.get(word.removesuffix("s")) for word in words]
-    if match[2] and not names[0]:  # A word outside \text must be a known unit, since "5ab" is a product.
-        return text, ""
-    if len(words) > 3 or not _NO_UNIT.union(_SCALE).isdisjoint(words) and names != ["in"]:
+    hedged = len(words) > 3 or not _NO_UNIT.isdisjoint(words) and names != ["in"]
+    if hedged or match[2] and not names[0]:  # A word outside \text must be a known unit, since "5ab" is a product.
         return text, ""
     return value, " ".join(name or word.removesuffix("s") for name, word in zip(names, words)) + power
 
@@ -187,15 +170,10 @@ def _words(text: str) -> str | None:
     r"""The words of an answer that is text ("\text{(C)}" -> "C", "\text{No solution.}" -> "no solution"), else None."""
     bare = _TEXT.sub(r"\1", text).strip().rstrip(".")
     bare = bare[1:-1] if re.fullmatch(r"\([A-Za-z]\)", bare) else bare
-    if not re.fullmatch(r"[A-Za-z][A-Za-z '-]*" if r"\text" in text else r"[A-Za-z][A-Za-z ']*", bare):
+    # A hyphen outside of \text is a minus sign.
+    if not re.fullmatch(r"[A-Za-z][A-Za-z '-]*", bare) or "-" in bare and r"\text" not in text:
         return None
     return bare if len(bare) == 1 else " ".join(bare.lower().split())
-
-
-def _without_text(text: str) -> str:
-    r"""\text{12} is the number 12; any other \text{...} stays."""
-    match = _TEXT.fullmatch(text)
-    return match[1] if match and plain_number(match[1]) else text
 
 
 def quick_check(gold: str, answer: str) -> bool | None:
@@ -204,19 +182,16 @@ def quick_check(gold: str, answer: str) -> bool | None:
         return True
     if any(char.isdigit() and not char.isascii() for char in answer):
         return False  # "٣" and "３" are digits to int(), but no gold answer is written in them.
-    gold, answer = _without_text(gold), _without_text(answer)
     (gold_value, gold_unit), (value, unit) = split_unit(gold), split_unit(answer)
     if gold_unit and unit and gold_unit != unit:
         return False
     gold_number, number = plain_number(gold_value), plain_number(value)
     if gold_number and number:
         return gold_number == number
-    based = _BASED.fullmatch(gold)
-    if based or re.search(r"\d\s*_", answer):  # The grammar would drop the base of a number.
-        theirs = _BASED.fullmatch(answer)
-        if based and theirs:
-            return (based[1], based[2] or based[3]) == (theirs[1], theirs[2] or theirs[3])
-        return bool(based) and plain_number(based[1]) == number  # An answer may omit the base that the question states.
+    if based := _BASED.fullmatch(gold):  # An answer may omit the base, which the question states.
+        return plain_number(based[1]) == number
+    if re.search(r"\d\s*_", answer):  # The grammar would drop the base of a number.
+        return False
     gold_words, words = _words(gold), _words(answer)
     if gold_words and (_TEXT.fullmatch(gold) or len(gold_words) > 3 or gold_words in ("yes", "no", "odd")):
         return gold_words == words  # To the grammar a word is a product of letters, by which "seat" equals "east".
@@ -226,9 +201,7 @@ def quick_check(gold: str, answer: str) -> bool | None:
         # As a product the answer has to name the letters in the same order, so that "act" does not pass for "cat".
         letters = re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", value.rpartition("=")[2])
         return None if letters == gold else False
-    if gold_words and len(gold_words) == 1 and gold_words == words:
-        return True
-    return None
+    return True if gold_words and len(gold_words) == 1 and gold_words == words else None
 
 
 # Asking workers
@@ -244,18 +217,15 @@ class _Worker:
     def start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lib.verifier_worker", str(self.deadline), str(self.memory_bytes)],
-            bufsize=0,  # Nothing unsent may be left for a process that is gone: closing its pipe would raise.
+            bufsize=0,  # Closing the pipe of a dead worker must not try to send what a buffer still holds.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             cwd=Path(__file__).resolve().parent.parent,  # where Python finds lib.verifier_worker
             env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy orders some sets by hash, and a verdict must not vary.
         )
         if self._read_line(START_SECONDS) != b"ready\n":
-            self.process.kill()
-            message = self.process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
             self.stop()
-            raise RuntimeError(f"a verifier worker did not start: {message or 'no message'}")
+            raise RuntimeError("a verifier worker did not start; its error is above")
 
     def _read_line(self, seconds: float) -> bytes | None:
         """The worker's next line, b"" if it died, None at the deadline. A worker writes each short line at once."""
@@ -266,7 +236,7 @@ class _Worker:
     def ask(self, gold: str, answer: str) -> tuple[bool, str]:
         """Whether the answer is correct, and how that was decided.
 
-        If the worker dies, a new one is asked once more, since the death may not be this answer's doing.
+        If the worker dies, a new one is asked once more, because the answer need not be the cause.
         """
         for _ in range(2):
             if self.process is None:
@@ -299,21 +269,18 @@ class Verifier:
     """
 
     def __init__(self, num_workers: int | None = None, deadline: float = 5.0, memory_bytes: int = 2 << 30):
-        num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-        if num_workers < 1 or deadline <= 0:
-            raise ValueError(f"num_workers ({num_workers}) and deadline ({deadline}) must be positive")
+        num_workers = num_workers or min(8, os.cpu_count() or 1)
         self._workers = [_Worker(deadline, memory_bytes) for _ in range(num_workers)]
+        self._idle = list(self._workers)
 
     def check(self, responses: list[str], golds: list[str]) -> list[Verdict]:
-        """Grade responses[i] against golds[i]. A response must not hold the prompt, but only what the model wrote.
+        """Grade responses[i] against golds[i]. A response is what the model wrote, without the prompt.
 
         Whatever the responses hold, each gets a verdict. Raises ValueError for lists of unequal length and for a gold
         answer that is empty or longer than MAX_CHARS, RuntimeError if workers cannot start (math-verify missing).
         """
-        if len(responses) != len(golds):
-            raise ValueError(f"{len(responses)} responses for {len(golds)} gold answers")
         verdicts, undecided = [], {}  # `undecided`: the index of a response -> the pair to ask a worker about
-        for index, (response, gold) in enumerate(zip(responses, golds)):
+        for index, (response, gold) in enumerate(zip(responses, golds, strict=True)):
             if not gold.strip() or len(gold) > MAX_CHARS:
                 raise ValueError(f"gold answer {index} is empty or longer than {MAX_CHARS} characters: {gold[:50]!r}")
             answer = extract_answer(response)
@@ -326,41 +293,30 @@ class Verifier:
             if correct is None:
                 undecided[index] = pair
         pairs = list(dict.fromkeys(undecided.values()))  # Samples of one prompt often agree: each pair is asked once.
-        results = dict(zip(pairs, self._ask_all(pairs)))
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            results = dict(zip(pairs, pool.map(self._ask, pairs)))  # At Ctrl-C, map drops the pairs nobody has begun.
         for index, pair in undecided.items():
             correct, how = results[pair]
             verdicts[index] = Verdict(correct, verdicts[index].extracted, how)
         return verdicts
 
-    def _ask_all(self, pairs: list[tuple[str, str]]) -> list[tuple[bool, str]]:
-        """The workers' results for the pairs, in order."""
-        idle = list(self._workers)
-
-        def ask(pair: tuple[str, str]) -> tuple[bool, str]:
-            worker = idle.pop()  # There are no more threads than workers, so that one is always idle.
-            try:
-                return worker.ask(*pair)
-            finally:
-                idle.append(worker)
-
-        with ThreadPoolExecutor(len(idle)) as pool:
-            return list(pool.map(ask, pairs))  # At an error or Ctrl-C, map drops the pairs that nobody has begun.
-
-    def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            worker.stop()
+    def _ask(self, pair: tuple[str, str]) -> tuple[bool, str]:
+        worker = self._idle.pop()  # There are no more threads than workers, so one is always idle.
+        try:
+            return worker.ask(*pair)
+        finally:
+            self._idle.append(worker)
 
     def __enter__(self) -> "Verifier":
         return self
 
     def __exit__(self, *exc) -> None:
-        self.close()
+        for worker in self._workers:
+            worker.stop()
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m lib.verifier GOLD RESPONSE")
-    sys.stdout.reconfigure(errors="backslashreplace")
     with Verifier(num_workers=1) as verifier:
         print(verifier.check([sys.argv[2]], [sys.argv[1]])[0])

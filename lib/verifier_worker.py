@@ -1,7 +1,7 @@
 """The program of a verifier worker: it decides with math-verify, which uses sympy, whether two answers are equal.
 
-`lib/verifier.py` starts it, says why it is a process of its own, and kills it at the deadline. A worker prints "ready"
-when it is. From then on it answers each line of JSON, [gold, answer], with true, false, or null for an error.
+`lib/verifier.py` starts it, says why it is a process of its own, and kills it at the deadline. A worker prints "ready",
+then answers each line of JSON, [gold, answer], with true, false, or null for an error.
 
 math-verify decides most pairs well, but it accepts some wrong answers, and a model in training would find those. So we
 replace its comparison of numbers (`exact_numeric_eq`) and parts of its grammar (`LatexReader`), and refuse some answers
@@ -19,7 +19,6 @@ import sys
 
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, _Latex2Sympy, normalize_latex
 from math_verify import grader, verify
-from math_verify.parser import get_last_eq
 from sympy import FiniteSet, Interval, MatrixBase, MatrixExpr, Rational, Tuple, UnevaluatedExpr, log, preorder_traversal
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Eq
@@ -30,23 +29,22 @@ tolerant_numeric_eq = grader.sympy_numeric_eq  # math-verify's own comparison of
 
 
 class Unequal(Exception):
-    """Two expressions surely differ in value, so that the slow search for a proof of the contrary can be skipped."""
+    """Two expressions surely differ in value, so the slow search for a proof of the contrary can be skipped."""
 
 
 def exact_numeric_eq(left, right, *precision) -> bool:
-    """Whether two expressions are equal as numbers. `lock_down` puts this in the place of `tolerant_numeric_eq`.
+    """Whether two expressions are equal as numbers. `lock_down` replaces `tolerant_numeric_eq` with it.
 
     math-verify allows an absolute error, by which 1/2004! equals 1/2006!. Here two constants are equal if they agree in
     more digits than lie between their largest and smallest parts, which is enough to tell 2006! from 2006! + 1. For
     expressions with variables that agree at one point it is False, upon which the caller compares them by algebra.
     """
-    if isinstance(left, (MatrixBase, MatrixExpr)) or isinstance(right, (MatrixBase, MatrixExpr)):
-        return tolerant_numeric_eq(left, right, *precision)  # It comes back to this function for each pair of entries.
+    if any(isinstance(side, (MatrixBase, MatrixExpr)) or side.has(UnevaluatedExpr) for side in (left, right)):
+        # This comes back here for each pair of a matrix's entries. UnevaluatedExpr is a percentage: the grammar reads
+        # 15\% as 15 times UnevaluatedExpr(1/100), and math-verify lets that pass for 15 as well.
+        return tolerant_numeric_eq(left, right, *precision)
     if isinstance(left, Rational) and isinstance(right, Rational):
         return left == right
-    if left.has(UnevaluatedExpr) or right.has(UnevaluatedExpr):
-        # The grammar reads 15\% as 15 times UnevaluatedExpr(1/100), and math-verify lets that pass for 15 as well.
-        return tolerant_numeric_eq(left, right, *precision)
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     point = {symbol: Rational(5 * index + 3, 7 * index + 8) for index, symbol in enumerate(symbols)}
     x, y = left.subs(point).evalf(30), right.subs(point).evalf(30)
@@ -66,7 +64,7 @@ class LatexReader(_Latex2Sympy):
     """math-verify's translation of LaTeX to sympy, with two of its methods replaced."""
 
     def parse_number(self, text):
-        """The original makes a float of a decimal, and evaluates the text as Python to do so."""
+        """An exact number. The original makes a float of a decimal, by evaluating the text as Python."""
         return Rational(text.replace(",", ""))
 
     def convert_postfix_list(self, factors, start=0):
@@ -94,37 +92,24 @@ def parse_latex(text: str, is_real: bool):
         return Rational(number)
     if repeating := re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text, re.ASCII):
         sign, whole, head, tail = repeating.groups()
-        repeated = Rational(int(tail), (10 ** len(tail) - 1) * 10 ** len(head))
-        return Rational(f"{sign}1") * (Rational(f"{whole}.{head}0") + repeated)
+        difference = int(whole + head + tail) - int(
+            "0" + whole + head
+        )  # of the number shifted by one period and itself
+        return Rational(int(sign + "1") * difference, (10 ** len(tail) - 1) * 10 ** len(head))
     latex = normalize_latex(text, NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
-    reader = LatexReader(None, is_real, False, ConversionConfig(lowercase_symbols=False))
-    try:
-        return reader.parse(latex)
-    except Exception:  # The grammar fails on some chains a = b = c; then the last part of the chain is the answer.
-        if get_last_eq(latex) == latex:
-            raise
-        return reader.parse(get_last_eq(latex))
+    return LatexReader(None, is_real, False, ConversionConfig(lowercase_symbols=False)).parse(latex)
 
 
 def equal(left, right) -> bool:
-    """What math-verify says of two sympy objects."""
+    """Whether math-verify holds two sympy objects for equal."""
     try:
         return verify(left, right, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
     except Unequal:
         return False
 
 
-def is_constant(side) -> bool:
-    return getattr(side, "is_number", False) and not side.has(AppliedUndef)
-
-
-def is_name(side) -> bool:
-    """Whether one side of an equation names what the other side is the value of: x, f(1) or x^2."""
-    return grader.is_expr_of_only_symbols(side) or side.has(AppliedUndef) or side.is_Pow
-
-
 def algebra_check(gold: str, answer: str) -> bool:
-    """Whether two normalised answers are equal. It may run for ever, take any memory and raise anything."""
+    """Whether two normalised answers are equal. It may run forever, exhaust the memory or raise anything."""
     gold, answer = split_unit(gold)[0], split_unit(answer)[0]
     is_real = not (grader.should_treat_as_complex(gold) or grader.should_treat_as_complex(answer))
     # Of "10\sqrt{2}\approx 14.14" the exact part counts, provided that the other part is close to it.
@@ -133,20 +118,22 @@ def algebra_check(gold: str, answer: str) -> bool:
         if r"\approx" in gold or abs(float(approximation) / float(parse_latex(answer, is_real)) - 1) > 0.01:
             return False
     ours, theirs = parse_latex(gold, is_real), parse_latex(answer, is_real)
-    # math-verify looks only at the last side of an equation. So that "3 = 5" does not pass for 5, all sides that are
-    # constants must be equal.
+    # math-verify looks only at the last side of an equation. So that "3 = 5" does not pass for 5, all constant sides
+    # must be equal. So that "2x - 6 = 0" does not pass for 0, its first side must be a constant or name the second:
+    # "x = 0", "f(1) = 0" and "x^2 = 0" do.
+    is_constant = lambda side: getattr(side, "is_number", False) and not side.has(AppliedUndef)
+    is_name = lambda side: grader.is_expr_of_only_symbols(side) or side.has(AppliedUndef) or side.is_Pow
     equations = [part for part in getattr(theirs, "_unsorted_args", (theirs,)) if isinstance(part, Eq)]
     constants = [side for part in equations for side in part.args if is_constant(side)]
     if not all(equal(constants[0], side) for side in constants[1:]):
         return False
-    # For the same reason "2x - 6 = 0" would pass for 0. "x = 0", "f(1) = 0" and "x^2 = 0" may.
     if "=" not in gold and not all(is_constant(part.lhs) or is_name(part.lhs) for part in equations):
         return False
     # math-verify compares the elements of a set with those of a tuple or an interval, and those of [1, 0] with those of
-    # (1, 0). Each of these is a different thing.
-    kinds = [(isinstance(tree, FiniteSet), isinstance(tree, (Tuple, Interval))) for tree in (ours, theirs)]
-    if kinds in ([(True, False), (False, True)], [(False, True), (True, False)]):
-        return False
+    # (1, 0). These are different things.
+    for one, other in ((ours, theirs), (theirs, ours)):
+        if isinstance(one, FiniteSet) and isinstance(other, (Tuple, Interval)):
+            return False
     if isinstance(ours, Tuple) and isinstance(theirs, Tuple) and {gold[0], answer[0]} == {"(", "["}:
         return False
     return equal(ours, theirs)
@@ -155,15 +142,11 @@ def algebra_check(gold: str, answer: str) -> bool:
 def lock_down() -> None:
     """Correct math-verify, then let nothing in this process compile text, start a program or open a connection."""
     grader.sympy_numeric_eq = exact_numeric_eq
-    # Some parts of sympy are imported at their first use and compile text of their own then. These pairs use them now.
-    for pair in [
-        (r"\sin^2 x", r"1-\cos^2 x"),
-        ("2x=6", "4x=12"),
-        (r"\{1,2\}", "3"),
-        ("n!", "n(n-1)!"),
-        ("x>2", r"(2,\infty)"),
-    ]:
-        algebra_check(*pair)
+    # Parts of sympy compile text of their own when they are first imported. These pairs make them do so now.
+    for gold, answer in {
+        r"\sin^2 x": r"1-\cos^2 x", "2x=6": "4x=12", r"\{1,2\}": "3", "n!": "n(n-1)!", "x>2": r"(2,\infty)"
+    }.items():  # fmt: skip
+        algebra_check(gold, answer)
 
     def refuse(event: str, args: tuple) -> None:
         if event == "compile" and not str(args[1]).endswith(".py"):
@@ -178,17 +161,16 @@ def lock_down() -> None:
 
 def main(deadline: float, memory_bytes: int) -> None:
     """Answer questions until the parent closes stdin or is gone."""
-    # torchrun and the terminal send signals to the whole group. If one ended a worker, its pair would be asked again.
+    # torchrun and the terminal signal the whole process group, but a worker has to finish its pair.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
     # Replies get a descriptor of their own, so that nothing a library prints can look like a verdict.
     replies, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     lock_down()
-    os.dup2(nowhere, 2)  # The parent reads stderr only if the start fails, and a full pipe would block this process.
+    os.dup2(nowhere, 2)  # From here on an error is a verdict, not a message on the user's terminal.
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         # A parent that dies cannot kill this worker at the deadline. The alarm, which has no handler, ends it later.

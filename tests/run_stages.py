@@ -69,8 +69,8 @@ def finish_and_compare(run, policy, tokenizer):
         assert torch.equal(value, expected), name
 
 
-def save_and_copy(run, steps, policy, optimizer, trained_on):
-    save(run, steps, policy, optimizer, trained_on)
+def save_and_copy(run, steps, *arguments, **options):
+    save(run, steps, *arguments, **options)
     if common.rank() == 0 and steps == 2 and not run.out.name.startswith("again"):
         shutil.copytree(run.partial, run.partial.with_name(f"again-{run.partial.name}"))
 

@@ -6,20 +6,23 @@ all awake. Each call is bound to the signature of the real method.
 
 import dataclasses
 import inspect
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_stages import RUNS, metrics
 
 import kernels
 import lib.engines
 import lib.policy
+import opd
+import teacher_grpo
 from common import Span
 from experiments import toy
+from lib import packing
 from lib.engines import Sampling, TorchEngine, VLLMEngine
 
-vllm = pytest.importorskip("vllm")
+REAL = None  # vllm.LLM
 
 
 class RecordedLLM:
@@ -30,7 +33,7 @@ class RecordedLLM:
     def __init__(self, model, **options):
         from vllm.engine.arg_utils import EngineArgs
 
-        inspect.signature(vllm.LLM.__init__).bind(self, model, **options)
+        inspect.signature(REAL.__init__).bind(self, model, **options)
         assert options.keys() <= {field.name for field in dataclasses.fields(EngineArgs)} | {"dtype"}
         assert options["gpu_memory_utilization"] <= 0.05 and options["hf_overrides"] == {"head_dtype": "float32"}
         assert options["dtype"] == torch.bfloat16 and not options["enforce_eager"] and options["enable_sleep_mode"]
@@ -85,68 +88,76 @@ class RecordedLLM:
         return outputs
 
 
-REAL = vllm.LLM
 STOP = ("*",)  # a text that ends a response
 STEP = ["collective_rpc", "reset_prefix_cache", "generate", "sleep"]
 AGAIN = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
 
 
-@pytest.mark.parametrize("stage", RUNS)
-def test_every_stage_wakes_reloads_samples_and_sleeps_in_order(
-    stage, student, teacher, problems, tmp_path, monkeypatch
-):
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Engines are made as on a GPU. Everything else, the embedded engine inside the recorder too, is on the CPU."""
     made = VLLMEngine.__init__
 
-    def on_a_gpu(*arguments, **options):
+    def make(*arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(lib.engines, "start_process", lambda: None)
-            made(*arguments, **{**options, "cache_bytes": 16 << 30})
+            made(*arguments)
 
+    monkeypatch.setattr(VLLMEngine, "__init__", make)
+    monkeypatch.setattr(VLLMEngine, "_alive", [])
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("stage", ["grpo", "opd"])
+def test_a_stage_wakes_reloads_samples_and_sleeps_in_order(
+    stage, student, teacher, problems, tmp_path, on_a_gpu, monkeypatch
+):
+    vllm = pytest.importorskip("vllm")
+    monkeypatch.setattr("test_contracts.REAL", vllm.LLM)
     monkeypatch.setattr(vllm, "LLM", RecordedLLM)
     monkeypatch.setattr(RecordedLLM, "made", [])
-    monkeypatch.setattr(VLLMEngine, "__init__", on_a_gpu)
-    monkeypatch.setattr(VLLMEngine, "_alive", [])
-    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=3, engine="vllm", stop=STOP)
-    script.main(config)
+    settings = dict(
+        data=problems, out=str(tmp_path / "out"), exclude=(), max_prompt_tokens=32, max_response_tokens=8, max_steps=3,
+        rollouts_per_prompt=2, prompts_per_step=2, engine="vllm", stop=STOP,
+    )  # fmt: skip
+    if stage == "grpo":
+        teacher_grpo.main(teacher_grpo.Config(student, mini_batch_prompts=2, **settings))
+    else:
+        opd.main(opd.Config(student, teacher, **settings))
     [engine] = RecordedLLM.made
-    steps = len(metrics(tmp_path / "out"))
-    assert steps == 3
-    assert engine.calls == (["generate", "sleep"] if stage == "warmup" else STEP + (steps - 1) * AGAIN)
+    assert engine.calls == STEP + 2 * AGAIN
 
 
-def test_the_cache_takes_the_whole_gpu_only_where_the_sampler_is_alone(student, monkeypatch):
-    cfg = SimpleNamespace(kv_cache_gib=None, tensor_parallel=1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
-    sizes = {}
-    for cuda in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        sizes[cuda] = [lib.engines.cache_bytes_for(cfg, student, alone) for alone in (False, True)]
-    assert sizes[False] == [1 << 28, 1 << 28]
-    assert sizes[True][0] == 16 << 30 and 55 << 30 < sizes[True][1] < 70 << 30
-    given = SimpleNamespace(kv_cache_gib=4.0, tensor_parallel=1)
-    assert [lib.engines.cache_bytes_for(given, student, alone) for alone in (False, True)] == [4 << 30, 4 << 30]
+def test_the_cache_takes_the_whole_gpu_only_where_the_sampler_is_alone(student, on_a_gpu, monkeypatch):
+    made = []
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: made.append(k), SamplingParams=None))
+    for gib, alone in ((None, False), (None, True), (4.0, True)):
+        cfg = teacher_grpo.Config("", data="", out="", kv_cache_gib=gib)
+        VLLMEngine(student, toy.make_tokenizer(), cfg, False, alone)
+    found = [(options["kv_cache_memory_bytes"], options["gpu_memory_utilization"]) for options in made]
+    assert found == [(16 << 30, 0.05), (None, 0.9), (4 << 30, 0.05)]
 
 
 def test_packed_attention_calls_pytorchs_kernel_with_what_it_takes(monkeypatch):
-    calls = []
+    signature, calls = inspect.signature(packing.varlen_attn), []
 
-    def recorded(*arguments, **options):
-        bound = inspect.signature(torch.nn.attention.varlen.varlen_attn).bind(*arguments, **options).arguments
-        calls.append(bound)
-        return bound["query"]
+    def recorded(*arguments, enable_gqa, **options):
+        calls.append(signature.bind(*arguments, enable_gqa=enable_gqa, **options).arguments)
+        return calls[-1]["query"]
 
-    monkeypatch.setattr(lib.policy, "varlen_attn", recorded)
+    if "enable_gqa" not in signature.parameters:
+        pytest.skip("torch 2.11 takes no groups; tests/test_packing.py has its call")
+    monkeypatch.setattr(packing, "varlen_attn", recorded)
     query, key = torch.zeros(7, 4, 8), torch.zeros(7, 2, 8)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     spans = [Span(0, 3), Span(3, 2, 0, 3), Span(5, 2, 0, 3)]  # a prompt and two responses that share it
-    packing = lib.policy.Packing(SimpleNamespace(input_ids=torch.zeros(1, 7, dtype=torch.long), spans=spans))
-    for window in (None, 4):
-        output = lib.policy.attend_varlen(query, key, key, packing, 0.5, window)
-        assert output.shape == (7, 4, 8)
-        assert calls[-1]["cu_seq_q"].tolist() == [0, 3, 5, 7] and calls[-1]["cu_seq_k"].tolist() == [0, 3, 8, 13]
-        assert (calls[-1]["max_q"], calls[-1]["max_k"]) == (3, 5) and len(calls[-1]["key"]) == 13
-    assert [call["window_size"] for call in calls] == [(-1, 0), (3, 0)] and all(call["enable_gqa"] for call in calls)
+    pack = packing.Packing(SimpleNamespace(input_ids=torch.zeros(1, 7, dtype=torch.long), spans=spans))
+    assert packing.attend_varlen(query, key, key, pack, 0.5).shape == (7, 4, 8)
+    [call] = calls
+    assert call["cu_seq_q"].tolist() == [0, 3, 5, 7] and call["cu_seq_k"].tolist() == [0, 3, 8, 13]
+    assert (call["max_q"], call["max_k"]) == (3, 5) and len(call["key"]) == 13
+    assert call["window_size"] == (-1, 0) and call["enable_gqa"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,81 +1,51 @@
 """The sampler: its logprobs are the model's, its greedy output is `generate`'s, its samples depend on their seeds alone."""
 
 import copy
+import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, tiny_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, MambaConfig, Qwen2Config, Qwen2ForCausalLM
+from conftest import SIZES, tiny_model, write_checkpoint
+from tokenizers import Tokenizer
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, PreTrainedTokenizerFast
 
+import teacher_grpo
+from common import InputError
 from experiments import toy
+from lib.data import end_tokens, vocab_size
 from lib.engines import (
     Sampling,
     TorchEngine,
-    number_of_positions,
-    prefill,
+    VLLMEngine,
+    check_engine,
+    check_lengths,
     request_uniforms,
     sample_tokens,
 )
+from lib.policy import check_checkpoint, load_causal_lm, meta_causal_lm
+from lib.rollouts import sample_rollouts
 
 TOKENIZER = toy.make_tokenizer()
 PROMPTS = [[2, 4, 11, 12, 5, 3], [2, 3], [2, 7, 8, 9, 10, 3, 4, 5, 6], [2, 4, 4, 3]]  # of different lengths
 GROUPED = dict(num_attention_heads=4, num_key_value_heads=2)
 MODELS = {
-    "qwen3": dict(),
-    "qwen3-untied": dict(tied=False, **GROUPED),
+    "qwen3": dict(tied=False, **GROUPED),
     "llama": dict(family="Llama", **GROUPED),
-    "llama-long-context": dict(
-        family="Llama",
-        tied=False,
-        rope_parameters=dict(
-            rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-            original_max_position_embeddings=16,
-        ),
-    ),
     "sliding-window": dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4),
+    "gpt-neox": None,
 }  # fmt: skip
 
 
 def make_model(name):
-    if name == "qwen2":  # has biases, which are made as zeros
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(hidden_size=32, num_hidden_layers=2, **{**SIZES, **GROUPED})).eval()
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
-                torch.nn.init.normal_(parameter)
-        return model
+    """One of a family that is trained, or another one, which may be evaluated."""
     if name == "gpt-neox":
         torch.manual_seed(0)
         sizes = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
         return GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, **sizes)).eval()
     return tiny_model(**MODELS[name])
-
-
-@pytest.mark.parametrize(
-    "scaling, positions",
-    [
-        (dict(rope_type="default"), 128),
-        (dict(rope_type="linear", factor=4.0), 512),
-        (dict(rope_type="dynamic", factor=1.5), 192),
-        (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32), 128),
-        (MODELS["llama-long-context"]["rope_parameters"], 128),
-    ],
-    ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
-)
-def test_number_of_positions(scaling, positions, tmp_path):
-    """Llama 3's and YaRN's configs name the scaled number of positions, those with the older two the original one."""
-    config = LlamaConfig(**SIZES, rope_parameters={"rope_theta": 1e4, **scaling})
-    config.save_pretrained(tmp_path)
-    assert number_of_positions(str(tmp_path)) == positions
-
-
-def test_a_model_may_have_no_limit(tmp_path):
-    MambaConfig().save_pretrained(tmp_path)
-    assert number_of_positions(str(tmp_path)) is None
-
-
-NAMES = [*MODELS, "qwen2", "gpt-neox"]
 
 
 def model_logprobs(model, prompt, response, temperature):
@@ -86,16 +56,16 @@ def model_logprobs(model, prompt, response, temperature):
     return logprobs[range(len(response)), response]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_logprobs_equal_a_plain_forward(name, temperature):
     model = make_model(name)
     sampled_from = copy.deepcopy(model)  # the engine changes its attention
-    seeds = [[100 * i + j for j in range(25)] for i in range(len(PROMPTS))]
-    groups = TorchEngine(sampled_from, TOKENIZER).generate(PROMPTS, seeds, Sampling(20, temperature))
+    seeds = [[100 * i + j for j in range(12)] for i in range(len(PROMPTS))]
+    groups = TorchEngine(sampled_from, TOKENIZER).generate(PROMPTS, seeds, Sampling(40, temperature))
     lengths = set()
     for prompt, group in zip(PROMPTS, groups):
-        assert len(group) == 25
+        assert len(group) == 12
         for completion in group:
             expected = model_logprobs(model, prompt, completion.token_ids, temperature)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
@@ -103,73 +73,40 @@ def test_logprobs_equal_a_plain_forward(name, temperature):
     assert temperature < 1 or len(lengths) > 3  # rows did leave the batch at different times
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0], PROMPTS[0][::-1]]], ids=["padded", "equally-long"])
-def test_every_step_of_decoding_equals_a_plain_forward(name, prompts):
-    """Over enough steps to fill the cache's first room, and while rows leave the batch."""
-    model, generator = make_model(name), torch.Generator().manual_seed(0)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    origin = torch.arange(len(prompts)).repeat_interleave(torch.arange(2, 2 + len(prompts)))
-    texts = [list(prompts[index]) for index in origin]
-    with torch.inference_mode():
-        logits, decoder = prefill(model, ids, mask, origin)
-        for step in range(50):
-            expected = torch.stack([model(torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts])
-            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-            if step % 15 == 7:
-                keep = torch.randperm(len(texts), generator=generator)[: len(texts) - 1].sort().values
-                decoder.keep(keep)
-                texts = [texts[index] for index in keep]
-            tokens = torch.randint(2, SIZES["vocab_size"], (len(texts),), generator=generator)
-            texts = [[*text, int(token)] for text, token in zip(texts, tokens)]
-            logits = decoder.step(tokens)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_greedy_equals_generate(name):
-    model = make_model(name)
+def test_greedy_equals_generate():
+    model = make_model("qwen3")
     groups = TorchEngine(model, TOKENIZER).generate(PROMPTS, [[0]] * len(PROMPTS), Sampling(20, temperature=0))
     for prompt, [completion] in zip(PROMPTS, groups):
         ids = torch.tensor([prompt])
-        with torch.no_grad():
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
         assert completion.token_ids == output[0, len(prompt) :].tolist()
 
 
 def test_end_of_sequence_is_kept_and_nothing_follows_it():
-    seeds = [list(range(200))]
-    [group] = TorchEngine(tiny_model(), TOKENIZER).generate([PROMPTS[0]], seeds, Sampling(12))
-    reasons = {completion.finish_reason for completion in group}
-    assert reasons == {"stop", "length"}
+    [group] = TorchEngine(tiny_model(), TOKENIZER).generate([PROMPTS[0]], [list(range(200))], Sampling(12))
+    assert {completion.finish_reason for completion in group} == {"stop", "length"}
     for completion in group:
-        stops = [token == TOKENIZER.eos_token_id for token in completion.token_ids]
-        assert not any(stops[:-1]) and len(completion.logprobs) == len(completion.token_ids)
-        assert stops[-1] == (completion.finish_reason == "stop")
-        assert completion.finish_reason == "stop" or len(completion.token_ids) == 12
+        *before, last = [token == TOKENIZER.eos_token_id for token in completion.token_ids]
+        assert not any(before) and len(completion.logprobs) == len(completion.token_ids)
+        assert last == (completion.finish_reason == "stop") and (last or len(completion.token_ids) == 12)
 
 
 def test_a_request_depends_on_its_seed_alone():
-    model = tiny_model()
-    seeds = [[1, 2, 3], [4], [5, 6], [7]]
+    model, seeds = tiny_model(), [[1, 2, 3], [4], [5, 6], [7]]
     together = TorchEngine(model, TOKENIZER).generate(PROMPTS, seeds, Sampling(16))
     two_at_a_time = TorchEngine(model, TOKENIZER, max_sequences=3).generate(PROMPTS, seeds, Sampling(16))
     backwards = TorchEngine(model, TOKENIZER).generate(PROMPTS[::-1], seeds[::-1], Sampling(16))[::-1]
-    ids = [[completion.token_ids for completion in group] for group in together]
-    assert ids == [[completion.token_ids for completion in group] for group in two_at_a_time]
-    assert ids == [[completion.token_ids for completion in group] for group in backwards]
-    assert ids[0][0] != ids[0][1] != ids[0][2]
+    ids, *others = [
+        [[completion.token_ids for completion in group] for group in groups]
+        for groups in (together, two_at_a_time, backwards)
+    ]
+    assert others == [ids, ids] and ids[0][0] != ids[0][1] != ids[0][2]
 
 
 def test_a_seed_names_one_stream():
     seeds = [7, 0, 2**63 - 1, 7]
     for seed, row in zip(seeds, request_uniforms(seeds, 9)):
         assert row.tolist() == np.random.Generator(np.random.Philox(key=seed)).random(9).tolist()
-
-
-def test_no_prompts_give_no_completions():
-    assert TorchEngine(tiny_model(), TOKENIZER).generate([], [], Sampling(4)) == []
 
 
 def test_tokens_follow_their_distribution():
@@ -194,3 +131,80 @@ def test_top_k_and_top_p_keep_the_right_tokens_and_renormalise():
         assert set(tokens.tolist()) == kept
         mass = sum([0.1, 0.4, 0.3, 0.2][token] for token in kept)
         torch.testing.assert_close(logprobs.exp(), logits.exp()[0, tokens] / mass)
+
+
+# Ends and limits
+
+
+def test_both_engines_end_at_the_same_tokens(tmp_path, monkeypatch):
+    """Also where only config.json names them, as it does for a checkpoint without generation_config.json."""
+    made = []
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: made.append(k), SamplingParams=None))
+    cfg = teacher_grpo.Config("", data="", out="", stop=("*",))
+    model = write_checkpoint(tmp_path)
+    star = toy.VOCABULARY.index("*")
+    for ends in ([0, 1, star], [1, 2, star]):
+        engines = (
+            TorchEngine(load_causal_lm(model, torch.float32, "cpu"), TOKENIZER, stop=cfg.stop),
+            VLLMEngine(model, TOKENIZER, cfg),
+        )
+        assert engines[0].stop_ids.tolist() == engines[1].stop_ids == ends
+        assert end_tokens(meta_causal_lm(model, torch.float32).generation_config, TOKENIZER, cfg.stop) == ends
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        config = (tmp_path / "config.json").read_text()
+        (tmp_path / "config.json").write_text(config.replace('"eos_token_id": 1', '"eos_token_id": 2'))
+    assert {options["max_model_len"] for options in made} == {SIZES["max_position_embeddings"]}
+
+
+def test_another_checkpoint_brings_its_weights_and_its_ends(tmp_path):
+    """And the texts that end a response stay."""
+    engine = TorchEngine(tiny_model(seed=5), TOKENIZER, stop=("*",))
+    other = tiny_model(seed=7)
+    other.generation_config.eos_token_id = [1, 9]
+    other.save_pretrained(tmp_path)
+    engine.load(str(tmp_path), TOKENIZER)
+    assert engine.stop_ids.tolist() == [1, 9, toy.VOCABULARY.index("*")]
+    [group] = engine.generate(PROMPTS[:1], [list(range(9))], Sampling(12))
+    for completion in group:
+        expected = model_logprobs(other, PROMPTS[0], completion.token_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+
+
+def test_a_model_is_not_asked_for_more_positions_than_it_has(tmp_path):
+    cfg = teacher_grpo.Config("", data="", out="", max_response_tokens=100)
+    model = write_checkpoint(tmp_path)
+    check_lengths(cfg, model, [[2] * 28])
+    with pytest.raises(InputError, match="the longest prompt, of 29 tokens, .* make 129, and .* has 128 positions"):
+        check_lengths(cfg, model, [[2], [2] * 29])
+    MambaConfig().save_pretrained(tmp_path)
+    check_lengths(cfg, model, [[2] * 10**6])  # it has no limit
+
+
+def test_an_engine_that_cannot_be_had_is_refused(monkeypatch):
+    cfg = teacher_grpo.Config("", data="", out="", engine="torch", tensor_parallel=2)
+    with pytest.raises(InputError, match="--tensor-parallel 2 needs vLLM"):
+        check_engine(cfg, "")
+    cfg.engine = "vllm"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="vLLM is not installed"):
+        check_engine(cfg, "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(InputError, match="--tensor-parallel 2 must divide the number of processes .1."):
+        check_engine(cfg, "")
+
+
+def test_tokens_beyond_gaps_in_the_ids_are_known(tmp_path):
+    """A tokenizer's length counts its tokens. Where ids are skipped, the largest id is not below it."""
+    content = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    content["model"]["vocab"]["far"] = len(toy.VOCABULARY) + 2  # the two ids before it are unused
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=toy.EOS)
+    size = vocab_size(tokenizer)
+    assert size == len(toy.VOCABULARY) + 3 and len(tokenizer) == len(toy.VOCABULARY) + 1
+    engine = TorchEngine(tiny_model(vocab_size=size + 5), tokenizer)
+    problem = SimpleNamespace(id="")
+    rollouts = sample_rollouts(engine, [problem], {"": PROMPTS[0]}, 200, Sampling(12), seed_key=(0,))
+    tokens = {token for rollout in rollouts for token in rollout.response_ids}
+    assert max(tokens) == size - 1 and "far" in "".join(rollout.text for rollout in rollouts)
+    tiny_model(vocab_size=size - 1).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"knows {size - 1} tokens and its tokenizer has {size}"):
+        check_checkpoint(str(tmp_path), size)

@@ -1,5 +1,6 @@
 """The solutions of docs/course.md's exercises: each is applied to a copy of the tree and runs there for a few steps."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -22,7 +23,7 @@ import fkl_warmup
 import lib.lineage
 import opd
 import teacher_grpo
-from common import Problem
+from common import Problem, Rollout
 from experiments import toy
 from kernels import fused_linear_kl_reference
 from lib.rewards import Reward
@@ -207,7 +208,10 @@ def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path)
         "Hmm,7*8+3-4*2=7*8+3-4*2=7*8+": 0.0,
     }
     problem = Problem("one", row["problem"], row["answer"], row)
-    assert Reward(STEPS).check(list(responses), [problem] * len(responses)) == list(responses.values())
+    rollouts = [Rollout(problem, 0, [4], [5], [-1.0], "stop", text) for text in responses]
+    assert [value for *_, value in Reward(STEPS).check(rollouts)] == list(responses.values())
+    [(*_, cut)] = Reward(STEPS).check([dataclasses.replace(rollouts[0], finish_reason="length")])
+    assert cut == 0.0
     teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", reward=STEPS, max_steps=1))
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["config"]["reward"] == STEPS and record["reward_sha256"]

@@ -10,7 +10,6 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ if K.INTERPRETED:
 else:
     CASES = [("torch", "cpu")] + [(backend, "cuda") for backend in ("torch", "triton") if torch.cuda.is_available()]
 only_here = pytest.mark.skipif(K.INTERPRETED, reason="runs in the process that is not interpreting")
+only_interpreted = pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -88,7 +88,8 @@ def check(op, reference, leaves, others, upstream, where, shift=0.0, **kwargs):
 
 KL = K.fused_linear_kl, K.fused_linear_kl_reference
 LOGPROB = K.fused_linear_logprob, K.fused_linear_logprob_reference
-SHAPES = [(1, 1100, 40), (17, 1100, 48), (65, 257, 63), (64, 512, 127), (3, 4099, 20)]  # N, V, D - 1
+SHAPES = [(1, 1100, 40), (65, 257, 63), (64, 512, 127), (3, 4099, 20)]  # N, V, D - 1
+KL_SHAPES = [(1, 1100, 40), (7, 257, 63), (8, 512, 127), (3, 4099, 20)]  # its kernel takes a row at a time, so N is small
 
 
 # Token log-probability.
@@ -102,7 +103,7 @@ def test_logprob(where, shape, dtype):
     check(*LOGPROB, leaves, [targets(n, v, where["device"])], upstream, where)
 
 
-@pytest.mark.parametrize("temperature, shift", [(0.5, 0.0), (2.0, 0.0), (1.0, -20.0), (1.0, 80.0)])
+@pytest.mark.parametrize("temperature, shift", [(0.5, 0.0), (2.0, -20.0), (1.0, 80.0)])
 def test_logprob_temperature_and_shift(where, temperature, shift):
     leaves = linear(9, 1100, 40, torch.float32, where["device"], shift=shift)
     target = torch.arange(9, device=where["device"]) * 137
@@ -123,19 +124,11 @@ def test_logprob_rows_without_gradient_cannot_poison(where):
     assert not d_hidden[~live].any() and logprob[~live].isnan().all()
 
 
-def test_entropy_carries_no_gradient_and_bounds(where):
-    hidden, weight = linear(9, 300, 16, torch.float32, where["device"], scale=1e-4)
-    target = torch.arange(9, device=where["device"])
-    logprob, entropy = K.fused_linear_logprob(hidden, weight, target, **only(where))
-    assert logprob.requires_grad and not entropy.requires_grad
-    assert torch.allclose(entropy, torch.full_like(entropy, 300.0).log(), atol=1e-5)  # near-uniform
-
-
 # KL.
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", KL_SHAPES, ids=str)
 def test_kl(where, shape, dtype, direction):
     n, v, d = shape
     leaves = linear(n, v, d, dtype, where["device"])
@@ -146,7 +139,7 @@ def test_kl(where, shape, dtype, direction):
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("temperature, shift, teacher_shift", [
-    (0.5, 0, 0), (2.0, 0, 0), (1.0, -20, -20), (1.0, 80, 80), (1.0, 80, 0), (1.0, 0, -20)])
+    (0.5, 0, 0), (2.0, 80, 80), (1.0, 80, 0), (1.0, 0, -20)])
 def test_kl_temperature_and_shift(where, direction, temperature, shift, teacher_shift):
     leaves = linear(9, 5001, 40, torch.float32, where["device"], shift=shift)  # several blocks a row
     teacher = [x.detach() for x in linear(9, 5001, 24, torch.float32, where["device"], seed=5, shift=teacher_shift)]
@@ -179,21 +172,18 @@ def test_kl_of_a_model_with_itself_is_zero(where, direction):
     grads = torch.autograd.grad(same.loss, (hidden, weight))
     assert same.kl.abs().max() == 0 and not any(g.any() for g in grads)
     assert torch.equal(same.logprobs, same.teacher_logprobs)
-    nudged = (hidden.detach() + 1e-5 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden))
-    kl = K.fused_linear_kl(hidden, weight, nudged, weight.detach(), target, direction, **only(where)).kl
-    assert kl.min() > -2e-5  # rounding of logits near 80
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_padding_of_vocabulary_is_ignored(where, direction):
     """Rows past vocab_size hold NaN: they may reach nothing, in value or in gradient."""
-    hidden, weight = linear(40, 300, 16, torch.float32, where["device"])
-    teacher_hidden, teacher_weight = (x.detach() for x in linear(40, 300, 24, torch.float32, where["device"], seed=5))
-    target = targets(40, 300, where["device"])
+    hidden, weight = linear(6, 300, 16, torch.float32, where["device"])
+    teacher_hidden, teacher_weight = (x.detach() for x in linear(6, 300, 24, torch.float32, where["device"], seed=5))
+    target = targets(6, 300, where["device"])
     pad = lambda x, rows: torch.cat((x.detach(), x.new_full((rows, x.shape[1]), float("nan"))))
     padded = pad(weight, 20).requires_grad_()
     others, padded_others = [teacher_hidden, teacher_weight, target], [teacher_hidden, pad(teacher_weight, 84), target]
-    upstream = torch.linspace(-1, 1, 40, device=where["device"])
+    upstream = torch.linspace(-1, 1, 6, device=where["device"])
     for (op, reference), args, padded_args, kwargs in (
             (KL, others, padded_others, dict(direction=direction)), (LOGPROB, [target], [target], {})):
         want = run(reference, [hidden, weight], args, upstream, **kwargs)
@@ -203,28 +193,26 @@ def test_padding_of_vocabulary_is_ignored(where, direction):
         assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("n", [0, 5])
-def test_nothing_to_do_gives_zero_gradients(where, n):
-    """There are no tokens, or none has an upstream gradient."""
-    hidden, weight = linear(n, 130, 16, torch.float32, where["device"])
-    target = targets(n, 130, where["device"])
+def test_no_tokens_give_zero_gradients(where):
+    hidden, weight = linear(0, 130, 16, torch.float32, where["device"])
+    target = targets(0, 130, where["device"])
     logprob, entropy = K.fused_linear_logprob(hidden, weight, target, **only(where))
-    assert logprob.shape == entropy.shape == (n,)
-    assert not any(g.any() for g in torch.autograd.grad((logprob * 0).sum(), (hidden, weight)))
-    teacher = hidden.detach() * 2, weight.detach()
-    loss, *per_token = K.fused_linear_kl(hidden, weight, *teacher, target, **only(where))
-    assert loss.shape == () and all(x.shape == (n,) for x in per_token) and (loss == 0).item() == (n == 0)
-    assert not any(g.any() for g in torch.autograd.grad(loss * 0, (hidden, weight)))
+    loss, *per_token = K.fused_linear_kl(hidden, weight, hidden.detach(), weight.detach(), target, **only(where))
+    assert loss == 0 and all(x.shape == (0,) for x in (logprob, entropy, *per_token))
+    for value in (logprob.sum(), loss):
+        assert not any(g.any() for g in torch.autograd.grad(value, (hidden, weight)))
 
 
 # Both.
 
+@pytest.mark.skipif(K.INTERPRETED, reason="takes long, and the kernels are launched in the same way for each piece")
 def test_pieces_do_not_change_the_result(where, monkeypatch):
-    hidden, weight = linear(90, 300, 16, torch.float32, where["device"])
-    teacher = [x.detach() for x in linear(90, 300, 24, torch.float32, where["device"], seed=5)]
-    target = torch.arange(90, device=where["device"]) * 3
+    """Pieces are multiples of 128, of tokens in the KL and of the vocabulary in the log-probability's backward pass."""
+    hidden, weight = linear(290, 300, 16, torch.float32, where["device"])
+    teacher = [x.detach() for x in linear(290, 300, 24, torch.float32, where["device"], seed=5)]
+    target = torch.arange(290, device=where["device"])
     others = [*teacher, target]
-    upstream = torch.linspace(-1, 1, 90, device=where["device"])
+    upstream = torch.linspace(-1, 1, 290, device=where["device"])
     results = []
     for budget in (1 << 30, 1 << 15):
         monkeypatch.setattr(K, "CPU_LOGIT_BYTES", budget)
@@ -235,18 +223,11 @@ def test_pieces_do_not_change_the_result(where, monkeypatch):
         assert torch.allclose(whole, parts, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
 
 
-def test_repeats_bit_for_bit_and_the_graph_is_walked_once(where):
+def test_the_graph_of_a_kl_is_walked_once(where):
     hidden, weight = linear(30, 300, 16, torch.float32, where["device"])
-    teacher = [x.detach() for x in linear(30, 300, 24, torch.float32, where["device"], seed=5)]
-    target = torch.arange(30, device=where["device"])
-    one = torch.ones((), device=where["device"])
-    others = [*teacher, target]
-    first, again = [[*run(K.fused_linear_kl, [hidden, weight], others, one, **only(where)),
-                     *run(K.fused_linear_logprob, [hidden, weight], [target], one, **only(where))] for _ in range(2)]
-    assert all(torch.equal(x, y) for x, y in zip(first, again))
-    loss = K.fused_linear_kl(hidden, weight, *others, **only(where)).loss
-    [gradient] = torch.autograd.grad(loss * 3, weight, retain_graph=True)
-    assert torch.allclose(gradient.double(), 3 * first[6], rtol=1e-6)
+    loss = K.fused_linear_kl(hidden, weight, hidden.detach() * 2, weight.detach(), targets(30, 300, where["device"]),
+                             **only(where)).loss
+    torch.autograd.grad(loss * 3, weight, retain_graph=True)
     with pytest.raises(RuntimeError, match="call fused_linear_kl again"):
         torch.autograd.grad(loss, weight)
 
@@ -267,29 +248,6 @@ def test_outputs_are_the_same_without_a_gradient(where, direction):
     assert all(torch.equal(x, y) for x, y in zip(with_graph, without))
     for x, y in ((without.entropy, entropy), (without.logprobs, logprob), (without.teacher_logprobs, teacher_logprob)):
         assert torch.allclose(x, y, atol=1e-5)
-
-
-def test_no_gradient_is_computed_that_nobody_asked_for(where, monkeypatch):
-    hidden, weight = linear(8, 130, 16, torch.float32, where["device"])
-    target = torch.arange(8, device=where["device"])
-    teacher = hidden.detach(), weight.detach() * 2
-    loss = K.fused_linear_kl(hidden, weight.detach(), *teacher, target, **only(where)).loss
-    assert loss.grad_fn.gradients[1] is None  # The head is frozen, so there is no dW.
-    assert torch.autograd.grad(loss, hidden)[0].any()
-    loss = K.fused_linear_kl(hidden.detach(), weight, *teacher, target, **only(where)).loss
-    assert loss.grad_fn.gradients[0] is None  # The hidden states are constants, so there is no dH.
-    assert torch.autograd.grad(loss, weight)[0].any()
-    teacher = [x.requires_grad_() for x in teacher]
-    loss = K.fused_linear_kl(hidden.detach(), weight.detach(), *teacher, target, **only(where)).loss
-    assert not loss.requires_grad
-
-    def forbidden(*args):
-        raise AssertionError("an autograd.Function ran under no_grad")
-    for function in (K._FusedLinearLogprob, K._FusedLinearKL):
-        monkeypatch.setattr(function, "forward", forbidden)
-    with torch.no_grad():
-        K.fused_linear_kl(hidden, weight, hidden, weight, target, **only(where))
-        K.fused_linear_logprob(hidden, weight, target, **only(where))
 
 
 def test_teacher_in_another_precision(where):
@@ -313,7 +271,7 @@ def test_transposed_and_sliced_inputs(where):
         assert same.loss.item() == 0 and torch.allclose(same.teacher_logprobs, want, atol=1e-5)
 
 
-@pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
+@only_interpreted
 @pytest.mark.parametrize("reverse", [True, False])
 def test_bf16_gradient_over_fp32_logits(reverse):
     """Written in place, half as wide, over rows of several blocks, it is that of logits kept apart, as is the rest."""
@@ -327,7 +285,7 @@ def test_bf16_gradient_over_fp32_logits(reverse):
     assert ((over_logits.float() - grad).abs() <= grad.abs() / 128).all()  # the interpreter truncates to bf16
 
 
-@pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
+@only_interpreted
 @pytest.mark.parametrize("reverse", [True, False])
 def test_rows_beyond_two_gigabytes(reverse):
     """Row 2 starts at element 2**31 + 128, past what an int32 reaches. The memory in between is never touched."""
@@ -342,48 +300,7 @@ def test_rows_beyond_two_gigabytes(reverse):
     assert torch.equal(near, far) and torch.equal(near_grad, grad) and near.isfinite().all()
 
 
-@pytest.mark.skipif(not K.INTERPRETED, reason="needs the kernel itself, on CPU memory; the interpreter run has it")
-@pytest.mark.parametrize("reverse", [True, False])
-def test_target_outside_the_vocabulary_spoils_only_its_own_log_probabilities(reverse):
-    student, teacher = torch.randn(2, 3, 300)
-    (good, good_grad), (bad, bad_grad) = [(torch.empty(4, 3), torch.empty(3, 300)) for _ in range(2)]
-    K._launch_kl_rows(student, teacher, torch.tensor([7, 0, 299]), good, good_grad, reverse, 1.0)
-    K._launch_kl_rows(student, teacher, torch.tensor([7, -1, 300]), bad, bad_grad, reverse, 1.0)
-    assert torch.equal(good[:2], bad[:2]) and torch.equal(good[:, 0], bad[:, 0]) and torch.equal(good_grad, bad_grad)
-    assert bad[2:, 1:].isnan().all()
-    hidden, weight = (x.detach() for x in linear(3, 300, 16, torch.float32, "cpu"))
-    logprob = K._logprob_tiles(hidden, weight, torch.tensor([7, -1, 300]), 1.0, K.FP32_TILE)[0]
-    assert logprob.isnan().tolist() == [False, True, True]
-
-
 # The PyTorch path alone.
-
-@only_here
-@pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_gradcheck(direction):
-    hidden, weight = (x.detach().requires_grad_() for x in linear(5, 11, 3, torch.float64, "cpu"))
-    teacher = [x.detach() for x in linear(5, 13, 4, torch.float64, "cpu", seed=5)]
-    target = torch.tensor([0, 3, 9, 1, 2])
-    assert torch.autograd.gradcheck(
-        lambda h, w: K.fused_linear_logprob(h, w, target, 0.7, 10)[0], (hidden, weight))
-
-    def loss():
-        return K.fused_linear_kl(hidden, weight, *teacher, target, direction, 0.7, 10).loss
-
-    # torch's gradcheck runs two backward passes through one graph, which the KL refuses. So the central differences
-    # that gradcheck would take are taken here.
-    for x, gradient in zip((hidden, weight), torch.autograd.grad(loss(), (hidden, weight))):
-        for index in np.ndindex(*x.shape):
-            step = torch.zeros_like(x)
-            step[index] = 1e-6
-            with torch.no_grad():
-                x.add_(step)
-                above = loss()
-                x.sub_(2 * step)
-                below = loss()
-                x.add_(step)
-            assert abs((above - below) / 2e-6 - gradient[index]) < 1e-7
-
 
 @only_here
 @settings(max_examples=60, deadline=None)
@@ -413,17 +330,10 @@ def test_any_shape_equals_the_formulas(n, v, d, direction, temperature, padding,
     ("vocab_size is 8", lambda h, w, y: K.fused_linear_logprob(h, w, y, vocab_size=8)),
     ("weight is", lambda h, w, y: K.fused_linear_logprob(h, w.double(), y)),
     ("hidden is .*float16", lambda h, w, y: K.fused_linear_logprob(h.half(), w.half(), y)),
-    ("hidden is", lambda h, w, y: K.fused_linear_logprob(h[None], w, y)),
     ("direction is 'both'", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, "both")),
     ("pass vocab_size", lambda h, w, y: K.fused_linear_kl(h, w, h, w[:5], y)),
     ("teacher_hidden is", lambda h, w, y: K.fused_linear_kl(h, w, h[:1], w, y)),
-    ("teacher_hidden is .*float64", lambda h, w, y: K.fused_linear_kl(h, w, h.double(), w.double(), y)),
     ("teacher_weight is", lambda h, w, y: K.fused_linear_kl(h, w, h, w[:, :2], y)),
-    ("temperature is inf", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, temperature=float("inf"))),
-    (r"target_ids is \(3,\)", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y[:3])),
-    ("target_ids spans 4..7", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y + 4)),
-    ("target_ids spans 2..5", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y + 2, vocab_size=5)),
-    ("backend is 'cuda'", lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, backend="cuda")),
     ('backend is "triton"', lambda h, w, y: K.fused_linear_kl(h, w, h, w, y, backend="triton")),
 ])
 def test_bad_arguments_are_named(message, call):
@@ -445,17 +355,20 @@ def test_triton_in_interpreter():
     print(python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1"))
 
 
+@pytest.mark.rest
 @only_here
 def test_machine_code():
     print(python("-m", "tests.tools.compile_kernels"))
 
 
+@pytest.mark.rest
 @only_here
 def test_works_without_triton():
     python("-c", "import sys; sys.modules['triton'] = None\nimport torch, kernels\nassert not kernels.INTERPRETED\n"
            "kernels.fused_linear_kl(*[torch.randn(4, 4, requires_grad=True)] * 4, torch.arange(4)).loss.backward()")
 
 
+@pytest.mark.rest
 @only_here
 def test_cpu_memory():
     """Peak extra memory is at most 0.3x that of the formulas (T=512, D=256, V=32000). The time is printed too."""

@@ -6,10 +6,7 @@ import random
 import pytest
 import torch
 from conftest import double_model
-from hypothesis import given
-from hypothesis import strategies as st
 
-import common
 import fkl_warmup
 import opd
 import teacher_grpo
@@ -139,14 +136,14 @@ def test_group_advantages():
     )
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_advantages_rank_within_the_group_and_sum_to_zero(rewards):
-    rewards = torch.tensor(rewards, dtype=torch.float64)
-    advantages = teacher_grpo.group_advantages(rewards)
-    assert advantages.sum(1).abs().max() < 1e-9
-    for group, values in zip(rewards, advantages):
-        if 0 < group.sum() < 4:
-            assert values[group == 1].min() > 0 > values[group == 0].max()
+@pytest.mark.parametrize("reward", [10.1, 100.1, -0.3])
+def test_equal_rewards_give_no_advantage_in_float32(reward):
+    """Their mean may be a rounding error off, which would be divided by 1e-6."""
+    rewards = torch.full((3, 8), reward)
+    rewards[2, 0] += 1
+    assert (teacher_grpo.group_advantages(rewards)[:2] == 0).all()
+    assert (teacher_grpo.group_advantages(rewards, normalize_by_std=False)[:2] == 0).all()
+    assert teacher_grpo.no_spread(rewards).tolist() == [True, True, False]
 
 
 def naive_grpo(logprobs, old, ref, advantages, weights, clip_ratio, kl_coef):
@@ -171,13 +168,6 @@ def test_grpo_loss_against_the_formula_and_gradcheck():
     assert torch.autograd.gradcheck(lambda x: teacher_grpo.grpo_loss(x, *arguments)[0], logprobs)
 
 
-def test_k3_is_unbiased_and_never_negative():
-    p, q = (torch.randn(9, dtype=torch.float64).log_softmax(0) for _ in range(2))
-    k3 = teacher_grpo.kl_k3(p, q)
-    assert (k3 >= 0).all()
-    torch.testing.assert_close((p.exp() * k3).sum(), (p.exp() * (p - q)).sum())
-
-
 def grpo_config(**settings) -> teacher_grpo.Config:
     return teacher_grpo.Config(model="", data="", out="", rollouts_per_prompt=2, **settings)
 
@@ -193,27 +183,37 @@ def updated(rollouts, advantages, reference=True, **settings):
     return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]), metrics
 
 
-def test_an_update_is_the_naive_gradient_step():
-    rollouts = make_rollouts(4)
+@pytest.mark.parametrize("mini_batch_prompts", [2, 1])
+def test_an_update_is_the_naive_gradient_step(mini_batch_prompts):
+    """Or two steps, of which the second compares the policy with what it was before the first."""
+    rollouts = make_rollouts(4, shortest=1)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
     policy, reference = double_policy(seed=1), double_policy(seed=3)
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    total = 0.0
-    for rollout, advantage in zip(rollouts, advantages):
-        if rollout.response_ids:
-            index = torch.tensor(rollout.response_ids)[:, None]
-            logprobs = naive_logits(policy.model, rollout).log_softmax(-1).gather(1, index).squeeze(1)
-            ref = naive_logits(reference.model, rollout).log_softmax(-1).gather(1, index).squeeze(1).detach()
-            sampler = torch.tensor(rollout.logprobs, dtype=torch.float32).double()
-            weights = (logprobs.detach() - sampler).exp().clamp(max=2.0)
-            total = total + naive_grpo(logprobs, logprobs.detach(), ref, [advantage] * len(ref), weights, 0.2, 5e-4)
-    expected = gradients(policy, total / tokens)
-    norm = torch.cat([gradient.flatten() for gradient in expected]).norm()
-    scale = min(1.0, 1.0 / (norm.item() + 1e-6))
-    expected = torch.cat([(p - 0.1 * scale * g).detach().flatten() for p, g in zip(policy.parameters(), expected)])
-    weights, metrics = updated(rollouts, advantages, micro_batch_tokens=10_000, mini_batch_prompts=2)
+
+    def token_logprobs(policy, rollout):
+        index = torch.tensor(rollout.response_ids)[:, None]
+        return naive_logits(policy.model, rollout).log_softmax(-1).gather(1, index).squeeze(1)
+
+    with torch.no_grad():
+        old, ref = ([token_logprobs(model, rollout) for rollout in rollouts] for model in (policy, reference))
+    norms, size = [], 2 * mini_batch_prompts
+    for start in range(0, 4, size):
+        total, chosen = 0.0, range(start, start + size)
+        for i in chosen:
+            sampler = torch.tensor(rollouts[i].logprobs, dtype=torch.float32).double()
+            weights = (old[i] - sampler).exp().clamp(max=2.0)
+            logprobs = token_logprobs(policy, rollouts[i])
+            total = total + naive_grpo(logprobs, old[i], ref[i], [advantages[i]] * len(ref[i]), weights, 0.2, 5e-4)
+        found = gradients(policy, total / sum(len(rollouts[i].response_ids) for i in chosen))
+        norms.append(torch.cat([gradient.flatten() for gradient in found]).norm().item())
+        with torch.no_grad():
+            for parameter, gradient in zip(policy.parameters(), found):
+                parameter -= 0.1 * min(1.0, 1.0 / (norms[-1] + 1e-6)) * gradient
+    expected = torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+    settings = dict(micro_batch_tokens=10_000, mini_batch_prompts=mini_batch_prompts)
+    weights, metrics = updated(rollouts, advantages, **settings)
     torch.testing.assert_close(weights, expected, atol=1e-9, rtol=1e-7)
-    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-6)
 
 
 @pytest.mark.parametrize("inner_epochs", [1, 2])
@@ -226,17 +226,6 @@ def test_the_update_does_not_depend_on_micro_batches(mini_batch_prompts, inner_e
     for weights, metrics in results[1:]:
         torch.testing.assert_close(weights, results[0][0], atol=1e-10, rtol=1e-8)
         assert metrics == pytest.approx(results[0][1], rel=1e-6, abs=1e-9)
-
-
-def test_single_update_shortcut_equals_the_recomputed_old_logprobs():
-    """The first mini-batch of several sees old_logprobs from a pass of their own; a lone one uses its own logprobs."""
-    rollouts = make_rollouts(2)
-    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    alone, _ = updated(rollouts, advantages, mini_batch_prompts=1)
-    padded = rollouts + [Rollout(Problem("9", "", "1"), s, [3], [], [], "stop", "") for s in range(2)]
-    followed_by_nothing, _ = updated(padded, torch.cat([advantages, torch.zeros(2)]), mini_batch_prompts=1)
-    assert torch.isfinite(followed_by_nothing).all()
-    torch.testing.assert_close(alone, followed_by_nothing, atol=1e-10, rtol=1e-8)
 
 
 def test_a_stale_sampler_is_measured_and_capped():
@@ -279,15 +268,3 @@ def test_rollouts_from_which_nothing_can_be_learnt_cost_no_pass(monkeypatch):
     assert metrics["loss"] == pytest.approx(full["loss"], abs=1e-12) and metrics["grad_norm"] == full["grad_norm"]
     updated(rollouts, advantages, kl_coef=0.1, **settings)  # with a KL term all of them have a pass
     assert full["frac_tokens_trained"] > metrics["frac_tokens_trained"]
-
-
-def test_token_counts_and_layout():
-    rollouts = make_rollouts(9, group=3)
-    for micro_batch_tokens in SPLITS:
-        batches = make_batches(rollouts, micro_batch_tokens, CPU, share_prompts=True)
-        seen = sorted(index for batch in batches for index in set(batch.rollout_index.tolist()))
-        assert seen == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
-        assert sum(len(batch.targets) for batch in batches) == common.count_tokens(rollouts)
-        for batch in batches:
-            assert len(batch.rollout_index.unique()) <= 1 or batch.input_ids.numel() <= micro_batch_tokens
-            assert len(batch.predicted_at) == len(batch.targets) == len(batch.sampler_logprobs)

@@ -2,19 +2,23 @@
 
 import pytest
 import torch
+import transformers
 from conftest import SIZES, double_model, tiny_model
 from test_losses import make_rollouts, naive_logits
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import lib.policy
 from common import InputError
 from kernels import fused_linear_logprob
+from lib import packing
 from lib.packing import make_batches, pack
 from lib.policy import Policy
 
 CPU = torch.device("cpu")
-SLIDING = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=3)
-MODELS = {"qwen3": {}, "qwen2": dict(family="Qwen2"), "llama": dict(family="Llama"), "sliding-window": SLIDING}
+MODELS = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}  # the families of lib.policy.FAMILIES, and their classes
 
 
 def one_by_one(model, rollouts):
@@ -30,22 +34,21 @@ def one_by_one(model, rollouts):
 def in_batches(policy, rollouts, max_tokens, share_prompts=True):
     pieces = [None] * len(rollouts)
     for batch in make_batches(rollouts, max_tokens, CPU, share_prompts):
-        head = lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets)
-        logprobs, _ = policy(batch, head)
+        logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
         for index in batch.rollout_index.unique().tolist():
             pieces[index] = logprobs[batch.rollout_index == index]
     return torch.cat([piece for piece in pieces if piece is not None])
 
 
-def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, scale, window_size, enable_gqa):
+def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size):
     """What the GPU's kernel computes, a span at a time; the last query is aligned to the last key."""
     assert longest == bounds.diff().max() and longest_k == bounds_k.diff().max() and bounds_k[-1] == len(key)
-    assert bounds.dtype == bounds_k.dtype == torch.int32 and window_size[1] == 0
+    assert bounds.dtype == bounds_k.dtype == torch.int32 and window_size == (-1, 0)
     pieces = []
     for (start, end), (start_k, end_k) in zip(bounds.unfold(0, 2, 1).tolist(), bounds_k.unfold(0, 2, 1).tolist()):
         q, k, v = query[start:end].transpose(0, 1), key[start_k:end_k].transpose(0, 1), value[start_k:end_k].transpose(0, 1)  # fmt: skip
-        distance = torch.arange(end_k - start_k)[-(end - start) :, None] - torch.arange(end_k - start_k)
-        seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        seen = torch.arange(end_k - start_k)[-(end - start) :, None] >= torch.arange(end_k - start_k)
+        enable_gqa = len(q) != len(k)
         attended = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
         )
@@ -53,51 +56,65 @@ def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, scale,
     return torch.cat(pieces)
 
 
+def grouped_varlen(*arguments, enable_gqa, **options):
+    assert enable_gqa
+    return naive_varlen(*arguments, **options)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])  # alone; groups cut in two; all together
 @pytest.mark.parametrize("share_prompts", [False, True])
-@pytest.mark.parametrize("attention", ["blocks", "varlen", "varlen of torch 2.10", "sdpa", "eager"])
-@pytest.mark.parametrize("name", MODELS)
-def test_packs_equal_one_by_one_forwards(name, attention, share_prompts, max_tokens, monkeypatch):
-    model = double_model(seed=3, **MODELS[name])
+@pytest.mark.parametrize("attention", ["blocks", "varlen", "varlen of torch 2.11"])
+@pytest.mark.parametrize("family", MODELS)
+def test_packs_equal_one_by_one_forwards(family, attention, share_prompts, max_tokens, monkeypatch):
+    model = double_model(seed=3, family=MODELS[family])
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers makes these as zeros
+            torch.nn.init.normal_(parameter)
     rollouts = make_rollouts(12, group=4)
     expected = one_by_one(model, rollouts)
     policy = Policy(model)
-    if attention in ("sdpa", "eager"):  # transformers' own, with a mask over the whole pack
-        model.set_attn_implementation(attention)
-        share_prompts = False  # whose masks have no prefixes
-    elif attention != "blocks":
+    if attention != "blocks":
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-        monkeypatch.setattr(lib.policy, "varlen_attn", naive_varlen)
-        monkeypatch.setattr(lib.policy, "VARLEN_OPTIONS", {"window_size", "enable_gqa"})
-        if attention == "varlen of torch 2.10":
-            monkeypatch.setattr(
-                lib.policy,
-                "varlen_attn",
-                lambda *args, scale, is_causal: naive_varlen(
-                    *args, scale, (-1, 0) if is_causal else None, enable_gqa=False
-                ),
-            )
-            monkeypatch.setattr(lib.policy, "VARLEN_OPTIONS", {"is_causal"})
-            if name == "sliding-window":
-                with pytest.raises(InputError, match="sliding windows needs torch 2.13"):
-                    in_batches(policy, rollouts, max_tokens, share_prompts)
-                return
+        monkeypatch.setattr(packing, "varlen_attn", grouped_varlen if attention == "varlen" else naive_varlen)
     logprobs = in_batches(policy, rollouts, max_tokens, share_prompts)
-    tolerance = 1e-6 if attention == "eager" else 1e-12  # whose softmax computes in float32
-    torch.testing.assert_close(logprobs, expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(logprobs, expected, atol=1e-12, rtol=0)
     weights = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
     gradients = []
     for values in (logprobs, expected):
         policy.zero_grad()
         (weights * values).sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))
-    torch.testing.assert_close(*gradients, atol=10 * tolerance, rtol=0)
+    torch.testing.assert_close(*gradients, atol=1e-11, rtol=0)
 
 
-def test_attention_with_a_term_besides_is_refused():
-    config = Gemma2Config(hidden_size=16, num_hidden_layers=2, **SIZES)  # caps the scores before the softmax
-    with pytest.raises(InputError, match="the attention of model '' has a softcap, which packed attention leaves out"):
-        in_batches(Policy(Gemma2ForCausalLM(config)), make_rollouts(2), 1000)
+def test_only_tested_families_are_trained(tmp_path):
+    assert lib.policy.FAMILIES == tuple(MODELS)
+    for config in (transformers.GPT2Config(), transformers.GPTNeoXConfig(), transformers.NemotronConfig()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(
+            InputError, match=f"of the family '{config.model_type}', and only llama, qwen2, qwen3 are tes"
+        ):
+            lib.policy.check_checkpoint(str(tmp_path), 100)
+        lib.policy.check_checkpoint(str(tmp_path), 100, packs=False)  # any may be evaluated
+    for name in MODELS.values():
+        getattr(transformers, name + "Config")(vocab_size=99).save_pretrained(tmp_path)
+        lib.policy.check_checkpoint(str(tmp_path), 99)
+        with pytest.raises(InputError, match="knows 99 tokens and its tokenizer has 100"):
+            lib.policy.check_checkpoint(str(tmp_path), 100)
+
+
+def test_a_model_that_ignores_the_pack_is_an_error():
+    """Nemotron's layers drop what its attention would need to keep sequences apart."""
+    sizes = {name: value for name, value in SIZES.items() if name != "initializer_range"}
+    model = transformers.NemotronForCausalLM(transformers.NemotronConfig(hidden_size=16, num_hidden_layers=2, **sizes))
+    with pytest.raises(RuntimeError, match="NemotronForCausalLM does not pass `packing` on to its attention"):
+        in_batches(Policy(model), make_rollouts(2), 1000)
+
+
+def test_a_sliding_window_is_refused():
+    window = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=3)
+    with pytest.raises(InputError, match="model '' attends within a sliding window"):
+        in_batches(Policy(tiny_model(family="Qwen2", **window)), make_rollouts(2), 1000)
 
 
 def test_a_pack_has_no_padding_and_keeps_the_budget():
@@ -105,12 +122,24 @@ def test_a_pack_has_no_padding_and_keeps_the_budget():
     batches = make_batches(rollouts, 50, CPU, False)
     assert all(batch.input_ids.shape[0] == 1 and batch.input_ids.numel() <= 50 for batch in batches)
     total = sum(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
-    assert (
-        sum(batch.input_ids.numel() for batch in batches)
-        == total
-        == sum(span.length for batch in batches for span in batch.spans)
-    )
+    spans = [span for batch in batches for span in batch.spans]
+    assert sum(batch.input_ids.numel() for batch in batches) == total == sum(span.length for span in spans)
     assert len(batches) <= total // 50 + 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_micro_batches_are_dealt_out_once_evenly_and_equally_many(monkeypatch, ranks):
+    rollouts = make_rollouts(11, group=1)
+    monkeypatch.setattr(packing, "world_size", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(packing, "rank", lambda rank=rank: rank)
+        shares.append(make_batches(rollouts, 16, CPU))
+    assert len({len(share) for share in shares}) == 1
+    seen = [index for share in shares for batch in share for index in batch.rollout_index.unique().tolist()]
+    assert sorted(seen) == [index for index, rollout in enumerate(rollouts) if rollout.response_ids]
+    loads = [sum(batch.input_ids.count_nonzero().item() for batch in share) for share in shares]
+    assert max(loads) - min(loads) <= 13  # the longest sequence
 
 
 def test_nothing_to_do_is_a_pass_of_zero():

@@ -68,17 +68,6 @@ def test_packed_and_one_by_one_predict_the_same_once(rollouts, max_tokens, ranks
         ) + sum(max(len(r.response_ids) - 1, 0) for r in rollouts)
 
 
-@checked
-@given(st.integers(2, 40), st.integers(0, 9), st.randoms())
-def test_halves_are_disjoint_equal_and_blind_to_order(count, split_seed, rng):
-    problems = [lib.data.new_problem(f"problem {i}", "1") for i in range(count)]
-    halves = [lib.data.half_of(problems, half, split_seed) for half in ("1H", "2H")]
-    assert len(halves[0]) == len(halves[1]) == count // 2
-    assert not {p.id for p in halves[0]} & {p.id for p in halves[1]}
-    rng.shuffle(problems)
-    assert [lib.data.half_of(problems, half, split_seed) for half in ("1H", "2H")] == halves
-
-
 rewards = st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=6, max_size=6), min_size=1, max_size=4)
 
 

@@ -135,5 +135,6 @@ def test_the_student_is_the_teacher_without_layers_and_has_no_history(tmp_path, 
     assert lib.lineage.read_lineage(str(out / "raw_student")).get("stage") is None
     assert len(lib.data.load_tokenizer(str(out / "raw_student"))) == 26
     healing = json.loads((out / "healing" / "run.json").read_text())["config"]
-    assert healing["prefix"] == real.PREFIX.read_text() and healing["stop"] == ["\n"]
-    assert healing["data"] == str(out / "healing.jsonl") and not healing["chat_template"] and not healing["instruction"]
+    examples = "".join(f"{text}\n" for text in re.findall(r"    (.* = \\boxed.*)\n", real.__doc__))
+    assert healing["prompt"] == examples + "{problem}" and healing["stop"] == ["\n"]
+    assert healing["data"] == str(out / "healing.jsonl") and not healing["chat_template"]

@@ -6,6 +6,8 @@ And rewards of the user's own, through the real scripts.
 import dataclasses
 import hashlib
 import json
+import math
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,10 @@ import evaluate
 import fkl_warmup
 import lib.lineage
 import lib.rollouts
-import lib.runs
 import opd
 import teacher_grpo
-from common import InputError, Problem, Rollout
-from experiments import audit
-from lib import plots
-from lib.rewards import make_grader
+from common import InputError, Problem, Rollout, check_settings
+from lib.rewards import Reward, grade
 from lib.verifier import Verifier
 
 RESPONSES = {  # text, whether it ended, whether it is to be paid for: the answer is 4
@@ -38,8 +37,7 @@ RESPONSES = {  # text, whether it ended, whether it is to be paid for: the answe
 }
 
 
-@pytest.mark.parametrize("normalize", [True, False], ids=["", "not normalised"])
-@pytest.mark.parametrize("require_finished", [True, False], ids=["", "cut ones too"])
+@pytest.mark.parametrize("require_finished, normalize", [(True, True), (False, False)])
 def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_finished, normalize):
     """Through Stage 1 itself, on groups of these responses. Every prompt holds its own answer in a box.
 
@@ -63,17 +61,8 @@ def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_fini
 
     monkeypatch.setattr(teacher_grpo, "sample_rollouts", sample)
     monkeypatch.setattr(teacher_grpo, "update", seen)
-    teacher_grpo.main(
-        grpo(
-            student,
-            problems,
-            tmp_path / "out",
-            rollouts_per_prompt=len(RESPONSES),
-            max_steps=1,
-            require_finished=require_finished,
-            normalize_by_std=normalize,
-        )
-    )
+    settings = dict(require_finished=require_finished, normalize_by_std=normalize, max_steps=1)
+    teacher_grpo.main(grpo(student, problems, tmp_path / "out", rollouts_per_prompt=len(RESPONSES), **settings))
     paid = [right or (not require_finished and "cut" in name) for name, (_, _, right) in RESPONSES.items()]
     [line] = metrics(tmp_path / "out")
     share = sum(paid) / len(paid)
@@ -93,7 +82,7 @@ def test_the_prompt_is_never_graded():
         for text in ("", "as was said above", "\\boxed{5}", "\\boxed{4}")
     ]
     with Verifier() as verifier:
-        lib.rollouts.grade(rollouts, verifier)
+        grade(rollouts, verifier)
     assert [rollout.correct for rollout in rollouts] == [False, False, False, True]
 
 
@@ -121,6 +110,7 @@ def mine(problems, tmp_path):
 
 
 def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatch):
+    """Unchanged, for cut responses, too, whatever --require-finished says."""
     data, reward = mine
     seen, update = [], teacher_grpo.update
     monkeypatch.setattr(
@@ -128,7 +118,7 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
         "update",
         lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest),
     )
-    settings = dict(reward=reward, passes=6, prompts_per_step=6, rollouts_per_prompt=8, require_finished=False)
+    settings = dict(reward=reward, passes=6, prompts_per_step=6, rollouts_per_prompt=8, require_finished=True)
     teacher_grpo.main(grpo(teacher, data, tmp_path / "out", **settings))
     rewards = [line["reward"] for line in metrics(tmp_path / "out")]
     for line, rollouts in zip(rewards, seen, strict=True):
@@ -136,18 +126,72 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
         assert [rollout.reward for rollout in rollouts] == values and line == pytest.approx(sum(values) / len(values))
         assert [rollout.correct for rollout in rollouts] == [value >= 1 for value in values]
         assert {rollout.how for rollout in rollouts} == {"reward"}
+    assert any(rollout.finish_reason == "length" for rollout in seen[0])
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.1  # it learns to write fewer of them
     lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
-    path = reward.removesuffix(":few_ones")
     assert lineage["config"]["reward"] == reward
-    assert lineage["reward_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    assert not (tmp_path / "__pycache__").exists()
-    other = {**lineage, "reward_sha256": None}
-    assert audit.differences(lineage, other) == {"reward file": (lineage["reward_sha256"], None)}
+    assert lineage["reward_sha256"] == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
+
+
+def rollout(text, finish_reason="stop", tokens=3, **row) -> Rollout:
+    problem = Problem("x", "prompt", "4", {"answer": "4", **row})
+    return Rollout(problem, 0, [4], [5] * tokens, [-1.0] * tokens, finish_reason, text)
+
+
+def graded(path: Path, source: str, rollouts: list[Rollout]) -> list[Rollout]:
+    path.write_text(source)
+    with Reward(f"{path}:score") as reward:
+        grade(rollouts, reward)
+    return rollouts
+
+
+def test_a_cut_response_earns_nothing_from_the_verifier_and_its_value_from_ones_own_reward(tmp_path):
+    """If a cut response earned 0 where wrong ones earn -1, the policy would learn to be cut."""
+    both = [rollout("\\boxed{4}"), rollout("\\boxed{4}", "length"), rollout("no", "length")]
+    with Verifier() as verifier:
+        grade(both, verifier)
+    assert teacher_grpo.rewards_of(both, require_finished=True).tolist() == [1, 0, 0]
+    assert teacher_grpo.rewards_of(both, require_finished=False).tolist() == [1, 1, 0]
+    source = "def score(row, response):\n    return 1 if row['answer'] in response else -1\n"
+    graded(tmp_path / "signs.py", source, both)
+    for require_finished in (True, False):
+        assert teacher_grpo.rewards_of(both, require_finished).tolist() == [1, 1, -1]
+
+
+@pytest.mark.parametrize("arguments", ["row, response, {}", "row, response, *, {}"])
+def test_a_reward_may_ask_for_the_verdict_the_length_and_how_the_response_ended(arguments, tmp_path, monkeypatch):
+    rollouts = [rollout("\\boxed{4.0}", tokens=5), rollout("4", "length", tokens=7), rollout("\\boxed{5}")]
+    source = f"def score({arguments.format('finish_reason, correct, tokens')}):\n    return correct - tokens * (finish_reason == 'length')\n"
+    graded(tmp_path / "three.py", source, rollouts)
+    assert [r.reward for r in rollouts] == [1, -7, 0]
+    assert [(r.correct, r.how) for r in rollouts] == [(True, "fast"), (False, "no_answer"), (False, "fast")]
+    # Without the question there is no verifier. What is right is then what earns 1, and names mean nothing in the first two places.
+    monkeypatch.setattr("lib.rewards.Verifier", None)
+    graded(tmp_path / "two.py", "def score(correct, tokens):\n    return 2 * (tokens == '4')\n", rollouts)
+    assert [(r.reward, r.correct, r.how) for r in rollouts] == [
+        (0, False, "reward"),
+        (2, True, "reward"),
+        (0, False, "reward"),
+    ]
+
+
+def test_a_reward_that_fails_shows_its_own_traceback(tmp_path):
+    """With a note that names the problem; and a value that is no finite number is an error."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        graded(tmp_path / "fails.py", "def score(row, response):\n    return 1 / len(response)\n", [rollout("")])
+    printed = "".join(traceback.format_exception(caught.value))
+    assert f'{tmp_path}/fails.py", line 2, in score' in printed and "return 1 / len(response)" in printed
+    assert f"--reward {tmp_path}/fails.py:score failed on a response to problem x" in printed
+    for value in ("float('nan')", "float('inf')"):
+        with pytest.raises(ValueError, match="has to be a finite number"):
+            graded(tmp_path / "nan.py", f"def score(row, response):\n    return {value}\n", [rollout("")])
+    for wrong in (f"{tmp_path}/no.py:score", f"{tmp_path}/nan.py", "score"):
+        with pytest.raises(InputError, match="is not FILE.py:function with a file that exists"):
+            Reward(wrong)
 
 
 def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypatch, capsys):
-    """Accuracy and pass@k count values of 1 or more, avg@k is the mean value, --keep correct keeps values of 1 or more."""
+    """Accuracy and pass@k count values of 1 or more, avg@k is the mean value, --keep correct keeps finished ones of 1 or more."""
     data, reward = mine
     seen, sample = [], lib.rollouts.sample_rollouts
     for module in (opd, fkl_warmup, evaluate):
@@ -160,79 +204,36 @@ def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypat
 
     cache = dict(rollouts=str(tmp_path / "rollouts"), loss="sft", keep="correct")
     fkl_warmup.main(warmup(student, teacher, data, tmp_path / "warmup", **cache, reward=reward))
-    kept = [rollout for rollout in seen[-1] if few_ones(rollout.text) >= 1]
-    assert f"{len(kept)} correct; learning from {len(kept)}" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds other rollouts .with reward_sha256 = "):
+    kept = [rollout for rollout in seen[-1] if few_ones(rollout.text) >= 1 and rollout.finish_reason == "stop"]
+    assert f"{len(kept)} right and finished; learning from {len(kept)}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds other rollouts .with reward = "):
         fkl_warmup.main(warmup(student, teacher, data, tmp_path / "other", **cache))
 
     report = evaluate.Config(
         out=str(tmp_path / "report"), models=(student,), data=(data,), k=3, max_response_tokens=8, reward=reward,
     )  # fmt: skip
-    evaluate.main(report)
+
+    def result():
+        evaluate.main(report)
+        return json.loads((tmp_path / "report" / "results.json").read_text())["results"]["student"]["mine"]
+
+    found = result()
     values = torch.tensor([few_ones(rollout.text) for rollout in seen[-1]]).view(-1, 3)
-    result = json.loads((tmp_path / "report" / "results.json").read_text())["results"]["student"]["mine"]
-    assert result["avg"] == pytest.approx(values.mean().item())
-    assert result["pass"] == pytest.approx((values >= 1).any(dim=1).float().mean().item())
-    table = (tmp_path / "report" / "table.md").read_text()
-    assert f"avg is the mean of --reward {reward}, times 100." in table
+    assert found["avg"] == pytest.approx(values.mean().item())
+    assert found["pass"] == pytest.approx((values >= 1).any(dim=1).float().mean().item())
+    # With another file under the old name the responses are graded again, with their lengths, and not sampled again.
     sampled = len(seen)
-    evaluate.main(report)
-    assert len(seen) == sampled
-    # With another file under the old name the responses are graded again, and not sampled again.
-    Path(reward.removesuffix(":few_ones")).write_text("def few_ones(row, response):\n    return 0.5\n")
-    evaluate.main(report)
-    result = json.loads((tmp_path / "report" / "results.json").read_text())["results"]["student"]["mine"]
-    assert len(seen) == sampled and result["avg"] == 0.5
-
-
-def test_a_run_is_not_resumed_with_another_reward(teacher, mine, tmp_path, monkeypatch):
-    data, reward = mine
-    config = grpo(teacher, data, tmp_path / "out", reward=reward)
-    log = lib.runs.Run.log
-
-    def die(run, step, *arguments, **options):
-        if step == 1:
-            raise KeyboardInterrupt
-        log(run, step, *arguments, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lib.runs.Run, "log", die)
-        teacher_grpo.main(config)
-    Path(reward.removesuffix(":few_ones")).write_text(FEW_ONES.replace("1.5", "2.5"))
-    with pytest.raises(InputError, match="--resume: the file of --reward .* is not what it was"):
-        teacher_grpo.main(dataclasses.replace(config, resume=True))
-    Path(reward.removesuffix(":few_ones")).write_text(FEW_ONES)
-    teacher_grpo.main(dataclasses.replace(config, resume=True))
-
-
-def test_pictures_have_room_for_rewards_below_0_and_above_1(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
-    plots.draw_bars(
-        {"a": {"b": (2.5, 0.1)}, "c": {"b": (-0.5, 0.1)}}, "title", tmp_path / "bars.png", {"a": "large", "c": "small"}
+    Path(reward.removesuffix(":few_ones")).write_text(
+        "def few_ones(row, response, tokens):\n    return -0.01 * tokens\n"
     )
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "reward": {i - 3}}}\n' for i in range(3)))
-    plots.draw_curves({"a": str(tmp_path)}, tmp_path / "curves.png")
-    bars, curves = (figure.axes[0] for figure in figures)
-    assert bars.get_xlim() == pytest.approx((-54, 270)) and curves.get_ylim()[0] == -3
+    tokens = [len(rollout.response_ids) for rollout in seen[-1]]
+    assert result()["avg"] == pytest.approx(-0.01 * sum(tokens) / len(tokens)) and len(seen) == sampled
 
 
-def test_a_reward_that_fails_on_one_rank_fails_on_all(mine, tmp_path, monkeypatch):
-    """A rank whose function fails sends that to the others instead of leaving them to wait for its verdicts."""
-    (tmp_path / "rewards.py").write_text("def few_ones(row, response):\n    return 1 / len(response)\n")
-    rollouts = [Rollout(Problem(name, "", "1"), 0, [4], [], [], "stop", name) for name in ("", "a", "b", "c")]
-
-    def two_ranks(work, items):
-        try:
-            return work(items[:2]) + work(items[2:])
-        except InputError:
-            pytest.fail("one rank leaves while the other waits for its verdicts")
-
-    monkeypatch.setattr(lib.rollouts, "map_over_ranks", two_ranks)
-    with make_grader(grpo("", "", "", reward=mine[1])) as grader:
-        with pytest.raises(InputError, match="failed on a response to problem .*ZeroDivisionError in line 2: division"):
-            lib.rollouts.grade(rollouts, grader)
-        lib.rollouts.grade(rollouts[1:], grader)
-    assert [rollout.reward for rollout in rollouts[1:]] == [1.0, 1.0, 1.0]
+def test_a_coefficient_that_a_fork_adds_may_be_0():
+    fork = dataclasses.make_dataclass("Fork", [("length_penalty", float, 0.0), ("samples", int, 3)], bases=(teacher_grpo.Config,), kw_only=True)  # fmt: skip
+    settings = dict(model="", data="", out="")
+    check_settings(fork(**settings, kl_coef=0, weight_decay=0.0, seed=0, warmup_steps=0))
+    for wrong in (dict(lr=0.0), dict(temperature=0), dict(samples=0), dict(length_penalty=-1.0), dict(clip_ratio=0.0), dict(length_penalty=math.nan)):  # fmt: skip
+        with pytest.raises(InputError, match=next(iter(wrong)).replace("_", "-")):
+            check_settings(fork(**settings, **wrong))

@@ -1,24 +1,23 @@
 """Which responses a stage trains on: of repeated problems, of a limited warmup, and of texts that another model wrote."""
 
-import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model, write_problems
-from test_stages import assert_same_weights, cached_rows, grpo, metrics, warmup
-from transformers import AutoTokenizer
+from conftest import tiny_model, write_checkpoint, write_problems
+from test_stages import assert_same_weights, cached_rows, metrics, warmup
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fkl_warmup
 import lib.data
 import lib.lineage
-import lib.runs
-import student_grpo
-import teacher_grpo
-from common import INSTRUCTION, InputError
-from experiments import audit, toy
-from lib.engines import Sampling, TorchEngine
-from lib.rollouts import sample_rollouts
+import lib.rollouts
+from common import INSTRUCTION, InputError, Rollout
+from experiments import toy
+from lib.engines import Completion, Sampling, TorchEngine
+from lib.rollouts import known_tokens, open_cache, sample_rollouts, vocabulary_size
 
 
 def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
@@ -41,25 +40,15 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
     assert sample(first, first, first, other) == [a, again, once_more, b]
 
 
-def test_a_batch_larger_than_the_data_is_announced_and_has_no_group_twice(
-    teacher, problems, tmp_path, monkeypatch, capsys
-):
-    groups, update = [], teacher_grpo.update
-
-    def seen(policy, reference, optimizer, rollouts, *rest):
-        responses = [tuple(rollout.response_ids) for rollout in rollouts]
-        groups.append([tuple(responses[start : start + 4]) for start in range(0, len(responses), 4)])
-        return update(policy, reference, optimizer, rollouts, *rest)
-
-    monkeypatch.setattr(teacher_grpo, "update", seen)
-    teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", passes=4, prompts_per_step=24))
-    assert [len(batch) for batch in groups] == [24, 24] and all(len(set(batch)) == 24 for batch in groups)
-    assert capsys.readouterr().out.count("--prompts-per-step 24 is more than the 12 problems there are") == 1
-    teacher_grpo.main(grpo(teacher, problems, tmp_path / "other", passes=1, prompts_per_step=12))
-    assert "--prompts-per-step" not in capsys.readouterr().out
+def test_tokens_of_the_padding_are_cut_and_those_after_a_gap_in_the_ids_are_not():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1, "c": 7}, [])))
+    assert vocabulary_size(tokenizer) == 8 > len(tokenizer)
+    sampled = Completion([0, 7, 8, 1], [-1.0, -2.0, -3.0, -4.0], "stop")
+    assert known_tokens(sampled, 8) == Completion([0, 7], [-1.0, -2.0], "length")
+    assert known_tokens(Completion([0, 7], [-1.0, -2.0], "stop"), 8).finish_reason == "stop"
 
 
-# The order of the warmup
+# The cache and the order of the warmup
 
 
 @pytest.fixture
@@ -72,10 +61,13 @@ def trained_on(monkeypatch):
     return updates
 
 
-def grade_by_parity(monkeypatch):
-    monkeypatch.setattr(
-        fkl_warmup, "grade", lambda rollouts, _: [setattr(r, "correct", sum(r.response_ids) % 2 == 0) for r in rollouts]
-    )
+def grade_by_parity(rollouts, grader):
+    for rollout in rollouts:
+        rollout.correct = sum(rollout.response_ids) % 2 == 0
+
+
+def names(updates) -> list[list[tuple[str, int]]]:
+    return [[(r.problem.id, r.sample) for r in update] for update in updates]
 
 
 def test_the_responses_to_a_problem_stay_together(student, teacher, problems, tmp_path, trained_on):
@@ -96,34 +88,93 @@ def test_a_limited_warmup_samples_what_it_uses(
     keep, student, teacher, problems, tmp_path, monkeypatch, trained_on, capsys
 ):
     """The same as the first steps of a longer one, which can go on with its rollouts."""
-    grade_by_parity(monkeypatch)
+    monkeypatch.setattr(fkl_warmup, "grade", grade_by_parity)
     at_a_time = {"all": 512, "correct": 2}[keep]  # sequences: all problems, or one
-    settings = dict(keep=keep, loss="sft", mini_batch_prompts=2, max_sequences=at_a_time)
+    settings = dict(keep=keep, loss="sft", mini_batch_prompts=1, max_response_tokens=16, max_sequences=at_a_time)
     whole = tmp_path / "whole_rollouts"
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "whole", **settings, rollouts=str(whole)))
-    every = [[(r.problem.id, r.sample, r.response_ids) for r in update] for update in trained_on]
+    every = names(trained_on)
     trained_on.clear()
-    cache = tmp_path / "rollouts"
-    limited = dict(settings, rollouts=str(cache))
+    limited = dict(settings, rollouts=str(tmp_path / "rollouts"))
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "short", **limited, max_steps=2))
-    assert [[(r.problem.id, r.sample, r.response_ids) for r in update] for update in trained_on] == every[:2]
-    assert metrics(tmp_path / "short") == metrics(tmp_path / "whole")[:2]
-    rows, used = cached_rows(cache), {r.problem.id for update in trained_on for r in update}
+    assert names(trained_on) == every[:2] and metrics(tmp_path / "short") == metrics(tmp_path / "whole")[:2]
+    rows, used = cached_rows(tmp_path / "rollouts"), {r.problem.id for update in trained_on for r in update}
     last = trained_on[-1][-1].problem.id
     if keep == "all":
-        assert {row["id"] for row in rows} == used and len(used) == 4
+        assert {row["id"] for row in rows} == used and len(used) == 2
     else:  # those before the last one in use were sampled, whether or not they had a right answer, and no others
         order = [p.id for [p] in lib.data.problem_batches(lib.data.load_problems(problems), 1, 1, 0)]
         assert {row["id"] for row in rows} == set(order[: order.index(last) + 1]) > used
-        assert "learning from 8" in capsys.readouterr().out
+        assert "learning from 4\n" in capsys.readouterr().out
     assert len(rows) < 12 * 2
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "long", **limited))
     assert_same_weights(tmp_path / "whole", tmp_path / "long")
 
-    def by_problem(directory):
-        return sorted(cached_rows(directory), key=lambda row: (row["id"], row["sample"]))
 
-    assert by_problem(cache) == by_problem(whole)
+@pytest.mark.parametrize("keep", ["all", "correct"])
+def test_passes_repeat_until_max_steps(keep, student, teacher, problems, tmp_path, monkeypatch, trained_on):
+    """--keep correct keeps what is right and finished; --passes, which is 1, does not end the run."""
+    monkeypatch.setattr(fkl_warmup, "grade", grade_by_parity)
+    settings = dict(keep=keep, loss="sft", mini_batch_prompts=4, max_response_tokens=16)
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", **settings, max_steps=7))
+    rows = cached_rows(tmp_path / "out" / "teacher_rollouts")
+    right = [row for row in rows if row["correct"]]
+    finished = [row for row in right if row["finish_reason"] == "stop"]
+    assert len(rows) == 24 and 0 < len(finished) < len(right)
+    learnt = {(row["id"], row["sample"]) for row in (rows if keep == "all" else finished)}
+    flat = sum(names(trained_on), [])
+    assert len(trained_on) == 7 and len(flat) == 56
+    for start in range(0, 56, len(learnt)):
+        one_pass = flat[start : start + len(learnt)]
+        assert set(one_pass) <= learnt and len(set(one_pass)) == len(one_pass)
+
+
+def test_a_cache_is_refused_when_its_responses_would_differ(student, problems, tmp_path):
+    """Other end tokens, or another wording of the prompts, make other responses."""
+    teacher = write_checkpoint(tmp_path / "teacher", seed=2)
+    tokenizer, loaded = toy.make_tokenizer(), lib.data.load_problems(problems)
+    prompts = lib.data.tokenize_prompts(tokenizer, loaded, toy.WORDING)
+
+    def identity(prompts=prompts, **settings):
+        cfg = warmup(student, teacher, problems, tmp_path / "out", **settings)
+        return fkl_warmup.rollout_identity(cfg, "hash", loaded, prompts, tokenizer)
+
+    first = identity()
+    assert identity() == first and identity(stop=(":",)) != first
+    assert identity({**prompts, loaded[0].id: [5]}) != first
+    path = Path(teacher) / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1]}))
+    assert identity() != first
+    for _ in range(2):
+        with open_cache(tmp_path / "cache", identity(), loaded, prompts):
+            pass
+    with pytest.raises(InputError, match="holds other rollouts .with end_tokens = .1., and this run needs .0, 1.*name"):
+        with open_cache(tmp_path / "cache", first, loaded, prompts):
+            pass
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "letter").touch()
+    with pytest.raises(InputError, match="holds something else than rollouts"):
+        with open_cache(tmp_path / "documents", first, loaded, prompts):
+            pass
+
+
+def test_a_second_run_waits_for_the_first_to_fill_the_cache(problems, tmp_path, capsys):
+    """Otherwise both would sample the same problems, and each problem would have its responses twice."""
+    loaded = lib.data.load_problems(problems)
+    prompts, found = {problem.id: [5] for problem in loaded}, []
+
+    def second():
+        with open_cache(tmp_path / "cache", {"seed": 0}, loaded, prompts) as cache:
+            found.append(sorted(cache.rows))
+
+    thread = threading.Thread(target=second)
+    with open_cache(tmp_path / "cache", {"seed": 0}, loaded, prompts) as cache:
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and not found
+        cache.append([Rollout(loaded[0], 0, [5], [6, 1], [-1.0, -1.0], "stop", "4", True)])
+    thread.join(60)
+    assert found == [[loaded[0].id]] and "waiting for another run to fill" in capsys.readouterr().out
 
 
 # Texts
@@ -145,90 +196,83 @@ def from_texts(model, data, out, rollouts, **settings):
 
 
 def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained_on, capsys):
-    """Their tokens are those that follow the generation prompt; what is too long, or answers other problems, is not used."""
-    known = lib.data.load_problems(problems)[:3]
+    """Their tokens are those that follow the generation prompt; what is left out is counted."""
+    known = lib.data.load_problems(problems)[:4]
     [stranger] = lib.data.load_problems(write_problems(tmp_path / "other.jsonl", 1, seed=7))
     rows = [(known[0], response(known[0])), (known[1], response(known[1], right=False)), (stranger, "Hmm,")]
     rows += [(known[0], "Roughly:" + "1" * 20), (known[0], response(known[0], right=False) + "<|im_end|>")]
     texts = write_texts(tmp_path / "texts.jsonl", rows)
-    fkl_warmup.main(from_texts(student, problems, tmp_path / "out", texts))
+    turns = [("user", known[3].prompt), ("assistant", response(known[3])), ("user", "Thanks")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    with open(texts, "a") as file:
+        file.write("{\n\n" + json.dumps(chat) + "\n" + json.dumps({"prompt": known[0].prompt}) + "\n")
+    fkl_warmup.main(from_texts(student, problems, tmp_path / "out", texts, max_steps=3))
     printed = capsys.readouterr().out
-    assert f"{texts}: 4 responses to 2 of the 12 training problems; 1 to other problems are left out" in printed
-    assert f"{texts}: left out responses longer than --max-response-tokens 12: 1\n" in printed
-    assert "responses: 3, 1 correct; learning from 3" in printed and "Most lines" not in printed
+    assert (
+        f"{texts}: 4 responses to 3 of the 12 training problems; left out are 1 to other problems, 1 longer than "
+        in printed
+    )
+    assert "and 2 lines without a prompt and a response (the first is line 6: Expecting" in printed
+    assert "responses: 4, 2 right and finished; learning from 4" in printed
 
     tokenizer = AutoTokenizer.from_pretrained(student)
     expected = []
-    for problem, text in (rows[0], rows[1], (known[0], response(known[0], right=False))):
+    learnt = [rows[0], rows[1], (known[0], response(known[0], right=False)), (known[3], response(known[3]))]
+    for problem, text in learnt:
         user = {"role": "user", "content": problem.prompt + INSTRUCTION}
-        turns = [user, {"role": "assistant", "content": text}]
-        expected.append(tokenizer.apply_chat_template(turns, return_dict=False))
-    [update] = trained_on
-    assert sorted(r.prompt_ids + r.response_ids for r in update) == sorted(expected)
-    assert {r.finish_reason for r in update} == {"stop"} and all(r.response_ids[-1] == 1 for r in update)
+        chat = [user, {"role": "assistant", "content": text}]
+        expected.append(tokenizer.apply_chat_template(chat, return_dict=False))
+    assert len(trained_on) == 3  # passes are repeated
+    for update in trained_on:
+        assert sorted(r.prompt_ids + r.response_ids for r in update) == sorted(expected)
+        assert {r.finish_reason for r in update} == {"stop"} and all(r.response_ids[-1] == 1 for r in update)
 
     fkl_warmup.main(from_texts(student, problems, tmp_path / "correct", texts, keep="correct"))
-    assert [r.text for r in trained_on[-1]] == [rows[0][1]]
+    assert {r.text for r in trained_on[-1]} == {rows[0][1], response(known[3])}
 
-    # Stage 3 and the audit read the lineage.
-    lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
+    lineage = lib.lineage.read_lineage(str(tmp_path / "out"))  # for Stage 3 and the audit
     assert lineage["parents"].keys() == {"model", "rollouts"}
     assert lineage["parents"]["rollouts"] == {"path": texts, "sha256": lib.lineage.file_sha256(Path(texts))}
-    assert lib.lineage.consumed_problems(lineage) == {known[0].id, known[1].id}
-    assert f"└─ rollouts: {texts}" in audit.history(lineage, {})
-    with pytest.raises(InputError, match="on 2 of its 12 problems"):
-        student_grpo.main(grpo(str(tmp_path / "out"), problems, tmp_path / "x", student_grpo.Config, half="full"))
+    assert lib.lineage.consumed_problems(lineage) == {known[0].id, known[1].id, known[3].id}
 
 
-def test_special_tokens_in_a_text_end_no_turn(student, problems, tmp_path):
+@pytest.mark.parametrize("content, words", [
+    ("[1]\n", "1 lines without a prompt and a response .the first is line 1: it is .1., not an object.; check the file"),
+    ('{"prompt": "1+1", "response": "2"}\n', "0 responses to 0 of the 12 training problems; left out are 1 to other problems"),
+])  # fmt: skip
+def test_texts_that_leave_nothing_to_learn_from_are_refused(content, words, student, problems, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(content)
+    with pytest.raises(InputError, match=words):
+        fkl_warmup.main(from_texts(student, problems, tmp_path / "out", str(tmp_path / "texts.jsonl")))
+
+
+def test_special_tokens_in_a_text_end_no_turn_and_parts_that_the_cache_has_are_not_read_again(
+    problems, tmp_path, monkeypatch
+):
     """With a tokenizer of bytes, in which a special token's name can also be spelt."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from lib.texts import Texts
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(["<end>", *alphabet])}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    [problem, *_] = loaded = lib.data.load_problems(problems)
-    texts = write_texts(tmp_path / "texts.jsonl", [(problem, "a<end>b"), (problem, "ab<end>")])
-    cfg = from_texts(student, problems, tmp_path / "out", texts)
-    found = Texts(cfg, loaded, tokenizer, {problem.id: [5]}).rollouts([problem])
-    assert [rollout.response_ids.count(tokenizer.eos_token_id) for rollout in found] == [1, 1]
-    assert [tokenizer.decode(rollout.response_ids[:-1]) for rollout in found] == ["a<end>b", "ab"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=AddedToken("<end>"))
+    [problem, other, *_] = loaded = lib.data.load_problems(problems)
+    rows = [(problem, "a<end>b"), (problem, "ab<end>"), (other, "c"), (problem, "d")]
+    texts, graded = write_texts(tmp_path / "texts.jsonl", rows), []
+    monkeypatch.setattr(lib.rollouts, "LINES_AT_A_TIME", 2)
 
-
-def test_a_killed_run_on_texts_ends_the_same(student, problems, tmp_path, monkeypatch):
-    rows = [(p, response(p, right)) for p in lib.data.load_problems(problems) for right in (True, False)]
-    texts = write_texts(tmp_path / "texts.jsonl", rows)
-    fkl_warmup.main(from_texts(student, problems, tmp_path / "straight", texts, max_sequences=4))
-    assert len(metrics(tmp_path / "straight")) == 6
-    cut = from_texts(student, problems, tmp_path / "cut", texts, max_sequences=4)
-    log = lib.runs.Run.log
-
-    def die(run, step, *arguments, **options):
-        if step == 2:
+    def grade(rollouts, grader):
+        graded.append([rollout.text for rollout in rollouts])
+        grade_by_parity(rollouts, grader)
+        if grader == "killed" and len(graded) == 2:
             raise KeyboardInterrupt
-        log(run, step, *arguments, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lib.runs.Run, "log", die)
-        fkl_warmup.main(cut)
-    cut = dataclasses.replace(cut, resume=True)
-    content = Path(texts).read_text()
-    Path(texts).write_text(content + content)
-    with pytest.raises(InputError, match="--resume: --rollouts .*texts.jsonl' has other texts than in"):
-        fkl_warmup.main(cut)
-    Path(texts).write_text(content)
-    fkl_warmup.main(cut)
-    assert_same_weights(tmp_path / "straight", tmp_path / "cut")
-    assert metrics(tmp_path / "straight") == metrics(tmp_path / "cut")
-
-
-def test_texts_that_mostly_answer_other_problems_are_announced(student, problems, tmp_path, capsys):
-    others = lib.data.load_problems(write_problems(tmp_path / "other.jsonl", 3, seed=7))
-    [known, *_] = lib.data.load_problems(problems)
-    texts = write_texts(tmp_path / "texts.jsonl", [(p, response(p)) for p in (*others, known)])
-    fkl_warmup.main(from_texts(student, problems, tmp_path / "out", texts))
-    assert f"Most lines of {texts} match no training problem" in capsys.readouterr().out
+    monkeypatch.setattr(lib.rollouts, "grade", grade)
+    prompts = {problem.id: [5] for problem in loaded}
+    with pytest.raises(KeyboardInterrupt), open_cache(tmp_path / "cache", {}, loaded, prompts) as cache:
+        lib.rollouts.read_texts(texts, cache, tokenizer, 12, "killed")
+    with open_cache(tmp_path / "cache", {}, loaded, prompts) as cache:
+        lib.rollouts.read_texts(texts, cache, tokenizer, 12, "")
+    assert graded == [["a<end>b", "ab"], ["c", "d"], ["c", "d"]]
+    found = [cache[row] for row in range(len(cache))]
+    assert [rollout.response_ids.count(tokenizer.eos_token_id) for rollout in found] == [1] * 4
+    assert [tokenizer.decode(rollout.response_ids[:-1]) for rollout in found] == ["a<end>b", "ab", "c", "d"]
+    assert cache.rows == {problem.id: [0, 1, 3], other.id: [2]}

@@ -85,12 +85,12 @@ def test_the_pretrained_model_is_asked_in_the_same_words_everywhere():
     commands = [(script, options) for script, options in commands if not script.startswith("experiments")]
     written = [options["out"] for script, options in commands if script != "evaluate"]
     assert len(written) == len(set(written)) == 11 and all("/1H/" in path for path in written)  # on the same labels
-    words = shlex.split(shlex.join(real.WORDING).replace(str(real.PREFIX), "experiments/real_prefix.txt"))
+    words = shlex.split(shlex.join(real.WORDING).replace(str(real.PROMPT), "experiments/real_prompt.txt"))
     wording = {name.removeprefix("--"): value for name, value in zip(words, words[1:]) if name.startswith("--")}
     wording["no-chat-template"] = ""
     for _, options in commands:
         assert {name: " ".join(shlex.split(options[name])) for name in wording} == wording
-    assert (ROOT / wording["prefix"].removeprefix("@")).is_file()
+    assert (ROOT / wording["prompt"].removeprefix("@")).is_file()
 
 
 @pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("real", "max-steps"), ("paper", "passes")])

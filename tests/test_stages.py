@@ -187,7 +187,7 @@ def test_filtered_sft_learns_from_right_answers_alone(student, teacher, problems
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings))
     assert set(json.loads((tmp_path / "sft" / "run.json").read_text())["consumed"]) == right and len(right) == 2
     grade_with(monkeypatch, lambda rollouts, grader: [setattr(rollout, "correct", False) for rollout in rollouts])
-    with pytest.raises(InputError, match="the teacher answered no problem correctly"):
+    with pytest.raises(InputError, match="no response is right and finished"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
 
 

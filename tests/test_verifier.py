@@ -1,7 +1,7 @@
 r"""The verifier against right answers, wrong answers that look right, and answers written to break it.
 
 tests/data/verifier_cases.jsonl holds one case a line: gold, response, expected, kind, and source where the gold answer
-is taken from MATH-500 (MIT licence). What is expected was derived from the mathematics, not from the verifier.
+is taken from MATH-500 (MIT licence). Expectations come from the mathematics, not from the verifier.
 results/verifier/disagreements.md lists where the two differ.
 """
 
@@ -24,9 +24,7 @@ from hypothesis import strategies as st
 from lib.verifier import MAX_CHARS, Verdict, Verifier, extract_answer, normalise, quick_check
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# To save time, every other case is left out unless TEST_LONG is set.
 CASES = [json.loads(line) for line in (ROOT / "tests/data/verifier_cases.jsonl").read_text().splitlines()]
-CASES = CASES if os.environ.get("TEST_LONG") else CASES[::2]
 
 
 def box(answer: str) -> str:
@@ -40,79 +38,44 @@ def shared():
         yield verifier
 
 
-# ---- the corpus
-
-
-def test_corpus(shared):
+@pytest.mark.parametrize("cases", [CASES[::5], pytest.param(CASES, marks=pytest.mark.rest)], ids=["sample", "all"])
+def test_corpus(shared, cases):
     """At least 99 % agreement, no wrong answer accepted, and every disagreement explained in results/."""
-    assert len(CASES) >= 300
-    verdicts = shared.check([case["response"] for case in CASES], [case["gold"] for case in CASES])
-    graded = [(case["gold"], case["expected"], verdict) for case, verdict in zip(CASES, verdicts)]
-    differing = [(gold, verdict) for gold, expected, verdict in graded if expected != verdict.correct]
-    assert [(gold, verdict) for gold, verdict in differing if verdict.correct] == [], "false positives"
-    assert len(differing) <= 0.01 * len(CASES)
+    assert 0.3 < sum(case["expected"] for case in cases) / len(cases) < 0.7  # A constant verdict must fail.
+    assert len({case["kind"] for case in cases}) >= 35
+    verdicts = shared.check([case["response"] for case in cases], [case["gold"] for case in cases])
+    differing = [
+        (case["gold"], verdict) for case, verdict in zip(cases, verdicts) if case["expected"] != verdict.correct
+    ]
+    assert [(gold, verdict) for gold, verdict in differing if verdict.correct] == [], "wrong answers accepted"
+    assert len(differing) <= 0.01 * len(cases)
     listed = (ROOT / "results/verifier/disagreements.md").read_text()
     assert [(gold, verdict) for gold, verdict in differing if f"`{verdict.extracted}`" not in listed] == []
-
-
-def test_corpus_is_not_one_sided():
-    """A verifier that always says no, or yes, must fail the corpus."""
-    share = sum(case["expected"] for case in CASES) / len(CASES)
-    assert 0.3 < share < 0.7
-    assert {case["kind"] for case in CASES} >= {
-        "fraction", "interval", "set", "matrix", "units", "percent", "mixed", "extract", "text", "thousands", "aime",
-        "hedge", "trap", "injection", "unicode",
-    }  # fmt: skip
 
 
 # ---- extraction
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("no box at all, 7", None),
-        ("", None),
-        (r"\boxed{7}", "7"),
-        (r"\boxed 7, as shown", "7"),
-        (r"\boxed{3} and then \fbox{ 4 }", "4"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\boxed{\left\{x\right.}", r"\left\{x\right."),
-        (r"\boxed{}", ""),
-        (r"\boxed{7} \boxed{", None),
-        (r"\boxed{7", None),
-        (r"\boxed{7}}}} {{", "7"),
-        (r"\boxed{\frac{1}{2} so, properly: \boxed{0.5}", "0.5"),  # An early box that never closes hides no later one.
-        (r"\boxed{1 + \boxed{2}}", r"1 + \boxed{2}"),
-        (r"put it in \boxed, so \boxed{7}", "7"),
-        (r"\boxedx{7}", None),
-        ("\\boxed\n{7}", "7"),
-        (r"\boxed{a\\{b}}", r"a\\{b}"),
-    ],
-)
-def test_extract(text, answer):
-    assert extract_answer(text) == answer
+def test_extract():
+    for text, answer in {
+        "no box at all, 7": None, r"\boxed 7, as shown": "7", r"\boxed{3} and then \fbox{ 4 }": "4", r"\boxed{}": "",
+        r"\boxed{\{1,2\}}": r"\{1,2\}", r"\boxed{\left\{x\right.}": r"\left\{x\right.", r"\boxed{a\\{b}}": r"a\\{b}",
+        r"\boxed{7} \boxed{": None, r"\boxed{7}}}} {{": "7", r"\boxed{1 + \boxed{2}}": r"1 + \boxed{2}",
+        r"\boxed{\frac{1}{2} so, properly: \boxed{0.5}": "0.5",  # An early box that never closes hides no later one.
+        r"put it in \boxed, so \boxed{7}": "7", r"\boxedx{7}": None, r"\\boxed{7}": "7", "\\boxed\n{7}": "7",
+    }.items():  # fmt: skip
+        assert extract_answer(text) == answer, text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param(r"\boxed{" + "{" * 10**6 + "7" + "}" * 10**6 + "}", id="braces"),
-        pytest.param(r"\boxed{" + "{" * 10**6, id="open braces"),
-        pytest.param(r"\boxed{" * 150_000, id="open boxes"),
-        pytest.param(r"\boxed{" * 70_000 + "}" * 70_000, id="nested boxes"),
-        pytest.param(r"\boxed " * 150_000, id="bare boxes"),
-        pytest.param(r"\boxed{7}" * 110_000, id="many boxes"),
-        pytest.param(r"\boxed" + " " * 10**6, id="spaces"),
-        pytest.param("\\" * 10**6, id="backslashes"),
-        pytest.param(r"\boxed{" + "7" * 10**6 + "}", id="digits"),
-    ],
-)
-def test_extraction_is_linear(text):
-    start = time.monotonic()
-    extract_answer(text)
-    assert time.monotonic() - start < 10.0  # It takes about 1 s, while a quadratic scan would take hours.
+def test_extraction_is_linear():
+    million = 10**6
+    for text in (
+        r"\boxed{" + "{" * million + "7" + "}" * million, r"\boxed{" * 100_000 + "}" * 50_000, r"\boxed " * 100_000,
+        r"\boxed{7}" * 100_000, r"\boxed" + " " * million, "\\" * million, r"\boxed{" + "7" * million + "}",
+    ):  # fmt: skip
+        start = time.monotonic()
+        extract_answer(text)
+        assert time.monotonic() - start < 10.0  # It takes about 1 s, while a quadratic scan would take hours.
 
 
 @settings(max_examples=200, deadline=None)
@@ -127,41 +90,34 @@ def test_extract_any_text(text):
 # ---- the fast path
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.integers(-(10**12), 10**12),
     st.integers(-(10**12), 10**12),
-    st.sampled_from(["{}", "{}.0", "{:,}", r"\text{{{}}}", "${}$", "{}."]),
+    st.sampled_from(["{}", "{}.0", "{:,}", r"\text{{{}}}", "${}$", r"\boxed{{{}}}.", "{}."]),
 )
 def test_integers_are_decided_exactly(gold, other, style):
     assert quick_check(str(gold), normalise(style.format(gold))) is True
     assert quick_check(str(gold), normalise(style.format(other))) is (gold == other)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.decimals(-1000, 1000, places=3), st.decimals(-1000, 1000, places=3))
 def test_decimals_are_decided_exactly(gold, other):
     assert quick_check(str(gold), str(other)) is (Fraction(gold) == Fraction(other))
 
 
-def test_no_number_is_too_long():
-    """Python's int() raises an error above 4,300 digits, so the fast path compares digits as text."""
-    assert quick_check("7" * 900, "0" * 50 + "7" * 900) is True
+def test_digits_are_compared_as_text():
+    """int() refuses more than 4,300 digits and reads digits of other scripts, in which no gold answer is written."""
     assert quick_check("7" * 5000, "0" + "7" * 5000) is True
     assert quick_check("7" * 5000, "7" * 4999) is False
-
-
-@pytest.mark.parametrize("digits", ["٣", "３", "७", "𝟹", "3٣"])
-def test_other_digits_are_wrong(digits):
-    """int() reads them as 3, but no gold answer is written in them, so they earn no reward."""
-    assert quick_check("3", digits) is False
-    assert quick_check("33", digits) is False
+    assert [quick_check("3", digit) for digit in ("٣", "３", "𝟹")] == [False] * 3
 
 
 def test_plain_answers_start_no_worker():
     with Verifier(num_workers=2) as verifier:
-        boxed = ["073", r"336^\circ", "1,000", "70.0", "8", r"\text{east}", "9" * 10**6]
-        golds = ["73", "336", "1000", "70", "7", r"\text{west}", "9", "7"]
+        boxed = ["073", r"336^\circ", "1,000", "70.0", "8", "seat", "9" * 10**6]
+        golds = ["73", "336", "1000", "70", "7", r"\text{east}", "9", "7"]
         verdicts = verifier.check([*map(box, boxed), "no box"], golds)
         assert [verdict.correct for verdict in verdicts] == [True] * 4 + [False] * 4
         assert [verdict.how for verdict in verdicts] == ["fast"] * 6 + ["too_long", "no_answer"]
@@ -169,68 +125,49 @@ def test_plain_answers_start_no_worker():
         assert all(worker.process is None for worker in verifier._workers)
 
 
-# ---- the parts that replace math-verify's own
+# ---- the algebra
 
 
-def test_unequal_factorials(shared):
-    """math-verify alone accepts the first, since both sides are 0.0 to 15 decimal places."""
-    answers = [r"\frac{1}{2006!}", "2006!+1", r"\frac{\pi}{2004!+1}"]
-    golds = [r"\frac{1}{2004!}", "2006!", r"\frac{\pi}{2004!}"]
-    assert [verdict.correct for verdict in shared.check(list(map(box, answers)), golds)] == [False] * 3
-    assert shared.check([box(r"2006\cdot 2005!")], ["2006!"])[0] == (True, r"2006\cdot 2005!", "math_verify")
+def test_order(shared):
+    """Verdicts come in the order of the responses, whichever worker finishes first."""
+    answers = [rf"\frac{{{i % 5}}}{{3}}" for i in range(40)]
+    verdicts = shared.check([box(answer) for answer in answers], [r"\frac{6}{9}"] * 40)
+    assert [verdict.correct for verdict in verdicts] == [i % 5 == 2 for i in range(40)]
+    assert [verdict.extracted for verdict in verdicts] == answers
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.fractions(-50, 50, max_denominator=40), st.fractions(-50, 50, max_denominator=40))
-def test_fractions(shared, gold, other):
-    def latex(value: Fraction, factor: int) -> str:
-        return rf"\frac{{{factor * value.numerator}}}{{{factor * value.denominator}}}"
-
-    answers = [latex(gold, 3), f"{gold.numerator}/{gold.denominator}", latex(other, 3)]
-    verdicts = shared.check([box(answer) for answer in answers], [latex(gold, 1)] * 3)
-    assert [verdict.correct for verdict in verdicts] == [True, True, gold == other]
-
-
-def test_juxtaposition(shared):
-    """math-verify alone reads 3(5) as 8."""
-    verdicts = shared.check([box("3(5)"), box("3(5)"), box(r"3\frac12"), box(r"3(\frac12)")], ["15", "8", "7/2", "7/2"])
-    assert [verdict.correct for verdict in verdicts] == [True, False, True, False]
+def test_equal_pairs_are_asked_once(monkeypatch):
+    """The samples of one prompt often agree, and each that meets the deadline would cost it again."""
+    asked = []
+    with Verifier(num_workers=1) as verifier:
+        monkeypatch.setattr(verifier._workers[0], "ask", lambda *pair: (asked.append(pair), (True, "math_verify"))[1])
+        verdicts = verifier.check([box("x+1"), box("x+2"), box("x + 1"), box("x+2")], ["2+x"] * 4)
+    assert asked == [("2+x", "x+1"), ("2+x", "x+2")]
+    assert [verdict.extracted for verdict in verdicts] == ["x+1", "x+2", "x + 1", "x+2"]
 
 
 # ---- hostile answers
 
 CANARY = "verifier_canary_was_here"
-HOSTILE = {
-    "power tower": "9^{9^{9^9}}",
-    "factorials": "((((9!)!)!)!)",
-    "memory": r"\operatorname{zeros}(100000,100000)",
-    "million factorial": "1000000!",
-    "large power": "3^{10^8}",
-    "tiny": "10^{-10^{10}}",
-    "exponent": "1E999999999",
-    "parentheses": "(" * 300 + "1" + ")" * 300,
-    "square roots": r"\sqrt{" * 140 + "2" + "}" * 140,
-    "million braces": "{" * 10**6 + "1" + "}" * 10**6,
-    "megabyte of digits": "7" * 10**6,
-    "900 digits": r"\frac{" + "7" * 450 + "}{" + "3" * 450 + "}",
-    "null bytes": "7\0+\0",
-    "surrogate": "\ud800+1",
-    "newlines": '7\n["7","7"]\ntrue\n',
-    "unions": r"\cup".join(["(0,1)"] * 60),
-    "import": f"__import__('os').system('touch {CANARY}')",
-    "import in text": rf"\text{{__import__('os').system('touch {CANARY}')}}",
-    "open": f"open('{CANARY}','w')",
-    "operator": rf"\operatorname{{open}}('{CANARY}','w')",
-    "subscript": f"x_{{open('{CANARY}','w')}}",
-    "function": f"f(open('{CANARY}','w'))",
-    "variable": rf"\variable{{open('{CANARY}','w')}}",
-    "shell": rf"\write18{{touch {CANARY}}}",
-}
+SLOW = ["((((9!)!)!)!)", "1E999999999", r"\cup".join(["(0,1)"] * 60), "(" * 300 + "1" + ")" * 300]  # time-outs, too
+HOSTILE = [
+    # what takes too long, or too much memory
+    "9^{9^{9^9}}", "1000000!", "3^{10^8}", "10^{-10^{10}}", r"\operatorname{zeros}(100000,100000)",
+    r"\frac{" + "7" * 450 + "}{" + "3" * 450 + "}", r"\sqrt{" * 140 + "2" + "}" * 140, "{" * 10**6 + "1" + "}" * 10**6,
+    # what could break the pipe to a worker
+    "7\0+\0", "\ud800+1", '7\n["7","7"]\ntrue\n',
+    # what runs if it is evaluated
+    f"__import__('os').system('touch {CANARY}')", rf"\text{{__import__('os').system('touch {CANARY}')}}",
+    f"open('{CANARY}','w')", rf"\operatorname{{open}}('{CANARY}','w')", f"x_{{open('{CANARY}','w')}}",
+    f"f(open('{CANARY}','w'))", rf"\variable{{open('{CANARY}','w')}}", rf"\write18{{touch {CANARY}}}",
+]  # fmt: skip
 
 
-def test_hostile_answers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("hostile", [HOSTILE, pytest.param(SLOW, marks=pytest.mark.rest)], ids=["most", "slow"])
+def test_hostile_answers(hostile, tmp_path, monkeypatch):
     """Each is graded wrong, the honest answers among them right, in bounded time and memory, and none runs as code."""
     monkeypatch.chdir(tmp_path)  # Users may start a stage from any directory.
+    descriptors = len(os.listdir("/proc/self/fd"))
     with Verifier(num_workers=2, deadline=1.5, memory_bytes=1 << 30) as verifier:
         honest = verifier.check([box(f"x+{i}") for i in range(2)], [f"{i}+x" for i in range(2)])
         assert all(verdict.correct for verdict in honest)
@@ -238,32 +175,33 @@ def test_hostile_answers(tmp_path, monkeypatch):
             limits = pathlib.Path(f"/proc/{worker.process.pid}/limits").read_text()
             assert str(1 << 30) in re.search(r"Max address space.*", limits)[0]
         start = time.monotonic()
-        answers = [*HOSTILE.values(), r"2\pi/6", r"\pi-\frac{2\pi}{3}"]
+        answers = [*hostile, r"2\pi/6", r"\pi-\frac{2\pi}{3}"]
         *verdicts, last, least = verifier.check([box(answer) for answer in answers], [r"\frac{\pi}{3}"] * len(answers))
-        seconds = time.monotonic() - start
-        for name, verdict in zip(HOSTILE, verdicts, strict=True):
-            assert not verdict.correct, name
-            assert verdict.extracted is None or len(verdict.extracted) <= MAX_CHARS
-        assert last.correct and least.correct
-        assert {verdict.how for verdict in verdicts} <= {"fast", "math_verify", "timeout", "too_long", "error"}
-        assert "timeout" in {verdict.how for verdict in verdicts}, "nothing reached the deadline"
-        assert seconds < 60
-        assert verifier.check([box(r"2\pi/6")], [r"\frac{\pi}{3}"])[0].correct
+        assert time.monotonic() - start < 60
+        pids = [worker.process.pid for worker in verifier._workers]
+    assert wait_until_gone(pids, 5) and len(os.listdir("/proc/self/fd")) == descriptors
+    assert not any(verdict.correct or len(verdict.extracted) > MAX_CHARS for verdict in verdicts), verdicts
+    assert last.correct and least.correct
+    assert "timeout" in {verdict.how for verdict in verdicts}, "nothing reached the deadline"
     # This process runs in the first of these directories, the workers run in the second.
     assert not (tmp_path / CANARY).exists() and not (ROOT / CANARY).exists()
 
 
-def run_python(program: str) -> str:
-    """What the program prints."""
+def run_python(program: str) -> list[str]:
+    """The lines that the program prints."""
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
+    return subprocess.run(command, cwd=ROOT, stdout=-1, text=True, check=True, timeout=120).stdout.splitlines()
 
 
-def test_workers_compile_no_text():
+def test_workers_compile_no_text_and_import_no_torch():
     """sympy's sympify and parse_expr evaluate text, but not in a worker that is ready."""
     program = """
-import os, subprocess, sympy
+import os, subprocess, sys
+import lib.verifier
+assert not {"torch", "numpy", "sympy"} & set(sys.modules)  # A stage has no use for sympy in its own process.
+import sympy
 from lib import verifier_worker
+assert not {"torch", "transformers", "numpy"} & set(sys.modules)  # A worker that imports torch starts slowly.
 assert sympy.sympify("1+1") == 2
 verifier_worker.lock_down()
 for attack in (
@@ -275,7 +213,7 @@ for attack in (
         print(error)
 print(verifier_worker.algebra_check("(x+1)^2", "x^2+2x+1"))
 """
-    assert run_python(program).splitlines() == [
+    assert run_python(program) == [
         "a verifier worker compiles no text",
         "a verifier worker compiles no text",
         "refused in a verifier worker: os.system",
@@ -301,6 +239,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
     return not any(map(alive, pids))
 
 
+@pytest.mark.rest
 def test_a_killed_worker_is_replaced():
     """Whether it is idle or at work when it is killed: the answer it held is asked again."""
     with Verifier(num_workers=2, deadline=20.0) as verifier:
@@ -313,8 +252,6 @@ def test_a_killed_worker_is_replaced():
         killer.join()
         assert [verdict.correct for verdict in verdicts] == [True] * 30
         assert not any(map(alive, pids))
-        pids = [worker.process.pid for worker in verifier._workers if worker.process]
-    assert wait_until_gone(pids, 5)
 
 
 def test_a_worker_without_memory_is_replaced():
@@ -329,6 +266,7 @@ def test_a_worker_without_memory_is_replaced():
         assert verifier._workers[0].process.pid != pid
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("answer", ["x+1", "9^{9^{9^9}}"], ids=["idle", "busy"])
 def test_workers_die_with_a_killed_parent(answer):
     """An idle worker sees its stdin close. A busy one has an alarm set for 2 s after the deadline."""
@@ -341,29 +279,17 @@ print(verifier._workers[0].process.pid, flush=True)
 verifier.check([r"\\boxed{{{answer}}}"], ["1+x"])
 time.sleep(100)
 """
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    worker = int(parent.stdout.readline())
-    time.sleep(0.5)
-    assert alive(worker)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        time.sleep(0.5)
+        assert alive(worker)
+        parent.kill()
     assert wait_until_gone([worker], 10)
 
 
-def test_a_verifier_that_is_not_closed():
-    """It neither delays the interpreter's exit nor leaves a worker behind."""
-    program = """
-from lib.verifier import Verifier
-verifier = Verifier(num_workers=1)
-verifier.check([r"\\boxed{x+1}"], ["1+x"])
-print(verifier._workers[0].process.pid)
-"""
-    assert wait_until_gone([int(run_python(program))], 5)
-
-
+@pytest.mark.rest
 def test_ctrl_c():
-    """Pairs that nobody has begun are dropped, so that the program ends by the deadline of those under way."""
+    """Pairs that nobody has begun are dropped, so the program ends by the deadline of those under way."""
     program = """
 import signal
 from lib.verifier import Verifier
@@ -373,14 +299,9 @@ with Verifier(num_workers=2, deadline=3.0) as verifier:
     print(*(worker.process.pid for worker in verifier._workers), flush=True)
     verifier.check([rf"\\boxed{{\\operatorname{{ones}}(3000,{number})}}" for number in range(2000, 2060)], ["7"] * 60)
 """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a process group of its own, like that of a command in a terminal
-    )
+    # A session of its own makes a process group, like that of a command in a terminal.
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     time.sleep(0.5)
     assert len(pids) == 2 and all(map(alive, pids))
@@ -401,10 +322,11 @@ def check_with_worker(script: str, monkeypatch, tmp_path) -> list[Verdict]:
         return verifier.check([box("x+1"), box("x+2")], ["1+x", "2+x"])
 
 
-def test_workers_that_cannot_start_are_an_error(monkeypatch, tmp_path):
+def test_workers_that_cannot_start_are_an_error(monkeypatch, tmp_path, capfd):
     """A missing math-verify must stop the run. If its answers were graded as wrong, it would look like a weak model."""
-    with pytest.raises(RuntimeError, match="did not start: No module named math_verify"):
+    with pytest.raises(RuntimeError, match="did not start; its error is above"):
         check_with_worker("echo 'No module named math_verify' >&2", monkeypatch, tmp_path)
+    assert "No module named math_verify" in capfd.readouterr().err
 
 
 def test_an_answer_whose_workers_die_is_wrong(monkeypatch, tmp_path):
@@ -412,71 +334,16 @@ def test_an_answer_whose_workers_die_is_wrong(monkeypatch, tmp_path):
     assert verdicts == [(False, "x+1", "error"), (False, "x+2", "error")]
 
 
-def test_imports_stay_small():
-    """A worker that imported torch would take long to start, and a stage has no use for sympy in its own process."""
-    program = "import sys; from lib import {}; print(*{{'torch', 'transformers', 'numpy', 'sympy'}} & set(sys.modules))"
-    assert run_python(program.format("verifier")).split() == []
-    assert run_python(program.format("verifier_worker")).split() == ["sympy"]
-
-
 # ---- the interface
 
 
-def test_order_and_duplicates(shared):
-    """Verdicts come in the order of the responses, whichever worker finishes first."""
-    answers = [rf"\frac{{{i % 5}}}{{3}}" for i in range(40)]
-    verdicts = shared.check([box(answer) for answer in answers], [r"\frac{6}{9}"] * 40)
-    assert [verdict.correct for verdict in verdicts] == [i % 5 == 2 for i in range(40)]
-    assert [verdict.extracted for verdict in verdicts] == answers
-
-
-def test_equal_pairs_are_asked_once(monkeypatch):
-    """The samples of one prompt often agree, and one that meets the deadline would do so each time."""
-    asked = []
-
-    def ask(gold: str, answer: str) -> tuple[bool, str]:
-        asked.append((gold, answer))
-        return answer == "x+2", "math_verify"
-
-    with Verifier(num_workers=1) as verifier:
-        monkeypatch.setattr(verifier._workers[0], "ask", ask)
-        verdicts = verifier.check([box("x+1"), box("x+2"), box("x + 1"), box("x+2")], ["2+x"] * 4)
-    assert asked == [("2+x", "x+1"), ("2+x", "x+2")]
-    assert [verdict.correct for verdict in verdicts] == [False, True, False, True]
-    assert [verdict.extracted for verdict in verdicts] == ["x+1", "x+2", "x + 1", "x+2"]
-
-
-@pytest.mark.parametrize(("responses", "golds"), [(["a"], []), (["a"], [" "]), (["a"], ["7" * 2000])])
+@pytest.mark.parametrize(("responses", "golds"), [(["a"], []), (["a"], [" "]), (["a"], ["7" * (MAX_CHARS + 1)])])
 def test_bad_calls(responses, golds):
     with Verifier() as verifier, pytest.raises(ValueError):
         verifier.check(responses, golds)
 
 
-@pytest.mark.parametrize("arguments", [{"num_workers": 0}, {"deadline": 0.0}])
-def test_bad_settings(arguments):
-    with pytest.raises(ValueError, match="must be positive"):
-        Verifier(**arguments)
-
-
 def test_command_line():
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "lib.verifier", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    assert run(r"\frac12", r"so \boxed{0.5}").stdout == "Verdict(correct=True, extracted='0.5', how='math_verify')\n"
-    assert run("7").returncode != 0
-
-
-def test_short_soak():
-    """2,000 gradings end with the processes and descriptors of the first. results/verifier/soak.md tells of more."""
-    with Verifier(num_workers=2, deadline=20.0) as verifier:
-        verifier.check([box("x+1"), box("x+2")], ["1+x", "2+x"])
-        pids, descriptors = [worker.process.pid for worker in verifier._workers], len(os.listdir("/proc/self/fd"))
-        for start in range(0, 2000, 250):
-            values = range(start, start + 250)
-            answers = [rf"\frac{{{i}}}{{7}}" if i % 50 == 0 else str(i) for i in values]
-            golds = [rf"\frac{{{2 * i}}}{{14}}" if i % 50 == 0 else f"0{i}" for i in values]
-            assert all(verdict.correct for verdict in verifier.check([box(answer) for answer in answers], golds))
-        assert [worker.process.pid for worker in verifier._workers] == pids
-        assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert wait_until_gone(pids, 5)
+    command = [sys.executable, "-m", "lib.verifier", r"\frac12", r"so \boxed{0.5}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert printed == "Verdict(correct=True, extracted='0.5', how='math_verify')\n"

@@ -8,8 +8,10 @@ import random
 from experiments.toy import TASK, work_out
 
 
-def right_steps(row: dict, response: str) -> float:
-    """`row` is the problem's line in train.jsonl. The value is 1 if the answer and all four steps are right."""
+def right_steps(row: dict, response: str, finish_reason: str) -> float:
+    """`row` is the problem's line in train.jsonl. The value is 1 if the answer and all four steps are right, 0 if it was cut."""
+    if finish_reason == "length":
+        return 0.0
     expression = row["problem"].removeprefix(TASK)
     results = work_out(expression, 0.0, random)  # the running result after each of the four steps, without errors
     right, written = 0, expression[0]

@@ -128,22 +128,27 @@ def attention():
     policy = Policy(make_model(num_hidden_layers=4 if CUDA else 2).to(DEVICE, DTYPE))
     rollouts = synthetic_rollouts(8, (50, 900) if CUDA else (3, 30), TOKENS)
 
-    def run(micro_batch_tokens: int, implementation: str, share_prompts: bool = False):
-        policy.model.set_attn_implementation(implementation)
+    def run(micro_batch_tokens: int, share_prompts: bool = False, plain: bool = False):
+        policy.model.set_attn_implementation("sdpa" if plain else "packed")
         policy.zero_grad()
         found = {}
         for batch in make_batches(rollouts, micro_batch_tokens, DEVICE, share_prompts):
-            logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
+            loss = lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets)
+            if plain:
+                hidden = policy.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
+                logprobs, _ = loss(hidden[batch.predicted_at], policy.model.lm_head.weight)
+            else:
+                logprobs, _ = policy(batch, loss)
             (logprobs * batch.advantages).sum().backward()
             for index in batch.rollout_index.unique().tolist():
                 found[index] = logprobs[batch.rollout_index == index].detach()
         return torch.cat([found[index] for index in sorted(found)]), gradient(policy)
 
-    alone = run(1, "sdpa")
+    alone = run(1, plain=True)
     bars = (0.2, 0.05) if CUDA else (1e-4, 1e-4)
     passed, figures = True, []
     for layout, share_prompts in (("one by one", False), ("prompts shared", True)):
-        packed = run(1 << 20, "packed", share_prompts)
+        packed = run(1 << 20, share_prompts)
         difference = (packed[0] - alone[0]).abs().max().item()
         error = relative_error(packed[1], alone[1])
         passed &= difference < bars[0] and error < bars[1]

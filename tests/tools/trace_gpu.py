@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import fkl_warmup  # noqa: E402
 import kernels  # noqa: E402
+import lib.packing  # noqa: E402
 import lib.policy  # noqa: E402
 import opd  # noqa: E402
 import teacher_grpo  # noqa: E402
@@ -64,7 +65,7 @@ def packed_forward(name: str, share_prompts: bool) -> str:
     rollouts = [common.Rollout(None, 0, [1] * 100, [2] * length, [0.0] * length, "stop", "") for length in (9000, 7000)]
     [batch] = make_batches(rollouts, N, torch.device("cuda"), share_prompts)
     calls = []
-    with mock.patch.object(lib.policy, "varlen_attn", lambda *a, **k: calls.append(k) or attention(*a, **k)):
+    with mock.patch.object(lib.packing, "varlen_attn", lambda *a, **k: calls.append(k) or attention(*a, **k)):
         attention = torch.nn.attention.varlen.varlen_attn
         hidden, weight = policy(batch, lambda hidden, weight: (hidden, weight))
     assert len(calls) == 2 and hidden.dtype == weight.dtype == torch.bfloat16 and weight.shape[0] == config.vocab_size
