@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import grade_with, made_up_grades, run_chain
 
 from experiments import toy
 
@@ -87,3 +88,13 @@ def problems(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def test_problems(tmp_path_factory) -> str:
     return write_problems(tmp_path_factory.mktemp("data") / "test.jsonl", 6, seed=1)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, student, teacher, problems) -> Path:
+    """All four stages, teacher and bridge on 1H, Stage 3 on 2H."""
+    out = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as patch:
+        grade_with(patch, made_up_grades)
+        run_chain(out, student, teacher, problems)
+    return out

@@ -95,7 +95,7 @@ def is_rest(file: str, name: str) -> bool:
     marks = [
         node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
     ]
-    return any("mark.rest" in ast.unparse(mark) for mark in (*test.decorator_list, *marks))
+    return any(ast.unparse(mark) == "pytest.mark.rest" for mark in (*test.decorator_list, *marks))
 
 
 def test_each_promise_names_tests_that_exist_and_their_suite():

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from rehearsal import MODELS, rehearse, write_models
 
 from common import InputError
+from tests.tools.rehearsal import rehearse, write_models
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -28,7 +28,7 @@ def plan(target: str, **variables) -> str:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_models(list(MODELS))
+    write_models()
     return tmp_path
 
 
@@ -37,7 +37,6 @@ PLANS = {  # target, variables of make, stages and evaluations in the plan
     "14B": ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, 32),
     "Llama on two nodes": ("tables", {"PAIR": "llama", "FIRST_NODE": "node1"}, 7),
     "8B on two nodes": ("R7", {"NODES": 2, "FIRST_NODE": "node1"}, 4),
-    "14B on 80 GB": ("R5-half", {"PAIR": "qwen3-14b"}, 4),
     "one GPU": ("R8", {"GPUS": 1}, 3),
 }
 
@@ -45,17 +44,8 @@ PLANS = {  # target, variables of make, stages and evaluations in the plan
 @pytest.mark.parametrize("name", PLANS)
 def test_every_command_of_a_plan_would_be_accepted(name, place):
     target, variables, count = PLANS[name]
-    text = plan(target, SCALE="paper", **variables)
-    assert rehearse(text) == count
-    if target == "tables":
-        [tables] = Path("runs").glob("*/seed*/report-test/tables.md")
-        assert tables.parts[2] == f"seed{variables.get('SEED', 0)}"
-
-
-def test_seeds_do_not_meet(place):
-    for seed in (0, 1):
-        assert rehearse(plan("R5-half", SCALE="paper", SEED=seed)) == 4
-    assert sorted(path.name for path in Path("runs/qwen3-8b").iterdir()) == ["seed0", "seed1"]
+    assert rehearse(plan(target, SCALE="paper", **variables)) == count
+    assert [path.name for path in Path("runs").glob("*/*")] == [f"seed{variables.get('SEED', 0)}"]
 
 
 def drop(script: str):
@@ -73,7 +63,7 @@ def replace(old: str, new: str):
         (replace("--half 2H", "--half 1H"), "--half 1H: on 10 of its 10 problems .* already trained"),
         (replace("--seed 0", "--seed 0 --tensor-parallel 3"), "--tensor-parallel 3 must divide .* processes .8."),
         (replace("--seed 0", "--seed 0 --max-response-tokens 40000"), "'Qwen/Qwen3-8B' has 40960 positions"),
-        (replace("--seed 0", "--seed 0 --max-prompt-tokens 50"), "more than --max-prompt-tokens 50"),
+        (replace("--seed 0", "--seed 0 --max-prompt-tokens 50"), "than --max-prompt-tokens 50"),
         (replace("--passes 1\n", "--passes 0\n"), "--passes 0 is too small"),
         (replace("Qwen/Qwen3-1.7B", "Qwen3-1.7B"), "--model 'Qwen3-1.7B' is not a checkpoint directory"),
     ],
@@ -113,12 +103,6 @@ def test_two_nodes_need_a_place_to_meet():
     assert done.returncode != 0 and "give FIRST_NODE, the host name of the first of them" in done.stderr
 
 
-def test_each_stage_says_what_begins_and_where_it_ends_up():
-    said = [line for line in plan("R5-half", SCALE="paper").splitlines() if line.startswith("echo ")]
-    assert [re.match(r'echo "(.+?):', line)[1] for line in said] == ["Stage 1", "Stage 2a", "Stage 2b", "Stage 3"]
-    assert said[0].endswith('so that the student learns from a good one -> runs/qwen3-8b/seed0/1H/rl/teacher"')
-
-
 PYTHON = """
 [ "$2" = venv ] || exec {python} "$@"
 for directory; do :; done
@@ -129,7 +113,7 @@ ln -sf {true} $directory/bin/pip
 """  # makes an environment in no time, with a pip that does nothing
 
 
-def test_a_broken_environment_is_said_to_be_so_and_mended(tmp_path):
+def test_a_broken_environment_is_said_to_be_so_and_replaced(tmp_path):
     (tmp_path / "python").write_text(PYTHON.format(python=sys.executable, true=shutil.which("true")))
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("requirements.txt", "requirements-cpu.txt"):
@@ -153,7 +137,7 @@ def test_a_broken_environment_is_said_to_be_so_and_mended(tmp_path):
     (venv / "installed").unlink()  # as after an interruption: what is there is kept and completed
     (venv / "marker").touch()
     done = make()
-    assert done.returncode == 0 and "from nothing" not in done.stdout and (venv / "marker").exists()
+    assert done.returncode == 0 and "from an empty" not in done.stdout and (venv / "marker").exists()
 
     for damage in ("no Python", "another Python"):
         (venv / "marker").touch()
@@ -165,5 +149,5 @@ def test_a_broken_environment_is_said_to_be_so_and_mended(tmp_path):
             (venv / "installed").write_text("3.10-requirements.txt\n")
         done = make()
         assert done.returncode == 0, done.stderr
-        assert "from nothing because what is there is broken or was made for something else" in done.stdout
+        assert "from an empty directory because what is there is broken or was made for something else" in done.stdout
         assert not (venv / "marker").exists() and (venv / "installed").read_text() == installed

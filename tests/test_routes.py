@@ -1,15 +1,13 @@
 """The paper's routes: what the Makefile would run, and what two checkpoints differ in."""
 
-import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_stages import chain, grpo  # noqa: F401  (chain is a fixture)
+from helpers import CHAIN_GRPO, ROOT, assert_same_weights, grpo
 
 import evaluate
 import lib.lineage
@@ -17,7 +15,6 @@ import student_grpo
 from common import InputError
 from experiments import audit, real, tables
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = "teacher_grpo|fkl_warmup|opd|student_grpo|evaluate|experiments.toy|experiments.real|experiments.tables|experiments.audit"
 
 
@@ -81,19 +78,13 @@ def test_all_tables_need_each_checkpoint_once():
     assert rows <= toy
 
 
-# What `make tables SCALE=real` makes. All of it is on 1H, so that the same labels are compared.
-REAL = """direct raw/warmup raw/bridge rl/teacher rl/warmup rl/bridge rl/bridge_sampled rl/opd_only rl/sft_only rl/bridge-2H
-    rl/bridge-replay""".split()
-
-
 def test_the_pretrained_model_is_asked_in_the_same_words_everywhere():
     """In all stages and evaluations, and where its student is made; a file that is not there would be refused."""
     (first, made), *commands = plan("tables", SCALE="real")
     assert first == "experiments.real" and made["student"] == "runs/none/seed0/raw/raw_student"
     commands = [(script, options) for script, options in commands if not script.startswith("experiments")]
     written = [options["out"] for script, options in commands if script != "evaluate"]
-    made = {path.removeprefix("runs/none/seed0/") for path in written}
-    assert len(written) == len(made) and made == {f"1H/{name}" for name in REAL}
+    assert len(written) == len(set(written)) == 11 and all("/1H/" in path for path in written)  # on the same labels
     words = shlex.split(shlex.join(real.WORDING).replace(str(real.PROMPT), "experiments/real_prompt.txt"))
     wording = {name.removeprefix("--"): value for name, value in zip(words, words[1:]) if name.startswith("--")}
     wording["no-chat-template"] = ""
@@ -130,13 +121,15 @@ def test_matched_routes_differ_in_what_they_contrast_alone(scale, budget):
 
 
 @pytest.fixture(scope="module")
-def replayed(chain, problems, tmp_path_factory):  # noqa: F811
+def replayed(chain, problems, tmp_path_factory):
     out = tmp_path_factory.mktemp("replay") / "replay"
-    student_grpo.main(grpo(str(chain / "bridge"), problems, out, student_grpo.Config, half="1H", replay=True))
+    student_grpo.main(
+        grpo(str(chain / "bridge"), problems, out, student_grpo.Config, half="1H", replay=True, **CHAIN_GRPO)
+    )
     return out
 
 
-def test_fresh_labels_and_replay_are_compared(chain, replayed, tmp_path, capsys):  # noqa: F811
+def test_fresh_labels_and_replay_are_compared(chain, replayed, tmp_path, capsys):
     first, second = (lib.lineage.read_lineage(str(path)) for path in (chain / "student", replayed))
     assert audit.differences(first, second).keys() == {"half", "replay", "labels"}
     assert audit.differences(first, first) == {}
@@ -144,18 +137,9 @@ def test_fresh_labels_and_replay_are_compared(chain, replayed, tmp_path, capsys)
     assert "| half | 2H | 1H |" in capsys.readouterr().out
     other = audit.differences(first, lib.lineage.read_lineage(str(chain / "bridge")))
     assert {"stage", "model weights", "teacher weights", "teacher", "rollouts_per_prompt"} <= other.keys()
-    # A text of several lines stays in one line of the table.
-    record = json.loads((replayed / "run.json").read_text())
-    record["config"]["prompt"] = "1+1=2\n{problem}\n"
-    shutil.copytree(replayed, tmp_path / "prefixed")
-    (tmp_path / "prefixed" / "run.json").write_text(json.dumps(record))
-    audit.main(audit.Config(compare=(str(replayed), str(tmp_path / "prefixed"))))
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        r"| prompt | {problem}\n\nLet's think step by step and output the final answer within \boxed{}. | 1+1=2\n{problem}\n |"
-    ]
 
 
-def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):  # noqa: F811
+def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):
     report = tmp_path / "report"
     evaluate.main(
         evaluate.Config(
@@ -177,6 +161,7 @@ def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys
         audit.main(audit.Config(lineage=str(chain / "student"), reports=(str(tmp_path),)))
 
 
+@pytest.mark.rest
 def test_a_plan_is_carried_out_as_if_by_the_shell(student, problems, tmp_path):
     """The same weights as from a fresh interpreter; the first command that fails ends the plan."""
     settings = f"--data {problems} --exclude --max-prompt-tokens 64 --max-response-tokens 8 --prompts-per-step 4 " \
@@ -184,20 +169,11 @@ def test_a_plan_is_carried_out_as_if_by_the_shell(student, problems, tmp_path):
     commands = [f"python teacher_grpo.py --model {student} --out {tmp_path / name} \\\n\t{settings}" for name in "ab"]
     bad = f"python teacher_grpo.py --model nowhere --data {problems} --exclude --out {tmp_path / 'c'}"
     text = "\n".join([commands[0], f"touch {tmp_path / 'touched'}", bad, commands[1]])
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.run_plan"],
-        cwd=ROOT,
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = [sys.executable, "-m", "experiments.run_plan"]
+    done = subprocess.run(words, cwd=ROOT, input=text, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "error: exit status 2 of: python teacher_grpo.py --model nowhere" in done.stderr
     assert "error: --model 'nowhere' is not a checkpoint directory" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "touched"]
     words = commands[1].replace("\\\n", " ").split()
     subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert (
-        lib.lineage.read_lineage(str(tmp_path / "a"))["sha256"]
-        == lib.lineage.read_lineage(str(tmp_path / "b"))["sha256"]
-    )
+    assert_same_weights(tmp_path / "a", tmp_path / "b")

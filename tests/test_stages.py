@@ -22,7 +22,6 @@ from helpers import (
     launch,
     made_up_grades,
     metrics,
-    run_chain,
     warmup,
     weights,
 )
@@ -38,16 +37,6 @@ import student_grpo
 import teacher_grpo
 from common import InputError
 from experiments import toy
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory, student, teacher, problems):
-    """All four stages, teacher and bridge on 1H, Stage 3 on 2H."""
-    out = tmp_path_factory.mktemp("chain")
-    with pytest.MonkeyPatch.context() as patch:
-        grade_with(patch, made_up_grades)
-        run_chain(out, student, teacher, problems)
-    return out
 
 
 @pytest.mark.parametrize("stage, before", [*zip(STAGES, ["{teacher}", "{student}", "warmup", "bridge"])])

@@ -30,9 +30,9 @@ import teacher_grpo  # noqa: E402
 from lib.packing import make_batches  # noqa: E402
 from tests.tools.rehearsal import MODELS  # noqa: E402
 
-STUDENT_AND_TEACHER = "Qwen3-1.7B", "Qwen3-8B"
-N, V = 16384, MODELS["Qwen3-8B"].vocab_size
-DS, DT = MODELS["Qwen3-1.7B"].hidden_size, MODELS["Qwen3-8B"].hidden_size
+STUDENT_AND_TEACHER = "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B"
+N, V = 16384, MODELS["Qwen/Qwen3-8B"].vocab_size
+DS, DT = MODELS["Qwen/Qwen3-1.7B"].hidden_size, MODELS["Qwen/Qwen3-8B"].hidden_size
 
 
 @contextmanager
@@ -116,9 +116,7 @@ def update(stage: str, student: str, teacher: str) -> str:
         common.Rollout(None, number, [1] * 100, [2] * length, [0.0] * length, "stop", "", advantage=number - 0.5)
         for number, length in enumerate((9000, 7000))
     ]
-    settings = dict(
-        data="", out="", share_prompts=True, micro_batch_tokens=N, rollouts_per_prompt=2, mini_batch_prompts=1
-    )
+    settings = dict(data="", out="", micro_batch_tokens=N, rollouts_per_prompt=2, mini_batch_prompts=1)
     trained = make_policy(teacher if stage == "1" else student, True)
     frozen = make_policy(teacher if stage[0] == "2" else student, False)
     optimizer = torch.optim.SGD(trained.parameters())  # AdamW's fused kernel is PyTorch's own
