@@ -17,7 +17,7 @@ import lib.rollouts
 from common import INSTRUCTION, InputError, Rollout
 from experiments import toy
 from lib.engines import Completion, Sampling, TorchEngine
-from lib.rollouts import known_tokens, open_cache, sample_rollouts, vocabulary_size
+from lib.rollouts import known_tokens, open_cache, sample_rollouts
 
 
 def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
@@ -42,7 +42,7 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
 
 def test_tokens_of_the_padding_are_cut_and_those_after_a_gap_in_the_ids_are_not():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1, "c": 7}, [])))
-    assert vocabulary_size(tokenizer) == 8 > len(tokenizer)
+    assert lib.data.vocab_size(tokenizer) == 8 > len(tokenizer)
     sampled = Completion([0, 7, 8, 1], [-1.0, -2.0, -3.0, -4.0], "stop")
     assert known_tokens(sampled, 8) == Completion([0, 7], [-1.0, -2.0], "length")
     assert known_tokens(Completion([0, 7], [-1.0, -2.0], "stop"), 8).finish_reason == "stop"
