@@ -76,7 +76,9 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
     """
     facts = []
     for lineage in (first, second):
-        settings = {k: v for k, v in lineage.get("config", {}).items() if k not in ("out", "resume", "track")}
+        settings = {
+            k: v for k, v in lineage.get("config", {}).items() if k not in ("out", "resume", "track", "accept_changes")
+        }
         parents = {f"{role} weights": parent["sha256"] for role, parent in lineage.get("parents", {}).items()}
         labels = sorted(lineage.get("consumed", ()))
         sessions = {}

@@ -122,6 +122,8 @@ def prompt_and_id(row: dict) -> tuple[str, str]:
 
     Raises ValueError for a row without a prompt, or with messages of which the last is not the user's.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {row!r:.40}, not an object")
     prompt = _prompt_of(row)
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns):

@@ -109,7 +109,7 @@ class Reward:
 
     def __exit__(self, *exc) -> None:
         if self.verifier:
-            self.verifier.close()
+            self.verifier.__exit__(*exc)
 
 
 def _file_of(reward: str) -> Path:

@@ -129,7 +129,8 @@ def test_gradients_are_what_the_docstrings_of_the_losses_say():
 
     generator = torch.Generator().manual_seed(0)
     logits, theirs = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
-    teacher = lambda batch, head: head(theirs, torch.eye(7, dtype=torch.float64))
+    teacher = lambda batch, loss_fn: loss_fn(theirs, torch.eye(7, dtype=torch.float64))
+    teacher.hidden_states = lambda batch: (theirs, torch.eye(7, dtype=torch.float64))
     targets = torch.tensor([0, 6, 3, 3, 1])
     p, log_p, log_q = logits.softmax(1), logits.log_softmax(1), theirs.log_softmax(1)
     sampled = torch.nn.functional.one_hot(targets, 7)

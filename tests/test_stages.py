@@ -180,7 +180,7 @@ def test_filtered_sft_learns_from_right_answers_alone(student, teacher, problems
 
     def two_right(rollouts, grader):
         for number, rollout in enumerate(rollouts):
-            rollout.correct = number in (2, 9)
+            rollout.correct, rollout.finish_reason = number in (2, 9), "stop"
         right.update(rollout.problem.id for rollout in rollouts if rollout.correct)
 
     grade_with(monkeypatch, two_right)
