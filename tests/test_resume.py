@@ -241,7 +241,7 @@ def test_a_checkpoint_along_the_way_is_written_again_after_a_kill(teacher, probl
 def test_other_weights_or_another_stage_are_not_resumed_with(student, teacher, problems, tmp_path, monkeypatch):
     config = grpo(teacher, problems, tmp_path / "out", passes=1, resume=True)
     interrupt(teacher_grpo.main, config, 2)
-    with pytest.raises(InputError, match="had lr = 0.01, now it is 0.5, and seed = 0, now it is 1; give the same"):
+    with pytest.raises(InputError, match="had seed = 0, now it is 1, and lr = 0.01, now it is 0.5; give the same"):
         teacher_grpo.main(dataclasses.replace(config, lr=0.5, seed=1))
     with pytest.raises(InputError, match="holds a run of teacher_grpo.py, not of fkl_warmup.py"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", resume=True))
