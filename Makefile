@@ -290,17 +290,8 @@ paper-toy: setup
 	$(PY) -m experiments.tables --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
 
 demo: $(REPORT)/demo/results.json
-	@$(PY) -m experiments.audit --curves $(DEMO:%=$(S)/%) --labels $(DEMO_LABELS) --out $(<D) > /dev/null
-	@cat $(<D)/table.md
-	@echo
-	@echo "Each row of the first table is a checkpoint, with the percentage of its answers to test problems that are right."
-	@echo "Direct GRPO spent $(if $(filter real,$(SCALE)),the half 1H of the training labels,all training labels) on the student. The teacher, the warmup and the bridge used 1H, half of them:"
-	@echo "first the teacher learnt from the labels (Stage 1), and then the student from the teacher (Stages 2a and 2b)."
-	@echo "The last row trained on with the other half, 2H (Stage 3). The paper expects each of these steps to help, and the"
-	@echo "bridge to beat direct GRPO. A difference of less than two standard errors (±) may be chance."
-	@echo "Pictures: $(<D)/bars.png and $(<D)/curves.png. The curves are of training problems."
-	@echo "Stage 3 begins lower there than the bridge ends, because the problems of its half are new to it."
-	@$(if $(DENSITY),echo && $(PY) -m experiments.density --student $(STUDENT) --teacher $(S)/1H/rl/teacher --raw-teacher $(TEACHER) \
+	@$(PY) -m experiments.tables --demo $(DEMO:%=$(S)/%) --labels $(DEMO_LABELS) --out $(<D)
+	@$(if $(DENSITY),$(PY) -m experiments.density --student $(STUDENT) --teacher $(S)/1H/rl/teacher --raw-teacher $(TEACHER) \
 		--bridge $(S)/1H/rl/bridge --data $(TESTS) --out $(<D) $(DENSITY))
 
 # The same chain with a pretrained language model, and the bridge from the raw teacher.
