@@ -276,7 +276,7 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
             left = margin + room + 0.17
             style = dict(boxstyle="round,pad=0.03", facecolor="white", edgecolor="#1c1c1c", lw=1.6)
             axis.add_patch(FancyBboxPatch((left, top + 0.06), 1.2, cell - 0.12, **style))
-            earned = float(ended.correct) if ended.reward is None else ended.reward
+            earned = float(bool(ended.correct)) if ended.reward is None else ended.reward
             text = f"{'✓' if ended.correct else '✗'} {why(ended)}: {earned:.3g}"
             put(left + 0.6, top + cell / 2, text, size=13 if len(text) < 12 else 10, ha="center", weight="bold")
         top += tall
