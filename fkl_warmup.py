@@ -174,7 +174,7 @@ def main(cfg: Config) -> None:
         cache = RolloutCache(directory, identity, problems, prompts, None if texts else cfg.rollouts_per_prompt)
         # How many problems the updates need is known beforehand only if all have the same number of responses.
         needed = cfg.max_steps * cfg.mini_batch_prompts if cfg.max_steps and cfg.keep == "all" and not texts else None
-        order = [problem for [problem] in data.problem_batches(problems, 1, cfg.passes, cfg.seed, needed)]
+        order = [problem for [problem] in data.problem_batches(problems, 1, cfg.passes, "warmup", cfg.seed, needed)]
         fill_cache(cache, order, texts, tokenizer, verifier, cfg)
         rows = training_order(cache, order, cfg.keep)
         size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
