@@ -163,7 +163,7 @@ def missing_problems(cache: RolloutCache, order: Sequence[Problem], cfg: Config)
 
 def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: Verifier | Reward, cfg: Config) -> None:
     """Samples from the teacher what the cache lacks, in parts, so that an interruption loses at most one of them."""
-    order = [problem for [problem] in data.problem_batches(problems, 1, 1, cfg.seed)]
+    order = [problem for [problem] in data.problem_batches(problems, 1, 1, "warmup", cfg.seed)]
     missing = missing_problems(cache, order, cfg)
     if not missing:
         return
@@ -199,7 +199,7 @@ def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) ->
         raise InputError("--keep correct leaves nothing, because no response is right and finished; give --keep all")
     enough = cfg.max_steps and cfg.max_steps * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     passes = math.ceil(enough / in_a_pass) if enough else cfg.passes
-    order = data.problem_batches(problems, 1, passes, cfg.seed)
+    order = data.problem_batches(problems, 1, passes, "warmup", cfg.seed)
     return [row for [problem] in order for row in learnt_from(cache, problem, cfg.keep)][:enough]
 
 

@@ -186,7 +186,7 @@ def main(cfg: Config) -> None:
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
         validation = Validation(cfg, tokenizer, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, cfg.seed, cfg.max_steps)
+        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, "opd", cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
             validation.score(step, policy)

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,10 +18,9 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common import INSTRUCTION, InputError, Problem, SamplerConfig, first_line, print0
-from lib.ids import problem_id
 from lib.verifier import MAX_CHARS, extract_answer
 
-ID_RULE = 1  # the rule of problem ids, recorded in run.json; another rule needs another number
+ID_RULE = 2  # the version of `problem_id`, recorded in run.json: ids of another version do not compare
 
 HUB_SETS = {  # short name -> (repository, configuration, split)
     "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
@@ -43,6 +43,39 @@ DAPO_PREFIX = (
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 _DAPO_PREFIX, _DAPO_SUFFIX, _OURS = (re.escape(text.strip()) for text in (DAPO_PREFIX, DAPO_SUFFIX, INSTRUCTION))
 _WRAPPER = re.compile(rf"^\s*(?:{_DAPO_PREFIX}|{_OURS})|(?:{_DAPO_SUFFIX}|{_OURS})\s*$")
+
+
+# Ids
+
+# What is typed or typeset in several ways, after `problem_id` has put it into lower case, and the one spelling of each.
+# The last two lines drop delimiters of formulas, spacing, and commands that change only the look of what follows.
+_SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pattern, spelling in (
+    (r"\\leq?(slant)?>>", "≤"), (r"\\geq?(slant)?>>", "≥"), (r"\\neq?>>", "≠"), (r"\\lt>>", "<"), (r"\\gt>>", ">"),
+    (r"\\times>>", "×"), (r"\\cdot>>|⋅", "·"), (r"\\div>>", "÷"), (r"\\[lc]?dots[bcim]?>>|\.{3,}|⋯", "…"),
+    (r"[‐-―−]", "-"), ("。", "."), ("、", ","), (r"[‘’′`´]", "'"), (r"''|[“”„«»]", '"'), (r"\\%", "%"),
+    (r"\\[dt]?frac>>", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac\1 \2"),
+    (r"\\(left|right|bigg?[lrm]?|displaystyle|limits|q?quad)>>|\\[,;:!>()\[\]\s]|\\\\|[~$]", " "),
+    (r"\\(text|math|operatorname|mbox)(rm|bf|it|normal)?>>", " "),
+)]  # fmt: skip
+
+
+def problem_id(text: str) -> str:
+    r"""First 16 hex digits of the sha256 of what counts in a problem's text, which is the same however it is typeset.
+
+    DAPO-Math-17k holds more than a thousand problems twice, typeset differently, and some of MATH-500. If two copies had
+    different ids, one could be trained on while the other counts as held out. What does not count: capitals, the spelling
+    of signs (`_SPELLINGS`), white space except between digits, quotation marks, full stops, commas, semicolons and colons
+    except between digits, and in a text with LaTeX the braces that only group. Everything else counts.
+    """
+    text = re.sub("[²³¹⁰-ⁿ]", lambda superscript: "^" + superscript[0], text)  # or NFKC would make x2 of x²
+    text = unicodedata.normalize("NFKC", text).lower()
+    latex = "\\" in text or "$" in text
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    text = re.sub(r'(?<!\\)[{}"]' if latex else '"', " ", text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\s+", " ", text))
+    text = re.sub(r"[.,;:](?!\d)|(?<!\d)[,;:]|(?<=[^\W\d])\.", "", text)  # the dot of .5 counts
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # Rows
@@ -290,10 +323,12 @@ def load_training_problems(cfg) -> list[Problem]:
 
 
 def problem_batches(
-    problems: Sequence[Problem], size: int, passes: int, seed: int, limit: int | None = None
+    problems: Sequence[Problem], size: int, passes: int, stage: str, seed: int, limit: int | None = None
 ) -> list[list[Problem]]:
     """Shuffled passes over the problems, cut into batches of `size`: `limit` batches, or without it `passes` passes.
 
+    The order depends on `stage` as well as on the seed. Otherwise a run of OPD with a step limit would see the problems
+    that the warmup before it has seen, and the whole bridge fewer problems than what it is compared with.
     The tail of a pass is filled from the next one, so every batch is full; without `limit` the last one may be cut short.
     A batch can therefore hold a problem more than once, and a message says so if `size` makes that the rule.
     """
@@ -307,7 +342,7 @@ def problem_batches(
     order: list[Problem] = []
     for number in range(passes):
         one_pass = list(problems)
-        random.Random(f"{seed}/{number}").shuffle(one_pass)
+        random.Random(f"{stage}/{seed}/{number}").shuffle(one_pass)
         order += one_pass
     return [order[start : start + size] for start in range(0, len(order), size)][:limit]
 

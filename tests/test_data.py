@@ -201,17 +201,36 @@ def test_a_checkpoint_that_is_not_there_is_not_asked_for_on_the_hub(tmp_path, mo
 # Ids, halves, exclusion
 
 
+SAME = [
+    ("Find $|m-n|$ if $x\\in\\left(0,\\dfrac{1}{2}\\right)$.", "find \\( |m - n| \\) if \\(x \\in (0, \\frac12)\\)"),
+    ("Compute \\[1.5 + 2.\\]", "Compute $1.5+2$."),
+    ("if $a \\le b$", "if $a \\leq b$", "if $a\\leqslant b$", "If a ≤ b,"),
+    ("$1, \\dots, n$", "$1,\\ldots,n$", "$1, \\cdots, n$", "1, …, n", "1, ..., n"),
+    ("$3\\text{ cm}$", "$3\\mathrm{cm}$", "3 cm"),
+    ("$2 \\times 3 \\div 4$", "2×3÷4"),
+    ("$x^{2}-1$", "x² − 1", "$x^2\\,–\\,1$"),
+    ("Alice’s “big” cat; or ``small''", 'alice\'s "big" cat or "small"'),
+    ("$f''(x)$", "f''(x)"),
+    ("若 $x=1$，则 $y$。", "若x=1,则y"),
+]
+DIFFERENT = [
+    ("3 × 4", "3 : 4", "3 ÷ 4", "3 + 4", "3 - 4", "3 4", "34"), ("1.5", "15", "1 5", ".5", "5"), ("5!", "5"),
+    ("$a \\le b$", "$a \\ge b$", "$a < b$"), ("$\\sin x$", "$\\cos x$"), ("f(1,2)", "f(12)", "f(1;2)"), ("f'(x)", "f(x)"),
+    ("$\\frac{1}{23}$", "$\\frac{12}{3}$"), ("$x^{2}3$", "$x^{23}$"), ("$\\mathbb{R}$", "$R$"), ("Sort 1 23", "Sort 12 3"),
+    ("$\\{1\\}$", "$1$"), ("已知 z", "已知 x"), ("Is {} balanced?", "Is {{ balanced?", "Is }{ balanced?"),
+]  # fmt: skip
+
+
 def test_one_problem_has_one_id_however_it_is_typeset():
-    same = [
-        (
-            "Find $|m-n|$ if $x\\in\\left(0,\\dfrac{1}{2}\\right)$.",
-            "find \\( |m - n| \\) if \\(x \\in (0, \\frac12)\\)",
-        ),
-        ("Compute \\[1.5 + 2.\\]", "Compute $1.5+2$."),
-    ]
-    different = ["z^4+z^2+1", "z^4-z^2+1", "1.5+2", "15+2", "n!", "n", "x<y", "x>y", "已知 z", "已知 x"]
-    assert all(lib.data.problem_id(first) == lib.data.problem_id(second) for first, second in same)
-    assert len({lib.data.problem_id(prompt) for prompt in different}) == len(different)
+    for texts in SAME:
+        assert len({lib.data.problem_id(text) for text in texts}) == 1, texts
+
+
+def test_problems_that_differ_have_different_ids():
+    for texts in DIFFERENT:
+        assert len({lib.data.problem_id(text) for text in texts}) == len(texts), texts
+    sums = ["".join(parts) for parts in itertools.product("01", "+-*", "29", "+-*", "37")]
+    assert len({lib.data.problem_id(toy.TASK + text) for text in sums}) == len(sums)
 
 
 def test_problems_that_differ_in_one_sign_are_all_kept(tmp_path):
@@ -269,19 +288,20 @@ def test_every_turn_of_a_chat_counts_in_the_id(tmp_path):
 @given(count=st.integers(1, 30), size=st.integers(1, 12), passes=st.integers(1, 4), seed=st.integers(0, 5))
 def test_batches_cover_every_pass_once_each_in_its_own_order(count, size, passes, seed):
     problems = [Problem(str(i), "", "") for i in range(count)]
-    batches = problem_batches(problems, size, passes, seed)
+    batches = problem_batches(problems, size, passes, "opd", seed)
     flat = [problem.id for batch in batches for problem in batch]
     assert all(len(batch) == size for batch in batches[:-1]) and len(flat) == count * passes
     orders = [tuple(flat[start : start + count]) for start in range(0, len(flat), count)]
     assert all(sorted(order) == sorted(p.id for p in problems) for order in orders)
     if count > 20:
-        assert len(set(orders)) == passes and problem_batches(problems, size, passes, seed + 1) != batches
+        assert len(set(orders)) == passes and problem_batches(problems, size, passes, "warmup", seed) != batches
+        assert problem_batches(problems, size, passes, "opd", seed + 1) != batches
 
 
 def test_max_steps_alone_decides_where_it_is_given():
     problems = [Problem(str(i), "", "") for i in range(5)]
     for passes in (1, 10**9):  # one pass has fewer steps, and a billion would not fit into memory
-        assert problem_batches(problems, 3, passes, 0, 4) == problem_batches(problems, 3, 3, 0)[:4]
+        assert problem_batches(problems, 3, passes, "opd", 0, 4) == problem_batches(problems, 3, 3, "opd", 0)[:4]
 
 
 # Prompts

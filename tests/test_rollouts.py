@@ -103,7 +103,7 @@ def test_a_limited_warmup_samples_what_it_uses(
     if keep == "all":
         assert {row["id"] for row in rows} == used and len(used) == 2
     else:  # those before the last one in use were sampled, whether or not they had a right answer, and no others
-        order = [p.id for [p] in lib.data.problem_batches(lib.data.load_problems(problems), 1, 1, 0)]
+        order = [p.id for [p] in lib.data.problem_batches(lib.data.load_problems(problems), 1, 1, "warmup", 0)]
         assert {row["id"] for row in rows} == set(order[: order.index(last) + 1]) > used
         assert "learning from 4\n" in capsys.readouterr().out
     assert len(rows) < 12 * 2

@@ -116,7 +116,7 @@ def test_a_checkpoint_along_the_way_serves_every_later_stage(student, teacher, p
     assert sorted(path.name for path in (tmp_path / "teacher").glob("step-*")) == ["step-000001", "step-000002"]
     early = tmp_path / "teacher" / "step-000001"
     assert record(early)["steps"] == 1 and record(early)["first"] == record(early)["last"]
-    batches = lib.data.problem_batches(lib.data.load_problems(problems), 4, 1, 0)
+    batches = lib.data.problem_batches(lib.data.load_problems(problems), 4, 1, "grpo", 0)
     first = {problem.id for problem in batches[0]}
     lineage = lib.lineage.read_lineage(str(early))
     assert lib.lineage.consumed_problems(lineage) == first and lineage["parents"]["model"]["path"] == teacher
