@@ -4,6 +4,8 @@
 """
 
 import ast
+import dataclasses
+import importlib
 import json
 import re
 from pathlib import Path
@@ -77,6 +79,17 @@ def test_links_to_files_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_settings_that_pages_name_exist():
+    configs = [importlib.import_module(name).Config for name in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo",
+               "evaluate", "experiments.audit", "experiments.tables", "experiments.toy")]  # fmt: skip
+    known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+    others = {"help", "dtype", "json-lines", "shutdown-timeout", "signals-to-handle"}
+    for page in PAGES:
+        text = re.sub(r"torchrun.*|#SBATCH.*|pip install.*", "", page.read_text(encoding="utf-8"))
+        named = re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]+)", text)
+        assert set(named) <= known | others, page.name
+
+
 PAPER = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
 ROWS = [line for line in PAPER.splitlines() if "#L" in line and line[0] == "|"]
 
@@ -129,7 +142,15 @@ def test_gradients_are_what_the_docstrings_of_the_losses_say():
 
     generator = torch.Generator().manual_seed(0)
     logits, theirs = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
-    teacher = lambda batch, head: head(theirs, torch.eye(7, dtype=torch.float64))
+
+    class Teacher:
+        def hidden_states(self, batch):
+            return theirs, torch.eye(7, dtype=torch.float64)
+
+        def __call__(self, batch, head):
+            return head(*self.hidden_states(batch))
+
+    teacher = Teacher()
     targets = torch.tensor([0, 6, 3, 3, 1])
     p, log_p, log_q = logits.softmax(1), logits.log_softmax(1), theirs.log_softmax(1)
     sampled = torch.nn.functional.one_hot(targets, 7)
