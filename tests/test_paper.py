@@ -4,6 +4,8 @@
 """
 
 import ast
+import dataclasses
+import importlib
 import json
 import re
 from pathlib import Path
@@ -75,6 +77,17 @@ def test_links_to_files_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("https://"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_settings_that_pages_name_exist():
+    configs = [importlib.import_module(name).Config for name in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo",
+               "evaluate", "experiments.audit", "experiments.tables", "experiments.toy")]  # fmt: skip
+    known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+    others = {"help", "dtype", "json-lines", "shutdown-timeout", "signals-to-handle"}
+    for page in PAGES:
+        text = re.sub(r"torchrun.*|#SBATCH.*|pip install.*", "", page.read_text(encoding="utf-8"))
+        named = re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]+)", text)
+        assert set(named) <= known | others, page.name
 
 
 PAPER = (ROOT / "docs/paper.md").read_text(encoding="utf-8")

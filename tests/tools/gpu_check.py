@@ -3,10 +3,9 @@
     make gpu-check                                   # or: python -m tests.tools.gpu_check
     python -m tests.tools.gpu_check --only attention,chain
 
-It needs neither the network nor vLLM, and uses what is there (vLLM, a second GPU, Liger, TRL). Every part is a process of
-its own with a time limit, and a part that fails does not stop the others. The table at the end has a line for each part;
-it is also written to results/gpu/, with what each part printed, the device, the versions and the date. On a CPU the same
-parts run at small sizes, and nothing is written.
+It needs neither the network nor vLLM, and uses vLLM, Liger and a second GPU if they are there. Every part is a process of
+its own with a time limit, and a part that fails does not stop the others. The table at the end has a line for each part.
+It is also written to results/gpu/, with what each part printed. On a CPU the parts run at small sizes and write nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +27,24 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from safetensors.torch import load_file  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+import common  # noqa: E402
+import fkl_warmup  # noqa: E402
+import kernels as fused  # noqa: E402
+import opd  # noqa: E402
+import student_grpo  # noqa: E402
+import teacher_grpo  # noqa: E402
+from common import Problem, Rollout  # noqa: E402
+from experiments import toy  # noqa: E402
+from lib.packing import make_batches  # noqa: E402
+from lib.policy import Policy  # noqa: E402
+from lib.runs import Run  # noqa: E402
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -42,8 +59,6 @@ SAMPLED = 128 if CUDA else 8
 
 
 def make_model(seed: int = 0, **changes):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     torch.manual_seed(seed)
     shape = {**(SHAPE if CUDA else SMALL), **changes}
     return Qwen3ForCausalLM(
@@ -56,11 +71,6 @@ def make_model(seed: int = 0, **changes):
 
 def write_checkpoint(directory: Path, seed: int) -> str:
     """A random model, and a tokenizer whose vocabulary is as large as Qwen3's: the toy's words and many that never occur."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from experiments import toy
-
     words = toy.VOCABULARY + [f"<{number}>" for number in range(TOKENS - len(toy.VOCABULARY))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=toy.PAD))
     pattern = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in word) for word in sorted(toy.VOCABULARY, key=len)[::-1])
@@ -75,8 +85,6 @@ def write_checkpoint(directory: Path, seed: int) -> str:
 
 def synthetic_rollouts(count: int, lengths: tuple[int, int], vocabulary: int):
     """Random tokens in groups of 8, with advantages of both signs."""
-    from common import Problem, Rollout
-
     rng = random.Random(0)
     rollouts = []
     for number in range(count):
@@ -121,10 +129,6 @@ def kernel_benchmark():
 
 def attention():
     """Packs, in both layouts, against one-by-one forwards with transformers' own attention: values, gradients."""
-    from kernels import fused_linear_logprob
-    from lib.packing import make_batches
-    from lib.policy import Policy
-
     policy = Policy(make_model(num_hidden_layers=4 if CUDA else 2).to(DEVICE, DTYPE))
     rollouts = synthetic_rollouts(8, (50, 900) if CUDA else (3, 30), TOKENS)
 
@@ -133,7 +137,7 @@ def attention():
         policy.zero_grad()
         found = {}
         for batch in make_batches(rollouts, micro_batch_tokens, DEVICE, share_prompts):
-            loss = lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets)
+            loss = lambda hidden, weight: fused.fused_linear_logprob(hidden, weight, batch.targets)
             if plain:
                 hidden = policy.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
                 logprobs, _ = loss(hidden[batch.predicted_at], policy.model.lm_head.weight)
@@ -158,12 +162,6 @@ def attention():
 
 def updates():
     """Gradients of GRPO's and OPD's losses on synthetic rollouts, fused and by the formulas."""
-    import kernels as fused
-    import opd
-    import teacher_grpo
-    from lib.packing import make_batches
-    from lib.policy import Policy
-
     rollouts = synthetic_rollouts(8, LONG, TOKENS)
     formulas = {
         "fused_linear_logprob": fused.fused_linear_logprob_reference,
@@ -201,12 +199,6 @@ def made_up_grades(rollouts, verifier):
 
 def run_chain(directory: Path, engine: str) -> list[Path]:
     """Two steps of each stage on random models, as the command line would run them."""
-    import fkl_warmup
-    import opd
-    import student_grpo
-    import teacher_grpo
-    from experiments import toy
-
     rng = random.Random(0)
     made = [toy.make_problem(rng) for _ in range(16)]
     rows = [json.dumps({"problem": problem.prompt, "answer": problem.answer}) for problem in made]
@@ -246,8 +238,6 @@ def raw_models(directory: str) -> Path:
 
 def chain(engine: str = "torch"):
     """All four stages, two steps each, with the embedded engine."""
-    import common
-
     with tempfile.TemporaryDirectory() as directory:
         raw_models(directory)
         common.start_process()
@@ -275,12 +265,6 @@ def two_ranks():
 
 def resume():
     """A run that dies in its second step and is resumed, against one that is not interrupted."""
-    from safetensors.torch import load_file
-
-    import common
-    import teacher_grpo
-    from lib.runs import Run
-
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         model = write_checkpoint(directory / "model", 0)
@@ -366,8 +350,6 @@ def main() -> None:
     options = parser.parse_args()
     by_name = {part.__name__: part for part in PARTS}
     if options.rank:
-        import common
-
         common.start_process()
         run_chain(Path(options.rank), "torch")
         common.exit_process(0)
