@@ -86,13 +86,13 @@ DISTILL := --lr 2e-3
 WARMUP := --mini-batch-prompts 16
 OPD := --prompts-per-step 16
 # Budgets are numbers of steps, the same on half of the labels as on all of them.
-TEACHER_BUDGET := --passes 99 --max-steps 48
-SFT_TEACHER_BUDGET := --passes 99 --max-steps 72
-DIRECT_BUDGET := --passes 99 --max-steps 72
-STAGE3_BUDGET := --passes 99 --max-steps 36
-WARMUP_BUDGET := --passes 99 --max-steps 30
-OPD_BUDGET := --passes 99 --max-steps 90
-BRIDGE_BUDGET := --passes 99 --max-steps 120
+TEACHER_BUDGET := --max-steps 48
+SFT_TEACHER_BUDGET := --max-steps 72
+DIRECT_BUDGET := --max-steps 72
+STAGE3_BUDGET := --max-steps 36
+WARMUP_BUDGET := --max-steps 30
+OPD_BUDGET := --max-steps 90
+BRIDGE_BUDGET := --max-steps 120
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --top-k -1 --max-response-tokens 24 --seed $(SEED)
 DENSITY := --max-response-tokens 24 --seed $(SEED) --tried 250 --responses 4
@@ -116,13 +116,13 @@ GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
 DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
 OPD := --prompts-per-step 8 --lr 2e-5
-TEACHER_BUDGET := --passes 99 --max-steps 32
-SFT_TEACHER_BUDGET := --passes 99 --max-steps 10
-DIRECT_BUDGET := --passes 99 --max-steps 36
-STAGE3_BUDGET := --passes 99 --max-steps 12
-WARMUP_BUDGET := --passes 99 --max-steps 10
-OPD_BUDGET := --passes 99 --max-steps 16
-BRIDGE_BUDGET := --passes 99 --max-steps 26
+TEACHER_BUDGET := --max-steps 32
+SFT_TEACHER_BUDGET := --max-steps 10
+DIRECT_BUDGET := --max-steps 36
+STAGE3_BUDGET := --max-steps 12
+WARMUP_BUDGET := --max-steps 10
+OPD_BUDGET := --max-steps 16
+BRIDGE_BUDGET := --max-steps 26
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 4 $(TASK)
 DENSITY := --tried 64 $(TASK)
@@ -307,7 +307,7 @@ distributed-demo: setup $(TESTED_WITH)
 	rm -rf $(D)
 	$(MAKE) --no-print-directory R5-half RUNS=$(RUNS)/distributed RUN="$(LAUNCH)" MAKE_DATA="$(MAKE_DATA) --head-dim 32" \
 		GRPO="--lr 1e-3 --mini-batch-prompts 16 --engine vllm" DISTILL="--lr 2e-3 --engine vllm" \
-		$(foreach stage,TEACHER WARMUP OPD STAGE3,$(stage)_BUDGET="--passes 99 --max-steps $(DISTRIBUTED_STEPS)")
+		$(foreach stage,TEACHER WARMUP OPD STAGE3,$(stage)_BUDGET="--max-steps $(DISTRIBUTED_STEPS)")
 	$(LAUNCH) evaluate.py --models $(D)/raw/raw_student $(D)/raw/raw_teacher $(D)/1H/rl/teacher $(D)/1H/rl/warmup \
 		$(D)/1H/rl/bridge $(D)/1H/rl/bridge-2H --data $(D)/raw/test.jsonl --out $(D)/report \
 		$(EVALUATE) --k 4 --max-prompt-tokens 64 --engine vllm
