@@ -187,7 +187,7 @@ def read_texts(cfg) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    id: str  # the same for a problem in every data set, however it is typeset; see lib.ids
+    id: str  # the same for every copy of the problem that the rule of lib.ids recognises, in any data set
     prompt: str  # its text; of several chat messages that of the last, and all of them stand in the row
     answer: str
     row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own
