@@ -196,7 +196,7 @@ def read_texts(cfg) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    id: str  # the same for a problem in every data set, however it is typeset; see lib.data.problem_id
+    id: str  # the same for every copy of the problem that `lib.data.problem_id` recognises, in any data set
     prompt: str  # its text, without --prompt; of several chat messages that of the last (all of them are in the row)
     answer: str
     row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own

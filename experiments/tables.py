@@ -172,7 +172,7 @@ TABLES = {
 }  # fmt: skip
 # SCALE=real has every row on 1H, so that all rows compare what is done with the same labels. Only Stage 3 has 2H.
 TABLES_1H = {
-    "Rows on the same half of the labels, 1H, and Stage 3 after them": (
+    "Rows on half of the labels (1H), and Stage 3 after them": (
         Row("-", "the raw student", "student"),
         Row("raw", "the teacher itself", "teacher"),
         Row("RL'd", "the teacher itself (Stage 1)", "1H/rl/teacher", "teacher (Stage 1)"),
@@ -327,7 +327,7 @@ def difference(each: Sequence[tuple[float, float]], problems: int) -> dict[str, 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values that allow for their number, by Holm's correction: of all below 0.05 together one is false in 5 %."""
+    """p values after Holm's correction for their number: the chance that any below 0.05 is false is at most 5 %."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
@@ -367,15 +367,22 @@ def tables_of(pair: str, checkpoints: Iterable[str]) -> tuple[dict[str, Sequence
     """
     tables, claims = TABLES_1H, CLAIMS_1H
     if any(checkpoint.startswith("full/") for checkpoint in checkpoints):
-        tables, claims = (
-            {t: rows for t, rows in TABLES.items() if t == OURS or (t == LLAMA) == (pair == "llama")},
-            CLAIMS,
-        )
+        tables, claims = TABLES, CLAIMS
+        tables = {
+            title: rows for title, rows in tables.items() if title == OURS or (title == LLAMA) == (pair == "llama")
+        }
     filled = {title: [row for row in rows if row.checkpoint in checkpoints] for title, rows in tables.items()}
     return (
         {title: rows for title, rows in filled.items() if rows},
         [claim for claim in claims if claim.first in checkpoints and claim.second in checkpoints],
     )
+
+
+def average(runs: list[dict], checkpoint: str, name: str) -> tuple[float, float]:
+    """avg@k of a checkpoint: of one run ± SE over problems, of several their mean ± SE over runs."""
+    if len(runs) == 1:
+        return runs[0][checkpoint][name]["avg"], runs[0][checkpoint][name]["se"]
+    return mean_and_error(np.array([run[checkpoint][name]["avg"] for run in runs]))
 
 
 def collect(cfg: Config) -> dict:
@@ -388,15 +395,12 @@ def collect(cfg: Config) -> dict:
     without = {c: [path for path, run in zip(cfg.runs, runs) if c not in run] for c in known}
     checkpoints = [c for c in known if not without[c]]
     each = {c: {name: [run[c][name]["avg"] for run in runs] for name in names} for c in checkpoints}
-    spread = (lambda c, name: mean_and_error(np.array(each[c][name]))) if len(runs) > 1 else (
-        lambda c, name: (runs[0][c][name]["avg"], runs[0][c][name]["se"])
-    )  # fmt: skip
     return {
         "runs": list(cfg.runs),
         "pair": cfg.pair,
         "problems": {name: min(len(run[c][name]["scores"]) for run in runs for c in checkpoints) for name in names},
         "missing": {c: paths for c, paths in without.items() if 0 < len(paths) < len(runs)},
-        "entries": {c: {name: spread(c, name) for name in names} for c in checkpoints},
+        "entries": {c: {name: average(runs, c, name) for name in names} for c in checkpoints},
         "each": each,
         "costs": average_costs(cfg.runs, checkpoints),
         "orderings": [

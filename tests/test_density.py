@@ -90,9 +90,7 @@ def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatc
         "wrong step-by-step" not in capsys.readouterr().out and said == "" and [len(rows) for rows in groups] == [3, 3]
     )
     by_trained, by_raw, bridged = groups[0]
-    assert (
-        by_trained.rewards.abs().max() > 0.1 and by_raw.rewards.abs().max() == 0 and bridged.rewards.abs().max() < 1e-4
-    )
+    assert by_trained.rewards.mean() < -0.1 and by_raw.rewards.abs().max() == 0 and bridged.rewards.abs().max() < 1e-4
 
     def sample(cfg, loaded, tokenizer, prompts):
         rng = random.Random(0)
