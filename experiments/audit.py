@@ -1,8 +1,7 @@
-"""Looks at checkpoints that exist: where one comes from, how two differ, and how they learned; and grades responses.
+"""Looks at checkpoints that exist: where one comes from, and how two differ. Grades responses made elsewhere.
 
     python -m experiments.audit --lineage DIR [--reports DIR ...]   a checkpoint's history, with scores from reports
     python -m experiments.audit --compare DIR DIR                   every setting, parent and label set that differs
-    python -m experiments.audit --curves DIR ... --out DIR          learning curves of checkpoints, in one picture
     python -m experiments.audit --responses FILE.jsonl --out DIR    grades responses that were made elsewhere
 
 `--responses` takes one object a line with `answer` and `response`; DIR/FILE.jsonl receives the same lines with
@@ -23,7 +22,6 @@ from common import InputError
 from evaluate import markdown_table, percent
 from lib.files import json_lines, whole
 from lib.lineage import read_lineage
-from lib.plots import draw_curves
 from lib.verifier import Verifier
 
 
@@ -33,8 +31,6 @@ class Config:
     reports: tuple[str, ...] = ()  # evaluation reports to take the history's scores from
     compare: tuple[str, str] | None = None  # print how the runs of these two checkpoints differ
     responses: str | None = None  # grade the responses in this file
-    curves: tuple[str, ...] = ()  # draw the learning curves of these checkpoints
-    labels: tuple[str, ...] = ()  # names of the checkpoints in the picture; by default those of their directories
     out: str | None = None  # directory to write to
 
 
@@ -137,14 +133,10 @@ def main(cfg: Config) -> None:
         print_lineage(cfg.lineage, cfg.reports)
     elif cfg.compare:
         print_differences(cfg.compare)
-    elif cfg.out is None:
-        raise InputError("give --lineage, or --compare, or --responses or --curves with --out")
-    elif cfg.responses:
+    elif cfg.responses and cfg.out:
         grade_file(Path(cfg.responses), Path(cfg.out) / Path(cfg.responses).name)
     else:
-        labels = cfg.labels or tuple(Path(directory).name for directory in cfg.curves)
-        draw_curves(dict(zip(labels, cfg.curves, strict=True)), Path(cfg.out) / "curves.png")
-        print(f"wrote {Path(cfg.out) / 'curves.png'}")
+        raise InputError("give --lineage, or --compare, or --responses with --out")
 
 
 if __name__ == "__main__":

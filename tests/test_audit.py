@@ -1,12 +1,14 @@
 """Responses made elsewhere are graded, and two runs are compared."""
 
 import json
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from common import InputError
 from experiments import audit
+from lib.plots import draw_curves
 
 
 def test_responses_made_elsewhere_are_graded(tmp_path, capsys):
@@ -57,7 +59,7 @@ def test_curves_say_which_labels_they_are_for(tmp_path, monkeypatch):
     ]
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
-    audit.main(audit.Config(curves=tuple(runs), out=str(tmp_path / "out")))
+    draw_curves({Path(run).name: run for run in runs}, tmp_path / "curves.png")
     labels = [[text.get_text() for text in axis.texts] for axis in saved[0].axes]  # from the lowest line to the highest
     assert labels == [["direct, all labels", "student, labels 2H", "bridge, labels 1H"], ["bridge, labels 1H"]]
 
