@@ -54,11 +54,11 @@ def read_run(directory: str | Path) -> dict:
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        if {"stage", "parents", "consumed"} <= run.keys():
-            return run
-    except (ValueError, AttributeError):
-        pass
-    raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
+    except ValueError:
+        run = None
+    if not isinstance(run, dict) or not {"stage", "parents", "consumed"} <= run.keys():
+        raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
+    return run
 
 
 def ancestry(lineage: dict) -> Iterator[dict]:
@@ -112,15 +112,15 @@ def code_files(stage: Path) -> dict[str, str]:
 
     A copy of a stage that was never committed, or that lies elsewhere, is recorded by its name.
     """
-    found, waiting = set((ROOT / "lib").glob("*.py")), [stage.absolute()]
+    found, waiting = {}, [stage.absolute(), *(ROOT / "lib").glob("*.py")]
     while waiting:
         path = waiting.pop()
-        if path.is_file() and path not in found:
-            found.add(path)
-            names = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            waiting += [ROOT / f"{name}.py" for name in names]
-    return {str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name: file_sha256(path)
-            for path in sorted(found)}  # fmt: skip
+        name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        if path.is_file() and name not in found:
+            found[name] = file_sha256(path)
+            imported = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            waiting += [ROOT / f"{name}.py" for name in imported]
+    return dict(sorted(found.items()))
 
 
 def new_record(cfg, parents: dict[str, str]) -> dict:

@@ -29,10 +29,9 @@ def label_lines(axis) -> None:
     lines = sorted(axis.lines, key=lambda line: axis.transData.transform((0, line.get_ydata()[-1]))[1])
     low, high = axis.get_window_extent().intervaly
     place, step = -math.inf, 0.065  # heights as shares of the axis: the last label's, and the least distance
-    for number, line in enumerate(lines):
+    for above, line in zip(range(len(lines) - 1, -1, -1), lines):
         end = (axis.transData.transform((0, line.get_ydata()[-1]))[1] - low) / (high - low)
-        # Labels above this one must find room, too.
-        place = max(place + step, min(end, 1 - step * (len(lines) - 1 - number)))
+        place = max(place + step, min(end, 1 - step * above))  # the labels above this one must find room, too
         axis.annotate(
             line.get_label(), (1.01, place), xycoords="axes fraction", color=line.get_color(), fontsize=9, va="center",
             annotation_clip=False, parse_math=False,

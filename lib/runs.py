@@ -67,7 +67,7 @@ def prepare(
     prompts = data.tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
     for model in models:
         check_lengths(cfg, model, prompts.values())
-    for model in {sampled or cfg.model, *([cfg.model] if cfg.validate else [])}:
+    for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
         check_engine(cfg, model)
     return [problem for problem in problems if problem.id in prompts], tokenizer, prompts
 
@@ -245,7 +245,7 @@ class Run:
 
         The validation before a step has the step's number, and is made again with it.
         """
-        for path in (self.partial / "samples.jsonl", self.partial / "metrics.jsonl"):
+        for path in (self.partial / name for name in ("samples.jsonl", "metrics.jsonl")):
             kept = [line for line in json_lines(path) if line["step"] < self.steps_done]
             with whole(path) as unfinished:
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -342,13 +342,11 @@ class Run:
         """
         line, said = {"step": steps}, []
         for name, score in scores.items():
-            line |= {f"validation_{name}": score["avg"], f"validation_{name}_se": score["se"]}
-            line |= {f"validation_{name}_{key}": score[key] for key in ("truncated", "tokens")}
-            error = "" if math.isnan(score["se"]) else f" ± {100 * score['se']:.1f}"
-            said.append(
-                f"{name} {100 * score['avg']:.1f}{error} % ({100 * score['truncated']:.1f} % truncated, "
-                f"{score['tokens']:.1f} tokens on average)"
-            )
+            average, error, truncated, tokens = (score[key] for key in ("avg", "se", "truncated", "tokens"))
+            line |= {f"validation_{name}": average, f"validation_{name}_se": error}
+            line |= {f"validation_{name}_truncated": truncated, f"validation_{name}_tokens": tokens}
+            error = "" if math.isnan(error) else f" ± {100 * error:.1f}"
+            said.append(f"{name} {100 * average:.1f}{error} % ({100 * truncated:.1f} % truncated, {tokens:.1f} tokens)")
         self._append(line)
         print0(f"Validation after {steps} steps: {', '.join(said)}.")
 
