@@ -133,15 +133,14 @@ class Run:
         self._phases: dict[str, float] = defaultdict(float)
 
     def _refuse_finished(self, cfg, parents: dict[str, str]) -> None:
+        """InputError or AlreadyFinished if OUT exists, InputError if it cannot be written."""
         if os.path.lexists(self.out):  # also a link to nothing, in whose place the finished run could not be put
             finished = read_run(self.out)
             if finished:
                 _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
             if finished and cfg.resume:
                 self._compare(finished, new_record(cfg, parents), self.out)
-                raise AlreadyFinished(
-                    f"{self.out} is already finished, with these settings; there is nothing to resume"
-                )
+                raise AlreadyFinished(f"{self.out} is already finished with these settings; there is nothing to resume")
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
         check_writable(cfg.out)
 
@@ -167,10 +166,8 @@ class Run:
         Changed code above lib/, or a changed reward, passes with --accept-changes, which is recorded. Of changed code in
         lib/, which a reader rarely touches and an update often does, there is only a message.
         """
-        config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
-        before, now = (
-            {"stage": each["stage"], **settings} for each, settings in ((saved, saved["config"]), (record, config))
-        )
+        before = {"stage": saved["stage"], **saved["config"]}
+        now = json.loads(json.dumps({"stage": record["stage"], **record["config"]}))  # with lists for tuples, as saved
         differing = [
             f"{name} = {before.get(name)!r}, now it is {value!r}"
             for name, value in now.items()
@@ -181,12 +178,11 @@ class Run:
                 content = "texts" if Path(parent["path"]).is_file() else "weights"
                 differing.append(f"other {content} in --{role} {parent['path']!r}")
         session, files = record["sessions"][-1], saved["sessions"][-1]["files"]
-        for name in (name for name, digest in session["files"].items() if files.get(name, digest) != digest):
+        for name in [name for name, digest in session["files"].items() if files.get(name, digest) != digest]:
             print0(f"{directory}: {name} has changed since the run was last started")
-            if name.startswith("lib/"):
-                continue
-            session.setdefault("accepted_changes", []).append(name)
-            if not config["accept_changes"]:
+            if not name.startswith("lib/") and now["accept_changes"]:
+                session.setdefault("accepted_changes", []).append(name)
+            elif not name.startswith("lib/"):
                 differing.append(f"another {name} (--accept-changes goes on with the changed one)")
         if differing:
             raise InputError(
