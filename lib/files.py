@@ -39,7 +39,7 @@ def whole(path: Path) -> Iterator[Path]:
 def locked(directory: Path, in_use: str, wait: bool = False) -> Iterator[None]:
     """Rank 0 holds DIRECTORY/lock inside the block. Collective.
 
-    While another process holds it, `in_use` is printed and the block waits, or is an InputError without `wait`.
+    If another process holds it, `in_use` is raised as an InputError, or with `wait` printed, and the block waits.
     """
 
     def lock() -> None:
