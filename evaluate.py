@@ -231,7 +231,8 @@ def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
 def main(cfg: Config) -> None:
     models, datasets = prepare(cfg)
     engines, results = Engines(cfg, models.values()), {}
-    with locked(Path(cfg.out), "--out"), make_grader(cfg) as grader:
+    in_use = f"--out {cfg.out!r} is in use by another process; name another, or wait for it"
+    with locked(Path(cfg.out), in_use), make_grader(cfg) as grader:
         for label, model in models.items():
             results[label] = evaluate_model(model, label, cfg, datasets, grader, engines)
         common.on_rank_0(lambda: write_report(results, models, cfg))

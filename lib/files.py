@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from common import InputError, on_rank_0
+from common import InputError, on_rank_0, print0
 
 
 @contextmanager
@@ -36,36 +36,34 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(directory: Path, argument: str) -> Iterator[None]:
-    """Rank 0 holds DIRECTORY/lock inside the block. InputError, on every rank, if another process holds it. Collective."""
+def locked(directory: Path, in_use: str, wait: bool = False) -> Iterator[None]:
+    """Rank 0 holds DIRECTORY/lock inside the block. Collective.
 
-    def lock():
+    If another process holds it, `in_use` is raised as an InputError, or with `wait` printed, and the block waits.
+    """
+
+    def lock() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        held.append((directory / "lock").open("w"))
+        file = held.enter_context((directory / "lock").open("w"))
         try:
-            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"{argument} {str(directory)!r} is in use by another process; name another, or wait for it"
-            ) from None
+            if not wait:
+                raise InputError(in_use) from None
+            print0(in_use)
+            fcntl.flock(file, fcntl.LOCK_EX)
 
-    held: list = []
-    try:
+    with ExitStack() as held:
         on_rank_0(lock)
         yield
-    finally:
-        for file in held:
-            file.close()
 
 
 def flush(path: Path, below: bool = True) -> None:
     """Makes the system write a file, or a directory with all that is below it, to the disk."""
     for each in [*(path.rglob("*") if below else ()), path]:
         descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -85,30 +83,10 @@ def check_writable(out: str) -> None:
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name and renames it, so that it is never half. InputError if it cannot be written."""
-    try:
-        with whole(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise not_written(path, error) from None
-
-
-def not_written(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{path} could not be written ({error.strerror}); make room, or name another --out, then give the same command "
-        "again, which goes on where this one stopped"
-    )
-
-
 def json_lines(path: Path) -> list[dict]:
     """The objects in a file of JSON lines, none of no file. A line that is cut short, or is no object, is left out."""
     objects = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             objects.append(json.loads(line))
         except (ValueError, RecursionError):

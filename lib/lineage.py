@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -53,38 +54,42 @@ def read_run(directory: str | Path) -> dict:
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        if {"stage", "parents", "consumed"} <= run.keys():
-            return run
-    except (ValueError, AttributeError):
-        pass
-    raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
+    except ValueError:
+        run = None
+    if not isinstance(run, dict) or not {"stage", "parents", "consumed"} <= run.keys():
+        raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
+    return run
+
+
+def ancestry(lineage: dict) -> Iterator[dict]:
+    """The record of a checkpoint and, after it, those of all its ancestors."""
+    yield lineage
+    for parent in lineage.get("parents", {}).values():
+        yield from ancestry(parent)
 
 
 def consumed_problems(lineage: dict) -> set[str]:
     """Ids of every labelled problem that a checkpoint's weights have been trained on, through all its ancestors: what a
     held-out half (2H) may not contain.
     """
-    return set(lineage.get("consumed", ())).union(*(map(consumed_problems, lineage.get("parents", {}).values())))
+    return {problem for record in ancestry(lineage) for problem in record.get("consumed", ())}
 
 
 def history_notes(lineage: dict) -> list[str]:
     """Why `consumed_problems` may be incomplete, one sentence for each reason; none if nothing is wrong."""
     if "stage" not in lineage:
         return ["no history on record: held-out labels cannot be checked"]
-    notes, waiting = [], [lineage]
-    while waiting:
-        record = waiting.pop()
-        waiting += record.get("parents", {}).values()
-        if "stage" in record and record.get("id_rule", 1) != ID_RULE:  # early records have no such entry
-            notes.append(f"{record['path']} names its problems by another rule: held-out labels cannot be checked")
-    return notes
+    return [
+        f"{record['path']} names its problems by another rule: held-out labels cannot be checked"
+        for record in ancestry(lineage)
+        if "stage" in record and record.get("id_rule", 1) != ID_RULE  # early records have no such entry
+    ]
 
 
 def last_rl_stage(lineage: dict) -> dict | None:
     """The record of the last stage on the way to a checkpoint that trained on the sparse reward, None if none did."""
-    if "reward" in lineage.get("first", {}):  # the first line of its metrics, which has a reward in GRPO only
-        return lineage
-    return next(filter(None, map(last_rl_stage, lineage.get("parents", {}).values())), None)
+    # The first line of a run's metrics has a reward in GRPO only.
+    return next((record for record in ancestry(lineage) if "reward" in record.get("first", {})), None)
 
 
 def hardware() -> str:
@@ -102,29 +107,25 @@ def code_version() -> str:
         return "unknown"
 
 
-def code_files(stage: ModuleType) -> dict[str, str]:
+def code_files(stage: Path) -> dict[str, str]:
     """sha256 of the code that a stage runs, by path: all of lib/, its own script, and what this imports from above lib/.
 
-    A copy of a stage that was never committed, or that lies elsewhere, is recorded by it as it was.
+    A copy of a stage that was never committed, or that lies elsewhere, is recorded by its name.
     """
-    found, waiting = set((ROOT / "lib").glob("*.py")), [stage]
+    found, waiting = {}, [stage.absolute(), *(ROOT / "lib").glob("*.py")]
     while waiting:
-        module = waiting.pop()
-        path = Path(getattr(module, "__file__", None) or "/").absolute()
-        if path in found or not (module is stage or path.parent == ROOT):
-            continue
-        found.add(path)
-        names = {
-            v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) for v in vars(module).values()
-        }
-        waiting += [sys.modules[name] for name in names if isinstance(name, str) and name in sys.modules]
-    return {str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name: file_sha256(path)
-            for path in sorted(found)}  # fmt: skip
+        path = waiting.pop()
+        name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        if path.is_file() and name not in found:
+            found[name] = file_sha256(path)
+            imported = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            waiting += [ROOT / f"{name}.py" for name in imported]
+    return dict(sorted(found.items()))
 
 
 def new_record(cfg, parents: dict[str, str]) -> dict:
     """What `run.json` says of a run that begins or is resumed, which is one session; the `parents` are hashed for it."""
-    stage = sys.modules[type(cfg).__module__]
+    stage = Path(sys.modules[type(cfg).__module__].__file__)
     files, reward = code_files(stage), reward_sha256(cfg)
     session = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -136,7 +137,7 @@ def new_record(cfg, parents: dict[str, str]) -> dict:
         "first_step": 0,
     }
     return {
-        "stage": Path(stage.__file__).stem,
+        "stage": stage.stem,
         "config": dataclasses.asdict(cfg),
         "parents": {role: read_lineage(model) for role, model in parents.items()},
         "reward_sha256": reward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,39 +29,36 @@ def label_lines(axis) -> None:
     lines = sorted(axis.lines, key=lambda line: axis.transData.transform((0, line.get_ydata()[-1]))[1])
     low, high = axis.get_window_extent().intervaly
     place, step = -math.inf, 0.065  # heights as shares of the axis: the last label's, and the least distance
-    for number, line in enumerate(lines):
+    for above, line in zip(range(len(lines) - 1, -1, -1), lines):
         end = (axis.transData.transform((0, line.get_ydata()[-1]))[1] - low) / (high - low)
-        # Labels above this one must find room, too.
-        place = max(place + step, min(end, 1 - step * (len(lines) - 1 - number)))
+        place = max(place + step, min(end, 1 - step * above))  # the labels above this one must find room, too
         axis.annotate(
             line.get_label(), (1.01, place), xycoords="axes fraction", color=line.get_color(), fontsize=9, va="center",
             annotation_clip=False, parse_math=False,
         )  # fmt: skip
 
 
-def draw_panels(panels: dict[str, list[Curve]], picture: Path, columns: int, width: float, labels: bool) -> None:
-    """One panel of curves for each title. `labels`: names at the ends of the lines instead of in legends."""
+def draw_panels(panels: dict[str, list[Curve]], picture: Path, labels: bool) -> None:
+    """One panel of curves for each title: below one another with `labels` at the ends of the lines, or in three columns
+    with legends.
+    """
     from matplotlib.figure import Figure  # importing it takes a second, which a stage need not wait for at its start
 
-    columns = min(columns, len(panels))
+    columns, width, height = (1, 7.5, 3.3) if labels else (min(3, len(panels)), 4.2, 2.6)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(
-        figsize=(width * columns, (3.3 if labels else 2.6) * rows), layout="constrained" if labels else None
-    )
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained" if labels else None)
     axes = figure.subplots(rows, columns, squeeze=False)
     if not labels:  # margins by hand: measuring every label takes longer than drawing the panels
         figure.subplots_adjust(left=0.06, right=0.99, bottom=0.3 / rows, top=1 - 0.2 / rows, hspace=0.4, wspace=0.25)
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for curve in curves:
-            marker = "." if len(curve.steps) < 30 else None
-            style = dict(label=curve.label, color=curve.colour, linewidth=1.5, marker=marker)
-            [line] = axis.plot(curve.steps, curve.values, **style)
+            style = dict(color=curve.colour, linewidth=1.5, marker="." if len(curve.steps) < 30 else None)
+            [line] = axis.plot(curve.steps, curve.values, label=curve.label, **style)
             if curve.errors is not None:
                 axis.errorbar(curve.steps, curve.values, curve.errors, fmt="none", color=line.get_color(), capsize=2)
         axis.set_title(title, fontsize=11)
         axis.tick_params(labelsize=9)
-        axis.locator_params(nbins=5)
-        axis.locator_params("x", integer=True)
+        axis.locator_params("x", integer=True, nbins=5)
         axis.spines[["top", "right"]].set_visible(False)
         if labels:
             axis.set_ylim(bottom=min(0, *(value for curve in curves for value in curve.values)))
@@ -97,24 +95,20 @@ def plot_metrics(lines: list[dict], picture: Path) -> None:
 
     A metric called NAME_se is drawn as the error bars of NAME.
     """
-    every = dict.fromkeys(key for line in lines for key, value in line.items() if value)
-    names = [name for name in every if name != "step" and name.removesuffix("_se") not in every.keys() - {name}]
+    every = dict.fromkeys(key for line in lines for key, value in line.items() if value and key != "step")
+    names = [name for name in every if name.removesuffix("_se") not in every.keys() - {name}]
     panels = {title: [name for name in members if name in names] for title, members in PANELS.items()}
     panels |= {name.replace("_", " "): [name] for name in names if name not in sum(PANELS.values(), ())}
 
     def curve(name: str) -> Curve:
-        points = [
-            (line["step"], line[name], line.get(f"{name}_se") or 0) for line in lines if line.get(name) is not None
-        ]
+        points = [(at["step"], at[name], at.get(f"{name}_se") or 0) for at in lines if at.get(name) is not None]
         steps, values, errors = zip(*points)
-        label = name.removeprefix("frac_").removeprefix("seconds_").replace("_", " ")
-        return Curve(
-            label.replace("reward zero std", "groups without spread"), steps, values, errors if any(errors) else None
-        )
+        label = "groups without spread" if name == "frac_reward_zero_std" else name.replace("_", " ")
+        return Curve(label, steps, values, errors if any(errors) else None)
 
     panels = {title: [curve(name) for name in members] for title, members in panels.items() if members}
     if panels:
-        draw_panels(panels, picture, columns=3, width=4.2, labels=False)
+        draw_panels(panels, picture, labels=False)
 
 
 def draw_curves(checkpoints: dict[str, str], picture: Path) -> None:
@@ -128,15 +122,15 @@ def draw_curves(checkpoints: dict[str, str], picture: Path) -> None:
         "KL to the teacher (nats a token)": ("forward_kl", "reverse_kl"),
     }
     panels: dict[str, list[Curve]] = {title: [] for title in titles}
-    for number, (label, directory) in enumerate(checkpoints.items()):
+    for (label, directory), colour in zip(checkpoints.items(), itertools.cycle(COLOURS)):
         lines, record = json_lines(Path(directory) / "metrics.jsonl"), read_run(directory)
         half = record["config"]["half"] if record else "unknown"
         label = f"{label}, {'all labels' if half == 'full' else f'labels {half}'}"
         for title, names in titles.items():
             points = [(line["step"], line[name]) for line in lines for name in names if line.get(name) is not None]
             if points:
-                panels[title].append(Curve(label, *zip(*points), colour=COLOURS[number % len(COLOURS)]))
-    draw_panels({title: curves for title, curves in panels.items() if curves}, picture, 1, width=7.5, labels=True)
+                panels[title].append(Curve(label, *zip(*points), colour=colour))
+    draw_panels({title: curves for title, curves in panels.items() if curves}, picture, labels=True)
 
 
 def draw_bars(results: dict[str, dict[str, dict]], title: str, picture: Path, kinds: dict[str, str]) -> None:
@@ -149,9 +143,10 @@ def draw_bars(results: dict[str, dict[str, dict]], title: str, picture: Path, ki
     from matplotlib.patches import Patch
 
     labels, names = list(results), list(next(iter(results.values())))
-    colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(dict.fromkeys(kinds.values()))}
+    colours = dict(zip(dict.fromkeys(kinds.values()), itertools.cycle(COLOURS)))
     figure = Figure(figsize=(2 + 4 * len(names), 1.1 + 0.42 * len(labels)), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)
+    axes[0][0].invert_yaxis()
     for axis, name in zip(axes[0], names):
         values = [100 * results[label][name]["avg"] for label in labels]
         errors = [100 * np.nan_to_num(results[label][name]["se"]) for label in labels]
@@ -160,9 +155,7 @@ def draw_bars(results: dict[str, dict[str, dict]], title: str, picture: Path, ki
         for index, (label, value, error) in enumerate(zip(labels, values, errors)):
             mark = "†" * bool(results[label][name]["trained_on"])
             axis.text(max(value, 0) + error + 1, index, f"{value:.1f}{mark}", va="center", fontsize=10)
-        shown = labels if axis is axes[0][0] else [""] * len(labels)
-        axis.set_yticks(range(len(labels)), shown, fontsize=10, parse_math=False)  # a dollar sign is not mathematics
-        axis.invert_yaxis()
+        axis.set_yticks(range(len(labels)), labels, fontsize=10, parse_math=False)  # a dollar sign is not mathematics
         axis.set_xlim(1.08 * min(0, *values), 1.08 * max(100, *values))  # a user's reward may be any number
         axis.set_xlabel(f"{name}: {title}", fontsize=10, parse_math=False)
         axis.spines[["top", "right"]].set_visible(False)

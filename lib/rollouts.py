@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from common import InputError, Problem, Rollout, map_over_ranks, on_rank_0, print0, request_seed
 from lib.data import prompt_and_id, vocab_size
 from lib.engines import Completion, Sampling, TorchEngine, VLLMEngine
-from lib.files import whole
+from lib.files import locked, whole
 from lib.rewards import Reward, grade
 from lib.verifier import Verifier
 
@@ -81,20 +80,14 @@ def open_cache(
     path = directory / "identity.json"
     identity = json.loads(json.dumps(identity))  # as the file gives it
 
-    def prepare() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+    def refuse_other_files() -> None:
         ours = {"lock", "identity.json.tmp"}
-        if not path.exists() and any(other.name not in ours for other in directory.iterdir()):
+        if directory.exists() and not path.exists() and any(other.name not in ours for other in directory.iterdir()):
             raise InputError(
                 f"--rollouts {str(directory)!r} holds something else than rollouts; name another directory"
             )
 
     def claim() -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print0(f"waiting for another run to fill {directory}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             with whole(path) as unfinished:
                 unfinished.write_text(json.dumps(identity), encoding="utf-8")
@@ -106,8 +99,8 @@ def open_cache(
                     f"needs {value!r}); name another directory"
                 )
 
-    on_rank_0(prepare)
-    with (directory / "lock").open("a") as lock:
+    on_rank_0(refuse_other_files)
+    with locked(directory, f"waiting for another run to fill {directory}", wait=True):
         on_rank_0(claim)
         yield RolloutCache(directory, problems, prompts)
 

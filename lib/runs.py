@@ -7,7 +7,6 @@ checkpoints it came from and the labelled problems that its weights have been tr
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib
 import json
 import math
@@ -20,7 +19,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -32,33 +31,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common import (
-    AlreadyFinished,
-    InputError,
-    Problem,
-    Rollout,
-    all_max,
-    barrier,
-    check_settings,
-    count_tokens,
-    exit_process,
-    first_line,
-    last_words,
-    on_rank_0,
-    print0,
-    progress_bar,
-    rank,
-)
-from lib.data import (
-    check_same_tokenizer,
-    load_tokenizer,
-    load_training_problems,
-    stop_tokens,
-    tokenize_prompts,
-    vocab_size,
-)
+import common
+from common import AlreadyFinished, InputError, Problem, Rollout, on_rank_0, print0, rank
+from lib import data
 from lib.engines import check_engine, check_lengths
-from lib.files import flush, json_lines, whole
+from lib.files import check_writable, flush, json_lines, locked, whole
 from lib.lineage import new_record, read_run
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, save_pretrained
@@ -77,22 +54,22 @@ def prepare(
     Most wrong input is refused here, with an InputError, before any weight is read. `teacher` is the checkpoint that
     the model learns from; `sampled` the one that responses are sampled from (by default the model).
     """
-    check_settings(cfg)
-    tokenizer = load_tokenizer(cfg.model)
-    stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
+    common.check_settings(cfg)
+    tokenizer = data.load_tokenizer(cfg.model)
+    data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
-    problems = load_training_problems(cfg)
+    problems = data.load_training_problems(cfg)
+    models = [cfg.model, teacher] if teacher else [cfg.model]
     if teacher:
-        check_same_tokenizer(cfg.model, teacher, problems, cfg)
-    for model in filter(None, (cfg.model, teacher)):
-        check_checkpoint(model, vocab_size(tokenizer))
-    prompts = tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
-    problems = [problem for problem in problems if problem.id in prompts]
-    for model in filter(None, (cfg.model, teacher)):
+        data.check_same_tokenizer(cfg.model, teacher, problems, cfg)
+    for model in models:
+        check_checkpoint(model, data.vocab_size(tokenizer))
+    prompts = data.tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
+    for model in models:
         check_lengths(cfg, model, prompts.values())
     for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
         check_engine(cfg, model)
-    return problems, tokenizer, prompts
+    return [problem for problem in problems if problem.id in prompts], tokenizer, prompts
 
 
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
@@ -141,10 +118,13 @@ class Run:
         self.steps_done = 0
         self.total_steps: int | None = None  # known once `steps` is called
         self.lines: list[dict] = []  # of metrics.jsonl
-        self._signal, self._lock, self._bar = StopSignal(), None, None
+        self._signal, self._lock, self._bar = StopSignal(), ExitStack(), common.progress_bar(0, None, "step")
         self._tracker = Tracker(cfg.track if rank() == 0 else None)
+        # Rank 0 reads and writes the files; the other ranks learn what it found.
+        on_rank_0(lambda: self._refuse_finished(cfg, parents))
+        in_use = f"--out {cfg.out!r} is being written by another run; name another, or stop that one"
+        self._lock.enter_context(locked(self.partial, in_use))
         try:
-            # Rank 0 reads and writes the files; the other ranks learn what it found.
             self.record, self._states = on_rank_0(lambda: self._open(cfg, parents))
         except InputError as error:
             self.__exit__(InputError, error, None)
@@ -152,39 +132,26 @@ class Run:
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         self._phases: dict[str, float] = defaultdict(float)
 
-    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict]]]:
-        """Locks the directory; returns this run's record, and the training states with their records, newest first."""
+    def _refuse_finished(self, cfg, parents: dict[str, str]) -> None:
+        """InputError or AlreadyFinished if OUT exists, InputError if it cannot be written."""
         if os.path.lexists(self.out):  # also a link to nothing, in whose place the finished run could not be put
             finished = read_run(self.out)
             if finished:
                 _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
             if finished and cfg.resume:
                 self._compare(finished, new_record(cfg, parents), self.out)
-                raise AlreadyFinished(
-                    f"{self.out} is already finished, with these settings; there is nothing to resume"
-                )
+                raise AlreadyFinished(f"{self.out} is already finished with these settings; there is nothing to resume")
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            lock = (self.partial / "lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock = lock
-        except BlockingIOError:
-            raise InputError(
-                f"--out {cfg.out!r} is being written by another run; name another, or stop that one"
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"--out {cfg.out!r} cannot be written ({error.strerror}); name another directory"
-            ) from None
+        check_writable(cfg.out)
+
+    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict]]]:
+        """This run's record, and the training states with their records, newest first."""
         if self._holds_work() and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
         record = new_record(cfg, parents)
         states = [(path, _read_or_nothing(path)) for path in sorted(self.partial.glob("state-??????"), reverse=True)]
         if newest := next((saved for _, saved in states if saved), None):
             self._compare(newest, record, self.partial)
-        if earlier := _read_or_nothing(self.partial).get("tracker_run"):
-            record["tracker_run"] = earlier
         return record, states
 
     def _holds_work(self) -> bool:
@@ -199,42 +166,29 @@ class Run:
         Changed code above lib/, or a changed reward, passes with --accept-changes, which is recorded. Of changed code in
         lib/, which a reader rarely touches and an update often does, there is only a message.
         """
-        if saved["stage"] != record["stage"]:
-            raise InputError(
-                f"--resume: {directory} holds a run of {saved['stage']}.py, not of {record['stage']}.py; "
-                "name another --out, or delete it"
-            )
-        config = json.loads(json.dumps(record["config"]))  # with lists for tuples, as in the saved one
-        before = {name: saved.get("config", {}).get(name) for name in config if name not in MAY_CHANGE}
+        before = {"stage": saved["stage"], **saved["config"]}
+        now = json.loads(json.dumps({"stage": record["stage"], **record["config"]}))  # with lists for tuples, as saved
         differing = [
-            f"{name} = {old!r}, now it is {config[name]!r}" for name, old in before.items() if old != config[name]
+            f"{name} = {before.get(name)!r}, now it is {value!r}"
+            for name, value in now.items()
+            if name not in MAY_CHANGE and before.get(name) != value
         ]
-        if differing:
-            raise InputError(
-                f"--resume: the run in {directory} had {', and '.join(differing)}; give the same settings, name another "
-                f"--out, or delete {directory}"
-            )
         for role, parent in record["parents"].items():
             if saved["parents"].get(role, {}).get("sha256") != parent["sha256"]:
                 content = "texts" if Path(parent["path"]).is_file() else "weights"
-                raise InputError(
-                    f"--resume: --{role} {parent['path']!r} has other {content} than in the run in {directory}; put "
-                    f"the old {content} back, or delete {directory}"
-                )
-        session, files = record["sessions"][-1], saved.get("sessions", [{}])[-1].get("files", {})
-        changed = [name for name, digest in session["files"].items() if files.get(name, digest) != digest]
-        for name in changed:
-            what = f"the file of --reward {name!r}" if name == config["reward"] else name
-            if name.startswith("lib/"):
-                pass
-            elif config["accept_changes"]:
+                differing.append(f"other {content} in --{role} {parent['path']!r}")
+        session, files = record["sessions"][-1], saved["sessions"][-1]["files"]
+        for name in [name for name, digest in session["files"].items() if files.get(name, digest) != digest]:
+            print0(f"{directory}: {name} has changed since the run was last started")
+            if not name.startswith("lib/") and now["accept_changes"]:
                 session.setdefault("accepted_changes", []).append(name)
-            else:
-                raise InputError(
-                    f"--resume: {what} is not what it was in the run in {directory}; put the old one back, give "
-                    f"--accept-changes, or delete {directory}"
-                )
-            print0(f"{directory}: {what} has changed since the run was last started")
+            elif not name.startswith("lib/"):
+                differing.append(f"another {name} (--accept-changes goes on with the changed one)")
+        if differing:
+            raise InputError(
+                f"--resume: the run in {directory} had {', and '.join(differing)}; go back to what it had, name another "
+                f"--out, or delete {directory}"
+            )
 
     def __enter__(self) -> Run:
         return self
@@ -243,15 +197,13 @@ class Run:
         self._close()
         if error is not None and self.total_steps is not None and not isinstance(error, SystemExit):
             error.add_note(f"the same command with --resume continues from what {self.partial} holds")
-        if self._lock is not None:
-            if isinstance(error, InputError) and self.partial.exists() and not self._holds_work():
-                shutil.rmtree(self.partial)
-            self._lock.close()
+        if rank() == 0 and isinstance(error, InputError) and not self._holds_work():
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.close()
 
     def _close(self) -> None:
         self._signal.restore()
-        if self._bar is not None:
-            self._bar.close()  # so that the next message begins on a new line
+        self._bar.close()  # so that the next message begins on a new line
         self._tracker.call("finish")
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -262,11 +214,11 @@ class Run:
         """
         for path, saved in self._states:
             problem = self._load(path, policy, optimizer) if saved else "its run.json is damaged"
-            if not all_max({"failed": bool(problem)})["failed"]:
+            if not common.all_max({"failed": bool(problem)})["failed"]:
                 self.steps_done = saved["steps"]
-                kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings")
-                self.record.update({name: saved[name] for name in kept})
-                self.record["sessions"] = saved.get("sessions", []) + self.record["sessions"]
+                kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings", "tracker_run")
+                self.record.update({name: saved[name] for name in kept if name in saved})
+                self.record["sessions"] = saved["sessions"] + self.record["sessions"]
                 self.record["sessions"][-1]["first_step"] = self.steps_done
                 print0(f"{self.out}: continuing after step {self.steps_done}")
                 return
@@ -276,13 +228,12 @@ class Run:
 
     def _load(self, path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> str | None:
         """Loads a training state; returns why it could not be loaded, None if it was. Collective."""
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer)))
         try:
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
             set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         except (Exception, CheckpointException) as error:  # what is raised depends on which file is damaged, and how
-            return first_line(next((cause for cause, _ in getattr(error, "failures", {}).values()), error))
+            return common.first_line(next((cause for cause, _ in getattr(error, "failures", {}).values()), error))
         return None
 
     def _cut_logs(self) -> list[dict]:
@@ -290,7 +241,7 @@ class Run:
 
         The validation before a step has the step's number, and is made again with it.
         """
-        for path in (self.partial / "samples.jsonl", self.partial / "metrics.jsonl"):
+        for path in (self.partial / name for name in ("samples.jsonl", "metrics.jsonl")):
             kept = [line for line in json_lines(path) if line["step"] < self.steps_done]
             with whole(path) as unfinished:
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -308,7 +259,7 @@ class Run:
         self._signal.listen()
         transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would tear that of the steps
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
-        self._bar = progress_bar(total, route, "step", initial=self.steps_done)
+        self._bar = common.progress_bar(total, route, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
             yield step
             self._bar.update()
@@ -331,7 +282,7 @@ class Run:
         STOP_AFTER_SKIPPED steps in a row with any, the rollouts of the last are written to a file and the run ends with
         an InputError.
         """
-        tokens = count_tokens(rollouts)
+        tokens = common.count_tokens(rollouts)
         self.record["trained_tokens"] += tokens
         line = {
             "step": step,
@@ -344,14 +295,25 @@ class Run:
                 line[name] = sum(rollout.how in kinds for rollout in rollouts) / len(rollouts)
         line = self._append(line)
         if rank() == 0:
-            self._show_samples(step, rollouts)
-            self._warn()
-            if self._bar is not None:
-                shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
-                self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            samples = sample_lines(step, rollouts)
+            self._write_lines("samples.jsonl", samples)
+            if step % self.save_every == 0:  # a good one, a bad one, ...
+                tqdm.write(one_sample(samples[step // self.save_every % len(samples)], chars=400))
+            for kind, sentence in find_warnings(self.lines).items():
+                if kind not in self.record["warnings"]:
+                    self.record["warnings"][kind] = sentence
+                    tqdm.write(f"warning: {sentence}")
+            shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
+            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
         last = [line["skipped_steps"] for line in self.lines if is_training(line)][-STOP_AFTER_SKIPPED:]
         if len(last) == STOP_AFTER_SKIPPED and all(last):
-            self._stop(step, rollouts)
+            path = self.partial / f"skipped-{step:06d}.json"
+            if rank() == 0:
+                path.write_text(json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], default=str))
+            raise InputError(
+                f"the loss or its gradient was not finite in {STOP_AFTER_SKIPPED} steps in a row, the last of them step "
+                f"{step}, whose rollouts are in {path}; look at them, or lower --lr"
+            )
 
     def _append(self, line: dict[str, float]) -> dict[str, float | None]:
         """Appends a line to metrics.jsonl, with the seconds of each phase added; returns it as it is written."""
@@ -376,38 +338,13 @@ class Run:
         """
         line, said = {"step": steps}, []
         for name, score in scores.items():
-            line |= {f"validation_{name}": score["avg"], f"validation_{name}_se": score["se"]}
-            line |= {f"validation_{name}_{key}": score[key] for key in ("truncated", "tokens")}
-            error = "" if math.isnan(score["se"]) else f" ± {100 * score['se']:.1f}"
-            said.append(
-                f"{name} {100 * score['avg']:.1f}{error} % ({100 * score['truncated']:.1f} % truncated, "
-                f"{score['tokens']:.1f} tokens on average)"
-            )
+            average, error, truncated, tokens = (score[key] for key in ("avg", "se", "truncated", "tokens"))
+            line |= {f"validation_{name}": average, f"validation_{name}_se": error}
+            line |= {f"validation_{name}_truncated": truncated, f"validation_{name}_tokens": tokens}
+            error = "" if math.isnan(error) else f" ± {100 * error:.1f}"
+            said.append(f"{name} {100 * average:.1f}{error} % ({100 * truncated:.1f} % truncated, {tokens:.1f} tokens)")
         self._append(line)
         print0(f"Validation after {steps} steps: {', '.join(said)}.")
-
-    def _show_samples(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        lines = sample_lines(step, rollouts)
-        self._write_lines("samples.jsonl", lines)
-        if step % self.save_every == 0:
-            tqdm.write(one_sample(lines[step // self.save_every % len(lines)], chars=400))  # a good one, a bad one, ...
-
-    def _warn(self) -> None:
-        """Prints the warnings that the metrics so far give reason to, and records them."""
-        for kind, sentence in find_warnings(self.lines).items():
-            if kind not in self.record["warnings"]:
-                self.record["warnings"][kind] = sentence
-                tqdm.write(f"warning: {sentence}")
-
-    def _stop(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        path = self.partial / f"skipped-{step:06d}.json"
-        if rank() == 0:
-            rows = [dataclasses.asdict(rollout) for rollout in rollouts]
-            path.write_text(json.dumps(rows, indent=1, default=str), encoding="utf-8")
-        raise InputError(
-            f"the loss or its gradient was not finite in {STOP_AFTER_SKIPPED} steps in a row, the last of them step "
-            f"{step}, whose rollouts are in {path}; look at them, or lower --lr"
-        )
 
     def save(
         self,
@@ -431,24 +368,23 @@ class Run:
         if self.export_every and steps % self.export_every == 0 and steps != self.total_steps:
             with whole_for_all(self.partial / f"step-{steps:06d}") as unfinished:
                 self._write_checkpoint(unfinished, policy, tokenizer)
-        stop = int(all_max({"signal": self._signal.number})["signal"])
+        stop = int(common.all_max({"signal": self._signal.number})["signal"])
         if steps % self.save_every == 0 or stop:
             self._write_state(policy, optimizer)
         if stop:
             self._close()
             if rank() == 0:
-                last_words(
-                    f"stopped by {signal_name(stop)} after step {steps}, which is saved; the same command with --resume "
-                    "continues"
+                name = signal.Signals(stop).name
+                common.last_words(
+                    f"stopped by {name} after step {steps}, which is saved; the same command with --resume continues"
                 )
-            barrier()  # torchrun ends all ranks when the first of them has ended
-            exit_process(128 + stop)
+            common.barrier()  # torchrun ends all ranks when the first of them has ended
+            common.exit_process(128 + stop)
 
     def _write_state(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         path = self.partial / f"state-{self.steps_done:06d}"
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        state = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer)))
         with whole_for_all(path) as unfinished:
-            state = {"model": model_state, "optimizer": optimizer_state}
             dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
             if rank() == 0:
                 self._write_record(unfinished)
@@ -465,9 +401,7 @@ class Run:
         if trained := [line for line in self.lines if is_training(line)]:
             record |= {"first": trained[0], "last": trained[-1]}
         if validated := [line for line in self.lines if not is_training(line)]:
-            record["validation"] = [
-                {k: v for k, v in line.items() if not k.startswith("seconds")} for line in validated
-            ]
+            record["validation"] = [{k: v for k, v in at.items() if not k.startswith("seconds")} for at in validated]
         (directory / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def _write_checkpoint(self, directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -487,7 +421,7 @@ class Run:
             flush(self.out.parent, below=False)
             _tidy(self.out)  # last, because a run that is killed before the renaming continues from the training state
             print0(f"wrote {self.out}")
-        barrier()
+        common.barrier()
 
 
 def _read_or_nothing(directory: Path) -> dict:
@@ -508,46 +442,38 @@ def _tidy(checkpoint: Path) -> None:
 def whole_for_all(path: Path) -> Iterator[Path]:
     """lib.files.whole for a directory that all ranks write to. Collective."""
     with whole(path) if rank() == 0 else nullcontext(path.with_name(path.name + ".tmp")) as unfinished:
-        barrier()  # rank 0 has removed what an earlier run may have left
+        common.barrier()  # rank 0 has removed what an earlier run may have left
         yield unfinished
-    barrier()  # rank 0 has renamed it
+    common.barrier()  # rank 0 has renamed it
 
 
-# Stopping, by Ctrl-C, SIGTERM, or SIGUSR1, which SLURM can send some time before it ends a job.
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 COPY_SECONDS = 1.0  # SLURM and torchrun may both send a signal; one that comes so soon after the first is its copy
 
 
-def signal_name(number: int) -> str:
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-
-
 class StopSignal:
-    """Notes the first signal in `number` (0 before). A later one that is not its copy acts as if nobody listened.
+    """Notes the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1, which SLURM can send before it ends a job, in `number` (0
+    before). A later one that is not its copy acts as if nobody listened.
 
     Files on disk are always consistent, so a process may end at any point; only the step in progress is worth waiting
-    for. Python runs a handler between two steps of the main thread. A rank that waits in a collective for one that never
-    answers therefore hears nothing, and is left to torchrun, which kills it some time after the first signal.
+    for. A rank that waits in a collective runs no handler; torchrun kills it some time after the first signal.
     """
 
     def __init__(self):
-        self.number = 0
-        self._handlers: dict[int, object] = {}
+        self.number, self._handlers = 0, {}
 
     def listen(self) -> None:
-        for number in SIGNALS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs ignore Ctrl-C
                 self._handlers[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
-        for number in list(self._handlers):
-            signal.signal(number, self._handlers.pop(number))
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _receive(self, number: int, frame) -> None:
         if not self.number:
             self.number, self._since = number, time.monotonic()
-            said = f"\n{signal_name(number)}: this step is finished and saved first; another one ends the run at once\n"
+            said = f"\n{signal.Signals(number).name}: the run stops after this step; another signal ends it at once\n"
             os.write(2, said.encode() if rank() == 0 else b"")  # print may be what the signal has interrupted
         elif time.monotonic() - self._since > COPY_SECONDS:
             self.restore()
@@ -562,20 +488,17 @@ class Tracker:
     """
 
     def __init__(self, package: str | None):
-        self._package, self._module = package, None
-        if package:
-            try:
-                self._module = importlib.import_module(package)
-            except ImportError as error:
-                raise InputError(f"--track {package} cannot be imported ({error}); run pip install {package}") from None
+        try:
+            self._package, self._module = package, importlib.import_module(package) if package else None
+        except ImportError as error:
+            raise InputError(f"--track {package} cannot be imported ({error}); run pip install {package}") from None
 
     def start(self, record: dict, out: Path) -> None:
         """Begins a run, or continues the one that `record` names as its `tracker_run`."""
         if self._module:
             name = record.setdefault("tracker_run", re.sub(r"[^\w.-]", "-", out.name) + "-" + secrets.token_hex(4))
             more = {"id": name} if self._package == "wandb" else {}  # trackio knows a run by its name
-            config = record["config"] | {key: record["sessions"][-1][key] for key in ("code", "hardware", "ranks")}
-            self.call("init", project="sparse-to-dense", name=name, resume="allow", config=config, **more)
+            self.call("init", project="sparse-to-dense", name=name, resume="allow", config=record["config"], **more)
 
     def call(self, function: str, *arguments, **options) -> None:
         try:
@@ -583,4 +506,6 @@ class Tracker:
                 getattr(self._module, function)(*arguments, **options)
         except Exception as error:
             self._module = None
-            print0(f"--track {self._package}: {type(error).__name__}: {first_line(error)}; the run goes on without it")
+            print0(
+                f"--track {self._package}: {type(error).__name__}: {common.first_line(error)}; the run goes on without it"
+            )

@@ -43,17 +43,17 @@ def sample_lines(step: int, rollouts: Sequence[Rollout]) -> list[dict]:
     return [
         {
             "step": step,
-            "id": rollouts[index].problem.id,
-            "sample": rollouts[index].sample,
-            "prompt": rollouts[index].problem.prompt,
-            "answer": rollouts[index].problem.answer,
-            "response": shorten(rollouts[index].text, MAX_CHARS),
+            "id": r.problem.id,
+            "sample": r.sample,
+            "prompt": r.problem.prompt,
+            "answer": r.problem.answer,
+            "response": shorten(r.text, MAX_CHARS),
             "reward": float(f"{rewards[index]:.7g}"),  # a float32 as a person would write it
-            "why": why(rollouts[index]),
-            "advantage": rollouts[index].advantage,
-            "tokens": len(rollouts[index].response_ids),
+            "why": why(r),
+            "advantage": r.advantage,
+            "tokens": len(r.response_ids),
         }
-        for index in choose_samples(rollouts, rewards)
+        for index, r in ((index, rollouts[index]) for index in choose_samples(rollouts, rewards))
     ]
 
 
@@ -115,43 +115,36 @@ def find_warnings(lines: Sequence[dict]) -> dict[str, str]:
         return sum(values) / max(len(values), 1)
 
     found = {}
-    # One of these three at most: if all responses are cut there is no answer either, and no spread.
+    # One of these four at most: if all responses are cut there is no answer either, and no spread.
     if all_in("truncated", NEARLY_ALL, 1):
         found["cut"] = (
-            "nearly all responses were cut at --max-response-tokens; raise it, or see in samples.jsonl whether the model "
-            "ever ends a response"
+            "nearly all responses were cut; raise --max-response-tokens, or see in samples.jsonl why none ends"
         )
     elif all_in("no_answer", NEARLY_ALL, 1):
         found["no answer"] = (
-            "nearly no response had a \\boxed answer; see in samples.jsonl what the model writes instead, and whether "
-            "--prompt asks for a box"
+            "nearly no response had a \\boxed answer; see samples.jsonl, and whether --prompt asks for a box"
         )
     elif all_in("frac_reward_zero_std", NEARLY_ALL, 1):
         found["no spread"] = (
-            f"in nearly all groups the rewards were equal (mean reward {mean('reward'):.3g}), and from such a group nothing "
-            "can be learnt; give easier or harder problems with --data, or raise --rollouts-per-prompt"
+            f"in nearly all groups the rewards were equal (mean reward {mean('reward'):.3g}), which teaches nothing; give "
+            "easier or harder problems with --data, or raise --rollouts-per-prompt"
         )
     elif all_in("grad_norm", 0, 0):
-        found["gradient"] = (
-            "the gradient was exactly 0, so nothing is learnt; see in samples.jsonl what the model writes"
-        )
-    if mean("kl_to_reference") > FAR_KL:
-        found["kl"] = (
-            f"the policy is {mean('kl_to_reference'):.3g} nats a token away from the model that it began as, so it has "
-            "probably broken down; lower --lr, or raise --kl-coef"
-        )
+        found["gradient"] = "the gradient was exactly 0, so nothing is learnt; see samples.jsonl"
+    if (kl := mean("kl_to_reference")) > FAR_KL:
+        found["kl"] = f"the policy is {kl:.3g} nats a token away from where it began; lower --lr, or raise --kl-coef"
     for name in ("reverse_kl", "forward_kl"):
         first, now = mean(name, lines[:5]), mean(name)
         if now > max(1.0, 3 * first):
             found["kl"] = f"{name} was {now:.3g} nats a token, up from {first:.3g} in the first 5; lower --lr"
-    if mean("sampler_mismatch") > MISMATCH:
+    if (mismatch := mean("sampler_mismatch")) > MISMATCH:
         found["mismatch"] = (
-            f"sampler and trainer differ by {mean('sampler_mismatch'):.3g} nats a token on average; compare with --engine "
-            "torch, and see in lib/policy.py whether training supports this architecture"
+            f"sampler and trainer differ by {mismatch:.3g} nats a token on average; compare with --engine torch, and see in "
+            "lib/policy.py whether training supports this architecture"
         )
-    if mean("verifier_failed") > FAILED:
+    if (failed := mean("verifier_failed")) > FAILED:
         found["verifier"] = (
-            f"{100 * mean('verifier_failed'):.2g} % of the gradings timed out or failed, and count as wrong; see whether the "
-            "machine is overloaded or the answers in --data are unusual"
+            f"{100 * failed:.2g} % of the gradings timed out or failed, and count as wrong; see whether the machine is "
+            "overloaded or the answers in --data are unusual"
         )
     return {kind: f"in the last {WINDOW} steps {sentence}" for kind, sentence in found.items()}

@@ -164,5 +164,5 @@ def test_a_warning_is_printed_once_in_a_run_and_is_in_its_record(student, proble
     teacher_grpo.main(config)
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert "continuing after step 13" in said and record["steps"] == 15 and first and "no spread" in record["warnings"]
+    assert "continuing after step 13" in said and record["steps"] == 15 and first
     assert [*first, *re.findall("warning: (.*)", said)] == list(record["warnings"].values())
