@@ -142,7 +142,7 @@ def _check_hub_name(name: str, fault: str) -> None:
     """InputError for what cannot be a name on the hub, or looks like a path: offline the hub client tries for a minute."""
     owner, _, rest = name.partition("/")
     if not rest or "/" in rest or Path(owner).exists():
-        raise InputError(f"{fault} (the hub is asked only where {owner!r} is no file or directory here)")
+        raise InputError(f"{fault} (the hub is asked for owner/name, unless owner is a file or directory here)")
 
 
 def prompt_and_id(row: dict) -> tuple[str, str]:
@@ -154,12 +154,12 @@ def prompt_and_id(row: dict) -> tuple[str, str]:
         raise ValueError(f"it is {row!r:.40}, not an object")
     prompt = _prompt_of(row)
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns):
+    texts = all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns)
+    if not texts or turns[-1]["role"] != "user":
+        columns = ", ".join(map(str, row))
         raise ValueError(
-            f"no prompt of text, or of messages with role and content; its columns are {', '.join(map(str, row))}"
+            f"no prompt of text, or of messages of which the last is the user's; its columns are {columns}"
         )
-    if turns[-1]["role"] != "user":
-        raise ValueError(f"its last message is the {turns[-1]['role']}'s, and has to be the user's")
     prompt = _WRAPPER.sub("", turns[-1]["content"]).strip()
     if not prompt:
         raise ValueError("its prompt is empty")
@@ -199,9 +199,7 @@ def new_problem(prompt: str, answer: str) -> Problem:
     return Problem(problem_id(prompt), prompt, answer)
 
 
-def load_problems(
-    source: str, quiet: bool = False, argument: str = "--data", reward: str | None = None
-) -> list[Problem]:
+def load_problems(source: str, quiet=False, argument="--data", reward: str | None = None) -> list[Problem]:
     """Reads a problem set, and drops repeated problems and those whose copies disagree on the answer.
 
     For `source` and `argument` see `read_rows`. Rows without a prompt or an answer are left out, and so are answers that
@@ -300,11 +298,9 @@ def load_training_problems(cfg) -> list[Problem]:
                 raise InputError(f"{argument} {source!r} has no row with a prompt ({', '.join(PROMPTS)})")
             _report_shared_text(source, prompts)
     kept = [problem for problem in problems if held_out.isdisjoint({problem.id, problem_id(problem.prompt)})]
-    names = ", ".join((*cfg.exclude, *cfg.validate))
+    names, dropped = ", ".join((*cfg.exclude, *cfg.validate)), len(problems) - len(kept)
     if names:
-        print0(
-            f"{cfg.data}: {len(problems) - len(kept)} of {len(problems)} problems dropped because they are in {names}"
-        )
+        print0(f"{cfg.data}: {dropped} of {len(problems)} problems dropped because they are in {names}")
     if not kept:
         raise InputError(f"every problem of --data {cfg.data!r} (half {cfg.half}) is in {names}; name other sets")
     return kept
@@ -393,13 +389,12 @@ def tokenize_prompts(
     texts = [render_prompt(tokenizer, problem, cfg) for problem in problems]
     # A chat template writes special tokens itself. Without one the tokenizer adds its own, such as a leading BOS.
     encoded = tokenizer(texts, add_special_tokens=not uses_template(tokenizer, cfg))["input_ids"]
-    prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
-    ended = next((key for key, ids in prompts.items() if ids[-1:] == [tokenizer.eos_token_id]), None)
-    if ended:
+    if any(ids[-1:] == [tokenizer.eos_token_id] for ids in encoded):
         raise InputError(
-            f"the prompt of problem {ended} ends with the end-of-sequence token {tokenizer.eos_token!r}, after which the "
-            "model would begin a new text; set add_eos_token to false in tokenizer_config.json, or change the chat template"
+            f"a prompt ends with the end-of-sequence token {tokenizer.eos_token!r}, after which the model would begin a new "
+            "text; set add_eos_token to false in tokenizer_config.json, or change the chat template"
         )
+    prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
     kept = {key: ids for key, ids in prompts.items() if len(ids) <= cfg.max_prompt_tokens}
     if len(kept) < len(prompts):
         said = (

@@ -1,10 +1,9 @@
 """What samples responses: vLLM or an embedded PyTorch sampler, behind one interface.
 
-An engine has three methods. `sync(policy)` gives it the policy's present weights. `generate(prompts, seeds, sampling)`
-returns completions with the log-probability of every sampled token under the distribution that it was sampled from
-(after temperature, top-k and top-p), because importance ratios must be taken against that one. `sleep()` leaves the
-GPU's memory to the trainer until the next `sync`. Every rank has an engine of its own and samples its share of the
-rollouts, or `tensor_parallel` successive ranks share one.
+`sync(policy)` gives an engine the policy's present weights. `generate(prompts, seeds, sampling)` returns completions with
+the log-probability of every sampled token under the distribution that it was sampled from (after temperature, top-k and
+top-p), because importance ratios must be taken against that one. `sleep()` leaves the GPU's memory to the trainer until
+the next `sync`. Every rank has an engine and samples its share, or `tensor_parallel` successive ranks share one.
 
 Each request has its own seed, so that on a CPU a response does not depend on the other prompts in its batch, on their
 order, or on the number of processes. On a GPU products round differently in batches of other shapes, and then it may.
@@ -359,11 +358,9 @@ class VLLMEngine:
         ]  # fmt: skip
         inputs = [{"prompt_token_ids": prompt} for prompt, _ in requests]
         outputs = self.llm.generate(inputs, params, use_tqdm=False) if requests else []
-        answers = iter(output.outputs[0] for output in outputs)
-        return [[_completion(next(answers)) for _ in group] for group in seeds]
-
-
-def _completion(output) -> Completion:
-    token_ids = list(output.token_ids)
-    logprobs = [candidates[token].logprob for token, candidates in zip(token_ids, output.logprobs)]
-    return Completion(token_ids, logprobs, output.finish_reason)
+        found = (output.outputs[0] for output in outputs)
+        completions = (
+            Completion(list(o.token_ids), [c[t].logprob for t, c in zip(o.token_ids, o.logprobs)], o.finish_reason)
+            for o in found
+        )
+        return [[next(completions) for _ in group] for group in seeds]

@@ -145,20 +145,6 @@ def test_both_engines_end_at_the_same_tokens(tmp_path, monkeypatch):
     assert {options["max_model_len"] for options in made} == {SIZES["max_position_embeddings"]}
 
 
-def test_another_checkpoint_brings_its_weights_and_its_ends(tmp_path):
-    """And the texts that end a response stay."""
-    engine = TorchEngine(tiny_model(seed=5), TOKENIZER, stop=("*",))
-    other = tiny_model(seed=7)
-    other.generation_config.eos_token_id = [1, 9]
-    other.save_pretrained(tmp_path)
-    engine.load(str(tmp_path), TOKENIZER)
-    assert engine.stop_ids.tolist() == [1, 9, toy.VOCABULARY.index("*")]
-    [group] = engine.generate(PROMPTS[:1], [list(range(9))], Sampling(12))
-    for completion in group:
-        expected = model_logprobs(other, PROMPTS[0], completion.token_ids, 1.0)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
-
-
 def test_a_model_is_not_asked_for_more_positions_than_it_has(tmp_path):
     cfg = teacher_grpo.Config("", data="", out="", max_response_tokens=100)
     model = write_checkpoint(tmp_path)
