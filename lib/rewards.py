@@ -11,9 +11,9 @@ two a function may ask for any of three more by name: `correct` is the verifier'
 `tokens` is the length of the response; `finish_reason` is "stop", or "length" if the response was cut at the length
 limit.
 
-The value is used unchanged in training, validation and evaluation. That includes the value of a cut response:
-`--require-finished` concerns the verifier alone, because 0 may be a good reward on the function's own scale. Where right
-answers are counted, the verifier's verdict counts if the function asks for it, otherwise a value of 1 or more.
+The value is used unchanged in training, validation and evaluation, also that of a cut response: `--require-finished`
+concerns the verifier alone, because 0 may be a good reward on the function's own scale. Where right answers are counted,
+the verifier's verdict counts if the function asks for it, otherwise a value of 1 or more.
 
 The function runs in the training process with all rights of that process, and nothing stops it. It should not execute
 what a model wrote, and it should return soon. This file is the only one that runs code from outside the project.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -126,26 +126,23 @@ class SampleFile:
 
     def _open(self) -> list[str]:
         """Reads the samples of the problems that have all `k` of them; returns the ids of the other problems."""
-        if not self.path.exists():
-            self._write([{"settings": self.settings}])
-        elif not self.path.read_bytes().endswith(b"\n"):  # a kill has cut the last line
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")
         found = {(line["id"], line["sample"]): line for line in json_lines(self.path) if "sample" in line}
         missing = [name for name in self.problems if any((name, n) not in found for n in range(self.k))]
         kept = [(name, n) for name in self.problems if name not in missing for n in range(self.k)]
         self.samples = {key: found[key] for key in kept}
+        if not self.path.exists() or not self.path.read_bytes().endswith(b"\n"):  # a kill has cut the last line
+            self._rewrite()
         return missing
-
-    def _write(self, lines: Iterable[dict]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Keeps all `k` graded rollouts of some missing problems."""
         samples = self._keep(rollouts)
-        on_rank_0(lambda: self._write(samples))
+
+        def write() -> None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in samples)
+
+        on_rank_0(write)
 
     def _keep(self, rollouts: Sequence[Rollout]) -> list[dict]:
         samples = [as_sample(rollout) | {"grader": self.grader} for rollout in rollouts]

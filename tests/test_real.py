@@ -62,8 +62,7 @@ def test_the_files_share_no_calculation_in_any_order_and_no_problem_and_their_an
 
 def test_the_seed_decides_the_problems(files, tmp_path):
     real.main(real.Config(out=str(tmp_path), teacher="none", student="none", seed=0))
-    for name in real.SIZES:
-        assert rows(tmp_path, name) == rows(files[0], name) != rows(files[1], name)
+    assert all(rows(tmp_path, name) == rows(files[0], name) != rows(files[1], name) for name in real.SIZES)
 
 
 def random_rollouts(count: int) -> list[Rollout]:
