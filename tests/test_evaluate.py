@@ -168,6 +168,8 @@ def test_a_killed_evaluation_continues_from_its_samples(kept, cut, lost, student
     assert sampled == [json.loads(line)["id"] for line in lines[1::3]][6 - lost :]
     continued["student"]["test"].pop("samples")
     assert continued == straight
+    run(tmp_path / "report", [student], test_problems)  # and the file is whole again
+    assert len(sampled) == lost
 
 
 def test_samples_of_another_data_set_of_the_same_name_and_size_are_not_used(student, tmp_path, monkeypatch):
