@@ -1,10 +1,9 @@
 """What samples responses: vLLM or an embedded PyTorch sampler, behind one interface.
 
-An engine has three methods. `sync(policy)` gives it the policy's present weights. `generate(prompts, seeds, sampling)`
-returns completions with the log-probability of every sampled token under the distribution that it was sampled from
-(after temperature, top-k and top-p), because importance ratios must be taken against that one. `sleep()` leaves the
-GPU's memory to the trainer until the next `sync`. Every rank has an engine of its own and samples its share of the
-rollouts, or `tensor_parallel` successive ranks share one.
+`sync(policy)` gives an engine the policy's present weights. `generate(prompts, seeds, sampling)` returns completions with
+the log-probability of every sampled token under the distribution that it was sampled from (after temperature, top-k and
+top-p), because importance ratios must be taken against that one. `sleep()` leaves the GPU's memory to the trainer until
+the next `sync`. Every rank has an engine and samples its share, or `tensor_parallel` successive ranks share one.
 
 Each request has its own seed, so that on a CPU a response does not depend on the other prompts in its batch, on their
 order, or on the number of processes. On a GPU products round differently in batches of other shapes, and then it may.
@@ -86,28 +85,20 @@ def check_engine(cfg, model: str) -> None:
     if chosen_engine(cfg.engine) == "torch":
         if cfg.tensor_parallel != 1:
             raise InputError(f"--tensor-parallel {cfg.tensor_parallel} needs vLLM; give --engine vllm, or drop it")
-        return
-    if importlib.util.find_spec("vllm") is None:
+    elif importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm: vLLM is not installed; install requirements.txt, or give --engine torch")
-    if world_size() % cfg.tensor_parallel:
-        raise InputError(
-            f"--tensor-parallel {cfg.tensor_parallel} must divide the number of processes ({world_size()}); give one "
-            "that does"
-        )
+    elif world_size() % cfg.tensor_parallel:
+        ranks = f"the number of processes ({world_size()})"
+        raise InputError(f"--tensor-parallel {cfg.tensor_parallel} must divide {ranks}; give one that does")
 
 
 def make_engine(
-    cfg,
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: Policy | None = None,
-    sleeps: bool = True,
-    alone: bool = False,
+    cfg, model: str, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None, sleeps=True, alone=False
 ) -> TorchEngine | VLLMEngine:
     """The engine that a Config asks for, with the weights of checkpoint `model`.
 
     `policy` is the same checkpoint if it is loaded already; if it is not sharded, the embedded sampler uses it in
-    place. `sleeps` and `alone` are for vLLM.
+    place. For `sleeps` and `alone` see VLLMEngine.
     """
     if chosen_engine(cfg.engine) == "vllm":
         return VLLMEngine(model, tokenizer, cfg, sleeps, alone)
@@ -160,10 +151,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        sampling: Sampling,
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
         """One completion for each seed of each prompt. `prompts[i]` are token ids, `seeds[i]` its samples' seeds."""
         completions: list[list[Completion]] = [[] for _ in prompts]
@@ -219,14 +207,8 @@ class TorchEngine:
 
     def _logits(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the last position, in float32. The cache grows by input_ids (B, T); mask covers it all."""
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, **options)
         return output.logits[:, -1].float()
 
 
@@ -367,25 +349,18 @@ class VLLMEngine:
         requests = [(list(prompt), seed) for prompt, group in zip(prompts, seeds) for seed in group]
         params = [
             self._sampling_params(
-                max_tokens=sampling.max_response_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=seed,
+                max_tokens=sampling.max_response_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+                top_k=sampling.top_k, seed=seed, stop_token_ids=self.stop_ids, detokenize=False,
                 logprobs=0,  # of the sampled token only
-                stop_token_ids=self.stop_ids,
                 ignore_eos=True,  # otherwise vLLM adds the end tokens of the checkpoint that it was started with
-                detokenize=False,
             )
             for _, seed in requests
-        ]
+        ]  # fmt: skip
         inputs = [{"prompt_token_ids": prompt} for prompt, _ in requests]
         outputs = self.llm.generate(inputs, params, use_tqdm=False) if requests else []
-        answers = iter(output.outputs[0] for output in outputs)
-        return [[_completion(next(answers)) for _ in group] for group in seeds]
-
-
-def _completion(output) -> Completion:
-    token_ids = list(output.token_ids)
-    logprobs = [candidates[token].logprob for token, candidates in zip(token_ids, output.logprobs)]
-    return Completion(token_ids, logprobs, output.finish_reason)
+        found = (output.outputs[0] for output in outputs)
+        completions = (
+            Completion(list(o.token_ids), [c[t].logprob for t, c in zip(o.token_ids, o.logprobs)], o.finish_reason)
+            for o in found
+        )
+        return [[next(completions) for _ in group] for group in seeds]

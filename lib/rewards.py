@@ -11,9 +11,9 @@ two a function may ask for any of three more by name: `correct` is the verifier'
 `tokens` is the length of the response; `finish_reason` is "stop", or "length" if the response was cut at the length
 limit.
 
-The value is used unchanged in training, validation and evaluation. That includes the value of a cut response:
-`--require-finished` concerns the verifier alone, because 0 may be a good reward on the function's own scale. Where right
-answers are counted, the verifier's verdict counts if the function asks for it, otherwise a value of 1 or more.
+The value is used unchanged in training, validation and evaluation, also that of a cut response: `--require-finished`
+concerns the verifier alone, because 0 may be a good reward on the function's own scale. Where right answers are counted,
+the verifier's verdict counts if the function asks for it, otherwise a value of 1 or more.
 
 The function runs in the training process with all rights of that process, and nothing stops it. It should not execute
 what a model wrote, and it should return soon. This file is the only one that runs code from outside the project.
@@ -84,25 +84,17 @@ class Reward:
             verdicts = self.verifier.check([r.text for r in rollouts], [r.problem.answer for r in rollouts])
         found = []
         for rollout, verdict in zip(rollouts, verdicts):
-            value = self._value(rollout, verdict)
+            offered = (verdict and verdict.correct, len(rollout.response_ids), rollout.finish_reason)
+            asked = {name: value for name, value in zip(self.OFFERED, offered) if name in self.asked}
+            try:
+                value = float(self.function(dict(rollout.problem.row), rollout.text, **asked))  # it may change its copy
+                if not math.isfinite(value):
+                    raise ValueError(f"the reward is {value}, and has to be a finite number")
+            except Exception as error:
+                error.add_note(f"--reward {self.name} failed on a response to problem {rollout.problem.id}")
+                raise
             found.append((verdict.correct, verdict.how, value) if verdict else (value >= 1, "reward", value))
         return found
-
-    def _value(self, rollout: Rollout, verdict: Verdict | None) -> float:
-        offered = {
-            "correct": verdict and verdict.correct,
-            "tokens": len(rollout.response_ids),
-            "finish_reason": rollout.finish_reason,
-        }
-        row = dict(rollout.problem.row)  # a copy, so that a function that changes it changes no other call
-        try:
-            value = float(self.function(row, rollout.text, **{name: offered[name] for name in self.asked}))
-            if not math.isfinite(value):
-                raise ValueError(f"the reward is {value}, and has to be a finite number")
-            return value
-        except Exception as error:
-            error.add_note(f"--reward {self.name} failed on a response to problem {rollout.problem.id}")
-            raise
 
     def __enter__(self) -> Reward:
         return self

@@ -33,8 +33,7 @@ def sample_rollouts(
     The seed of each response is made from `seed_key`, its problem and its number, so that responses depend neither on
     the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on the batch).
     The number is the index in the group. A problem that appears twice in `problems` gets new numbers, hence new seeds.
-    Responses are spread over ranks one by one and not by groups, so that a few problems keep all ranks busy. Every rank
-    gets all rollouts, and training then balances them over ranks by their lengths.
+    Responses are spread over ranks one by one, so that a few problems keep all ranks busy. Every rank gets all rollouts.
     """
 
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
@@ -58,7 +57,7 @@ def sample_rollouts(
 def known_tokens(completion: Completion, vocab_size: int) -> Completion:
     """The completion up to the first token that the tokenizer does not have, as if the length limit had cut it there.
 
-    Output matrices are padded to more rows than there are tokens, and on rare occasions a row of the padding is sampled.
+    Output matrices have more rows than there are tokens, and on rare occasions one of the rest is sampled.
     """
     ids = completion.token_ids
     end = next((number for number, token in enumerate(ids) if token >= vocab_size), None)
@@ -79,13 +78,12 @@ def open_cache(
     """
     path = directory / "identity.json"
     identity = json.loads(json.dumps(identity))  # as the file gives it
+    named = f"--rollouts {str(directory)!r} holds"
 
     def refuse_other_files() -> None:
         ours = {"lock", "identity.json.tmp"}
         if directory.exists() and not path.exists() and any(other.name not in ours for other in directory.iterdir()):
-            raise InputError(
-                f"--rollouts {str(directory)!r} holds something else than rollouts; name another directory"
-            )
+            raise InputError(f"{named} something else than rollouts; name another directory")
 
     def claim() -> None:
         if not path.exists():
@@ -94,10 +92,8 @@ def open_cache(
         found = json.loads(path.read_text(encoding="utf-8"))
         for name, value in identity.items():
             if found.get(name) != value:
-                raise InputError(
-                    f"--rollouts {str(directory)!r} holds other rollouts (with {name} = {found.get(name)!r}, and this run "
-                    f"needs {value!r}); name another directory"
-                )
+                differ = f"with {name} = {found.get(name)!r}, and this run needs {value!r}"
+                raise InputError(f"{named} other rollouts ({differ}); name another directory")
 
     on_rank_0(refuse_other_files)
     with locked(directory, f"waiting for another run to fill {directory}", wait=True):
@@ -110,12 +106,11 @@ class RolloutCache:
 
     Every `shard-NNNNNN` is a data set of rollouts, written whole, so an interrupted run goes on with what is missing.
     A shard of sampled rollouts has all rollouts of some problems. Its number is the place of its first problem among
-    `problems`: no other shard has that number, whichever problems a run needs and in whichever order. Rank 0 writes,
-    all ranks read.
+    `problems`, which no other shard has, in whichever order a run needs them. Rank 0 writes, all ranks read.
 
-    Rows are numbered from 0 over all shards. `rows` has the numbers of each problem's rows by its id, and no entry for a
-    problem that is missing. `right` says of each row whether the response is right and finished. `tokens` counts the
-    tokens of all responses.
+    Rollouts are numbered from 0 over all shards. `rows` has the numbers of each problem's rollouts by its id, and no
+    entry for a problem that is missing. `right` says of each rollout whether it is right and finished. `tokens` counts
+    the tokens of all responses.
     """
 
     def __init__(self, directory: Path, problems: Sequence[Problem], prompts: dict[str, list[int]]):
@@ -188,12 +183,10 @@ def read_texts(
     """Appends the responses in a .jsonl file to the cache, graded (App. B). Parts that it has are skipped. Collective.
 
     A line has a prompt, as in a data set, and a `response`; or `messages`, of which the last assistant's turn is the
-    response. A problem may have several lines, anywhere. A response is tokenised as what follows the prompt, and ends
-    with the end-of-sequence token. One that is longer than `max_response_tokens` is left out: its beginning alone would
-    teach the student to stop in the middle. Left out, too, are responses to other problems, and lines that are no
-    response; all are counted in one printed sentence. The sampler's log-probabilities are not known (nan).
-
-    Raises InputError if no line is left.
+    response. A response is tokenised as what follows the prompt, and ends with the end-of-sequence token. One that is
+    longer than `max_response_tokens` is left out: its beginning alone would teach the student to stop in the middle.
+    Left out, too, are responses to other problems, and lines that are not a response; all are counted in one printed
+    sentence. The sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
     """
 
     def tokenised(share: Sequence[tuple[int, str, str]]) -> list[list[int]]:

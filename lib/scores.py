@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -87,17 +87,10 @@ def grader_sha256(reward: str | None, problems: Sequence[Problem]) -> str:
 def as_sample(rollout: Rollout) -> dict:
     """A graded rollout as one line of a sample file."""
     return {
-        "id": rollout.problem.id,
-        "sample": rollout.sample,
-        "prompt": rollout.problem.prompt,
-        "answer": rollout.problem.answer,
-        "response": rollout.text,
-        "finish_reason": rollout.finish_reason,
-        "tokens": len(rollout.response_ids),
-        "correct": rollout.correct,
-        "how": rollout.how,
-        "reward": rollout.reward,
-    }
+        "id": rollout.problem.id, "sample": rollout.sample, "prompt": rollout.problem.prompt,
+        "answer": rollout.problem.answer, "response": rollout.text, "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.response_ids), "correct": rollout.correct, "how": rollout.how, "reward": rollout.reward,
+    }  # fmt: skip
 
 
 def sample_directories(out: str | Path, labels: Sequence[str]) -> dict[str, Path]:
@@ -114,12 +107,12 @@ def sample_directories(out: str | Path, labels: Sequence[str]) -> dict[str, Path
 class SampleFile:
     """One checkpoint's graded samples on one data set: DIRECTORY/NAME-HASH.jsonl, with one sample a line.
 
-    HASH is that of `settings`, everything that decides what is sampled, which the first line holds. Samples made with
-    other settings are therefore in another file and are never overwritten. Lines are only appended, so a process that
-    is killed loses at most the part that it was sampling, and the same evaluation continues from the file.
+    HASH is that of `settings`, everything that decides what is sampled, which the first line holds. Samples of other
+    settings are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part
+    that it was sampling, and the same evaluation continues from the file.
 
-    Each line carries the hash of its grader. Samples that another grader has graded, or against another answer, are
-    graded again by `grade_again` and not sampled again.
+    Each line carries `grader`, the hash of what graded it. `grade_again` grades those that another grader has graded, or
+    against another answer, so that they need not be sampled again.
 
     Rank 0 reads and writes; the methods are collective.
     """
@@ -127,54 +120,52 @@ class SampleFile:
     def __init__(self, directory: Path, name: str, settings: dict, problems: Sequence[Problem], k: int, grader: str):
         self.path = directory / f"{name}-{sha256(settings)[:8]}.jsonl"
         self.settings, self.problems, self.k = settings, {problem.id: problem for problem in problems}, k
-        self.grader = grader  # its hash
+        self.grader = grader
         self.samples: dict[tuple[str, int], dict] = {}  # by problem id and number; on rank 0 only
         self.missing: list[Problem] = [self.problems[name] for name in on_rank_0(self._open)]
 
     def _open(self) -> list[str]:
         """Reads the samples of the problems that have all `k` of them; returns the ids of the other problems."""
-        if not self.path.exists():
-            self._append([{"settings": self.settings}])
-        elif not self.path.read_bytes().endswith(b"\n"):  # a kill has cut the last line
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")
         found = {(line["id"], line["sample"]): line for line in json_lines(self.path) if "sample" in line}
         missing = [name for name in self.problems if any((name, n) not in found for n in range(self.k))]
         kept = [(name, n) for name in self.problems if name not in missing for n in range(self.k)]
         self.samples = {key: found[key] for key in kept}
+        if not self.path.exists() or not self.path.read_bytes().endswith(b"\n"):  # a kill has cut the last line
+            self._rewrite()
         return missing
-
-    def _append(self, lines: Iterable[dict]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Keeps all `k` graded rollouts of some missing problems."""
+        samples = self._keep(rollouts)
+
+        def write() -> None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in samples)
+
+        on_rank_0(write)
+
+    def _keep(self, rollouts: Sequence[Rollout]) -> list[dict]:
         samples = [as_sample(rollout) | {"grader": self.grader} for rollout in rollouts]
         self.samples |= {(sample["id"], sample["sample"]): sample for sample in samples if rank() == 0}
-        on_rank_0(lambda: self._append(samples))
+        return samples
 
     def grade_again(self, grader: Verifier | Reward) -> None:
         """Grades the samples whose grader or right answer was another one, and says how many verdicts changed."""
-
-        def outdated() -> list[Rollout]:
-            return [
+        rollouts = on_rank_0(
+            lambda: [
                 # The number of tokens is all that a grader may ask about them.
-                Rollout(problem, line["sample"], [], [0] * line["tokens"], [], line["finish_reason"], line["response"])
+                Rollout(problem, line["sample"], [], [0] * line["tokens"], [], line["finish_reason"], line["response"],
+                        correct=line["correct"])
                 for line in self.samples.values()
                 if (problem := self.problems[line["id"]]).answer != line["answer"] or line["grader"] != self.grader
             ]
-
-        rollouts = on_rank_0(outdated)
+        )  # fmt: skip
         if not rollouts:
             return
+        before = [rollout.correct for rollout in rollouts]
         grade(rollouts, grader)
-        changed = 0
-        for rollout in rollouts if rank() == 0 else ():
-            line = self.samples[rollout.problem.id, rollout.sample]
-            changed += line["correct"] != rollout.correct
-            line |= as_sample(rollout) | {"grader": self.grader}
+        changed = sum(rollout.correct != verdict for rollout, verdict in zip(rollouts, before))
+        self._keep(rollouts)
         on_rank_0(self._rewrite)
         print0(f"{self.path}: {len(rollouts)} samples graded again, because the grading has changed; {changed} differ")
 
@@ -219,13 +210,9 @@ class Validation:
     """
 
     def __init__(
-        self,
-        cfg: TrainingConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        engine: TorchEngine | VLLMEngine | None,
-        grader: Verifier | Reward,
-        run,
-    ):
+        self, cfg: TrainingConfig, tokenizer: PreTrainedTokenizerBase, engine: TorchEngine | VLLMEngine | None,
+        grader: Verifier | Reward, run,
+    ):  # fmt: skip
         self.cfg, self.engine, self.grader, self.run = cfg, engine, grader, run
         self.sets = validation_sets(cfg, tokenizer)
         self.sampling = Sampling(cfg.max_response_tokens, temperature=0.7, top_p=0.8, top_k=20)

@@ -120,7 +120,7 @@ CASES = {
     "no such file": ("teacher_grpo", DATA, None, "'{tmp}/data.jsonl' is not a .*check the path"),
     "unknown set": ("opd", "--data dapoo", None, "--data 'dapoo' is no.* known data set"),
     "a line that is not JSON": ("teacher_grpo", DATA, lines(ROW, '{"prompt": "b", "ans'),
-        "line 2 of '{tmp}/data.jsonl' is not JSON .* delete it"),
+        "line 2 of '{tmp}/data.jsonl' cannot be read .* delete it"),
     "other columns": ("student_grpo", DATA, lines({"text": "a", "label": "1"}), "row needs a prompt .* and an answer"),
     "everything excluded": ("teacher_grpo", "--exclude {problems}", None, "problem of --data '{problems}' .*name other"),
     "no network": ("teacher_grpo", "--data math500", offline, "'math500' could not be loaded from the hub .*go online"),
@@ -168,7 +168,7 @@ CASES = {
     "another end of sequence": ("opd", BAD_TEACHER, copied(tokenizer(eos_token="<|user|>"), "teacher"),
         "differ in .*eos_token .*copy one tokenizer over the other"),
     "another template": ("opd", BAD_TEACHER, copied(tokenizer(chat_template=OTHER_TEMPLATE), "teacher"),
-        "render prompts differently .*give both the same chat template"),
+        "render prompts differently .*give both one chat template"),
     # evaluation
     "nothing to evaluate": ("evaluate", "--models", None, "there is nothing to evaluate; name checkpoints with --models"),
     "labels that do not match": ("evaluate", "--labels a b", None, "--labels .* one different name for each of the 1"),

@@ -45,24 +45,17 @@ def few_shot(question: str, example: str = "1+1?", system: str = "Be brief.") ->
 # Rows
 
 WORKED = "First we add.\nSo it is \\boxed{3}, no, \\boxed{\\frac{1}{2}}."
+DAPO = lib.data.DAPO_PREFIX + "1+1?" + lib.data.DAPO_SUFFIX
 READ = {  # the columns of each known source, and the problem that a row of them is
-    "DAPO-Math-17k": (
-        dict(prompt=user(lib.data.DAPO_PREFIX + "1+1?" + lib.data.DAPO_SUFFIX), reward_model={"ground_truth": "2"}),
-        ("1+1?", "2"),
-    ),
+    "DAPO-Math-17k": (dict(prompt=user(DAPO), reward_model={"ground_truth": "2"}), ("1+1?", "2")),
     "DAPO-Math-17k-Processed": (dict(prompt="1+1?", solution="2", reward_model={"ground_truth": "2"}), ("1+1?", "2")),
     "bare answers as solutions": (dict(prompt="1+1?", solution="2"), ("1+1?", "2")),
-    "verl": (
-        dict(prompt=user("1+1? " + INSTRUCTION.strip()), reward_model={"ground_truth": "2"}),
-        ("1+1?", "2"),
-    ),
-    "our own prompt": (dict(prompt="1+1?" + INSTRUCTION, answer="2"), ("1+1?", "2")),
+    "our own prompt": (dict(prompt="1+1? " + INSTRUCTION.strip(), answer="2"), ("1+1?", "2")),
     "instruction in front": (dict(prompt=INSTRUCTION + "\n1+1?", answer="2"), ("1+1?", "2")),
     "MATH-500": (dict(problem="Find $x$.", solution=WORKED, answer="\\frac12"), ("Find $x$.", "\\frac12")),
     "MATH, NuminaMath": (dict(problem="Find $x$.", solution=WORKED), ("Find $x$.", "\\frac{1}{2}")),
     "AIME": (dict(problem="Find $n$.", answer=73, id=60), ("Find $n$.", "73")),
     "GSM8K": (dict(question="How many?", answer="16 - 3 = <<16-3=13>>13 eggs.\n#### 13"), ("How many?", "13")),
-    "GSM8K's answer as a solution": (dict(question="How many?", solution="13 eggs.\n#### 13"), ("How many?", "13")),
     "an answer with #### in it": (dict(prompt="a", answer="so\n#### no\na####b"), ("a", "so\n#### no\na####b")),
     "several turns": (dict(prompt=few_shot(" 1+1? "), answer="2"), ("1+1?", "2")),
     "messages": (dict(messages=user("1+1?"), ground_truth="2"), ("1+1?", "2")),
@@ -71,16 +64,13 @@ READ = {  # the columns of each known source, and the problem that a row of them
 
 
 @pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_every_known_format(tmp_path, name, suffix):
+def test_every_known_format(tmp_path, name):
     row, expected = READ[name]
-    path = tmp_path / f"data{suffix}"
-    if suffix == ".jsonl":
-        write_rows(path, row)
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-    [problem] = load_problems(str(path))
-    assert (problem.prompt, problem.answer) == expected and problem.row == row
+    write_rows(tmp_path / "data.jsonl", row)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "data.parquet")
+    for suffix in ("jsonl", "parquet"):
+        [problem] = load_problems(f"{tmp_path}/data.{suffix}")
+        assert (problem.prompt, problem.answer) == expected and problem.row == row
 
 
 @pytest.mark.parametrize("name", ["list.json", "lines.json", "rows.csv"])
@@ -97,12 +87,6 @@ def test_no_format_changes_an_answer(tmp_path, name):
             file.write(json.dumps(rows, indent=1) if name == "list.json" else "\n".join(map(json.dumps, rows)))
     problems = load_problems(str(tmp_path / name))
     assert [problem.answer for problem in problems] == answers and problems[0].prompt == "Is it\n0, or not?"
-
-
-def test_a_comma_without_quotation_marks_does_not_shift_the_answer(tmp_path):
-    (tmp_path / "rows.csv").write_text("problem,answer\nFind x,1\nFind x, y,2\n")
-    with pytest.raises(InputError, match="line 3 of .*rows.csv' has more fields than the header"):
-        load_problems(str(tmp_path / "rows.csv"))
 
 
 def test_a_tilde_stands_for_the_home_directory(tmp_path, monkeypatch):
@@ -133,51 +117,29 @@ def test_rows_that_cannot_be_graded_are_left_out_and_counted(tmp_path, capsys):
     long = dict(problem="g", answer="1+" * 500 + "1")
     path = write_rows(tmp_path / "data.jsonl", dict(problem="a", answer="1"), *bad, long)
     assert [p.prompt for p in load_problems(path, quiet=True)] == ["a"]
-    assert (
-        f"{path}: 7 of 8 rows left out; the first is row 2: no answer; its columns are problem, solution"
-        in capsys.readouterr().out
-    )
+    said = f"{path}: 7 of 8 rows left out; the first is row 2: no answer; its columns are problem, solution"
+    assert said in capsys.readouterr().out
     assert [p.prompt for p in load_problems(path, reward="mine.py:reward")] == ["a", "g"]
-    [only] = load_training_problems(config(path))  # as a stage reads them
-    assert only.prompt == "a"
 
 
 @pytest.mark.parametrize("instruction", ["\n\n" + "Think hard and write the result after the word Answer.", ""])
 def test_a_text_that_most_prompts_share_is_said(tmp_path, capsys, instruction):
     rows = [dict(prompt=f"What is {n} + {n}?" + instruction * (n % 5 > 0), answer=str(2 * n)) for n in range(20)]
     load_problems(write_rows(tmp_path / "data.jsonl", *rows))
-    said = f"16 of 20 prompts end with {('?' + instruction)!r}"
+    said = f"16 of 20 prompts end with {instruction[-30:]!r}"
     assert (said in capsys.readouterr().out) == bool(instruction)
 
 
-BAD = {
-    "no such file": ("nowhere.jsonl", "--data 'nowhere.jsonl' is not a file; check the path"),
-    "unknown name": ("no-such-set", "is not a known data set; give one of dapo,"),
-    "a path with a typing error": ("tests/nowhere", "the directory 'tests' has no 'nowhere'; check the path, or if"),
-    "not JSON": (["{'prompt': 1}"], "line 1 of"),
-    "a bad line far down": (['{"prompt": "a", "answer": "1"}'] * 730 + ['{"prompt": "b", "ans'], "line 731 of"),
-    "wrong columns": (
-        ['{"text": "a", "label": "1"}'],
-        "columns are text, label); a row needs",
-    ),
-    "no answer": (
-        ['{"prompt": "a", "gold": "1"}'] * 2,
-        "(2 rows, row 1: no answer; its columns are prompt, gold); a row needs",
-    ),
-    "empty": ([], "has no usable problem (0 rows)"),
-    "only conflicts": (['{"prompt": "a", "answer": "1"}', '{"prompt": "a", "answer": "2"}'], "has no usable problem"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_data_gives_one_sentence(tmp_path, name):
-    content, message = BAD[name]
-    if isinstance(content, list):
-        (tmp_path / "data.jsonl").write_text("\n".join(content), encoding="utf-8")
-        content = str(tmp_path / "data.jsonl")
-    with pytest.raises(InputError) as error:
-        load_problems(content)
-    assert message in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("name, content, message", [
+    ("data.csv", "problem,answer\nFind x,1\nFind x, y,2\n", "line 3 of .*data.csv' .*more fields than the header"),
+    ("data.jsonl", '{"prompt": "a", "gold": "1"}\n' * 2, "2 rows, row 1: no answer; its columns are prompt, gold.; a row"),
+    ("data.jsonl", "", "has no usable problem .0 rows.;"),
+    ("data.jsonl", '{"prompt": "a", "answer": "1"}\n{"prompt": "a", "answer": "2"}', "has no usable problem .2 rows.;"),
+])  # fmt: skip
+def test_bad_data_gives_one_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_problems(str(tmp_path / name))
 
 
 def test_a_checkpoint_that_is_not_there_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
@@ -188,12 +150,8 @@ def test_a_checkpoint_that_is_not_there_is_not_asked_for_on_the_hub(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for model in ("runs/bridge", "./bridge", "/bridge", "bridge", "a/b/c"):
-        with pytest.raises(InputError, match=f"--model '{model}' is not a checkpoint directory"):
+        with pytest.raises(InputError, match=f"--model '{model}' is not a checkpoint directory; check the path"):
             lib.data.load_tokenizer(model)
-    with pytest.raises(
-        InputError, match="'runs' has no 'bridge'; check the path, or if you mean runs/bridge on the hub"
-    ):
-        lib.data.load_tokenizer("runs/bridge")
     assert not asked and lib.data.load_tokenizer("Qwen/Qwen3-8B") and load_problems("owner/set@main:test")
     assert asked == ["Qwen/Qwen3-8B", "owner/set"]
 
@@ -229,16 +187,10 @@ def test_one_problem_has_one_id_however_it_is_typeset():
 def test_problems_that_differ_have_different_ids():
     for texts in DIFFERENT:
         assert len({lib.data.problem_id(text) for text in texts}) == len(texts), texts
-    sums = ["".join(parts) for parts in itertools.product("01", "+-*", "29", "+-*", "37")]
-    assert len({lib.data.problem_id(toy.TASK + text) for text in sums}) == len(sums)
-
-
-def test_problems_that_differ_in_one_sign_are_all_kept(tmp_path):
-    """Each pair that the ids did not tell apart would be one problem less, or a conflict."""
-    texts = [f"Is {''.join(signs)} balanced?" for signs in itertools.product("()[]{}", repeat=3)]
-    texts += ["(1+2)*3", "1+2*3", "(True and False) or True", "True and (False or True)", "f(1,2)", "f(12)"]
-    rows = [{"prompt": text, "answer": str(i)} for i, text in enumerate(texts)]
-    assert [problem.prompt for problem in load_problems(write_rows(tmp_path / "data.jsonl", *rows))] == texts
+    signs = [f"Is {''.join(signs)} balanced?" for signs in itertools.product("()[]{}", repeat=3)]
+    signs += [toy.TASK + "".join(parts) for parts in itertools.product("01", "+-*", "29", "+-*", "37")]
+    signs += ["(1+2)*3", "1+2*3", "(True and False) or True", "True and (False or True)"]
+    assert len({lib.data.problem_id(text) for text in signs}) == len(signs)
 
 
 def test_halves_are_equal_disjoint_and_independent_of_row_order():
@@ -247,20 +199,14 @@ def test_halves_are_equal_disjoint_and_independent_of_row_order():
     first, second = (lib.data.half_of(problems, half) for half in ("1H", "2H"))
     assert len(first) == len(second) == 50 and not {p.id for p in first} & {p.id for p in second}
     assert lib.data.half_of(problems[::-1], "1H") == first and lib.data.half_of(problems, "full") == problems
-    with pytest.raises(InputError, match="--half 1H needs at least two problems"):
-        lib.data.half_of(problems[:1], "1H")
 
 
 def test_evaluation_problems_are_not_trained_on(tmp_path, capsys):
     """Also where they have no answer, an instruction, or worked examples in front; and the number is always said."""
     asked = [few_shot("problem 0"), *(f"problem {n}" for n in range(1, 10))]
     train = write_rows(tmp_path / "train.jsonl", *({"prompt": prompt, "answer": "1"} for prompt in asked))
-    held_out = [
-        " problem  3",
-        user("problem 5 " + INSTRUCTION.strip()),
-        "problem 0",
-        few_shot("problem 8", example="2"),
-    ]
+    instructed = user("problem 5 " + INSTRUCTION.strip())
+    held_out = [" problem  3", instructed, "problem 0", few_shot("problem 8", example="2")]
     test = write_rows(tmp_path / "test.jsonl", *({"prompt": prompt} for prompt in held_out), {"note": "no prompt"})
     validate = write_rows(tmp_path / "validate.jsonl", {"prompt": "Problem 7", "answer": "1"})
     kept = load_training_problems(config(train, exclude=(test,), validate=(validate,)))
@@ -269,8 +215,6 @@ def test_evaluation_problems_are_not_trained_on(tmp_path, capsys):
     other = write_problems(tmp_path / "other.jsonl", 3)
     assert len(load_training_problems(config(train, exclude=(other,)))) == 10
     assert f"0 of 10 problems dropped because they are in {other}" in capsys.readouterr().out
-    with pytest.raises(InputError, match="every problem of --data .* is in .*; name other sets"):
-        load_training_problems(config(train, exclude=(train,)))
 
 
 def test_every_turn_of_a_chat_counts_in_the_id(tmp_path):
@@ -334,9 +278,7 @@ def test_a_prompt_is_read_from_a_file_and_needs_a_place_for_the_problem(tmp_path
     cfg = SamplerConfig(out="", prompt="@~/é.txt", stop=(r"\n\n", "a"))
     read_texts(cfg)
     assert cfg.prompt == "1+1=2 é\n\n{problem}\n" and cfg.stop == ("\n\n", "a")
-    with pytest.raises(
-        InputError, match="--prompt 'Think.' does not say where the problem goes; write {problem} there"
-    ):
+    with pytest.raises(InputError, match="--prompt 'Think.' does not say where the problem goes; write {problem}"):
         read_texts(SamplerConfig(out="", prompt="Think."))
 
 
@@ -369,8 +311,6 @@ def test_prompts_that_are_too_long_are_counted_and_left_out_of_training_alone(st
     assert f"{said}; they are left out" in capsys.readouterr().out
     with pytest.raises(InputError, match=said):
         lib.data.tokenize_prompts(tokenizer, load_problems(path), cfg)
-    with pytest.raises(InputError, match="4 of 4 prompts are longer"):
-        lib.runs.prepare(dataclasses.replace(cfg, max_prompt_tokens=5))
 
 
 # The ends of responses
@@ -399,8 +339,8 @@ def test_a_line_break_is_found_in_a_vocabulary_of_bytes():
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert lib.data.stop_tokens(tokenizer, ("\n",)) == {vocabulary[token] for token in ("Ċ", ".Ċ", "ĊĊ")}
-    for stop, where in (("é", "no"), ("", "every")):
-        with pytest.raises(InputError, match=f"--stop '{stop}' is in {where} token"):
+    for stop in ("é", ""):
+        with pytest.raises(InputError, match=f"--stop '{stop}' is in no token"):
             lib.data.stop_tokens(tokenizer, (stop,))
 
 

@@ -51,6 +51,12 @@ def config(out, models, data, **settings):
     return evaluate.Config(out=str(out), models=tuple(models), data=(data,), **settings)
 
 
+def run(out, models, data, **settings) -> dict:
+    """What an evaluation wrote to results.json, by the names of checkpoint and data set."""
+    evaluate.main(config(out, models, data, **settings))
+    return json.loads((out / "results.json").read_text())["results"]
+
+
 def record_sampled(monkeypatch) -> list[str]:
     """A list that receives the id of every problem that is sampled from here on."""
     sampled, sample = [], evaluate.sample_rollouts
@@ -63,24 +69,16 @@ def record_sampled(monkeypatch) -> list[str]:
     return sampled
 
 
-def test_checkpoints_are_compared_in_tables_and_pictures(
-    student, teacher, test_problems, tmp_path, capsys, monkeypatch
-):
-    evaluate.main(config(tmp_path / "report", [student, teacher], test_problems))
+def test_checkpoints_are_compared_in_tables_and_pictures(student, teacher, test_problems, tmp_path, capsys):
+    results = run(tmp_path / "report", [student, teacher], test_problems)
     output = capsys.readouterr().out
     assert "| student | " in output and "Differences on test, row minus column" in output
     assert {"table.md", "results.json", "bars.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
-    report = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert report["results"]["student"]["test"]["problems"] == 6 and report["settings"]["k"] == 3
-    path = Path(report["results"]["teacher"]["test"]["samples"])
-    lines = path.read_text().splitlines()
-    assert path.parent == tmp_path / "report" / "teacher" and json.loads(lines[0])["settings"]["k"] == 3
-    assert len(lines) == 1 + 6 * 3 and {"id", "response", "correct", "tokens"} <= json.loads(lines[1]).keys()
-
-
-def sample_file(report: Path, label: str, name: str) -> Path:
-    results = json.loads((report / "results.json").read_text())["results"]
-    return Path(results[label][name]["samples"])
+    assert results["student"]["test"]["problems"] == 6
+    path = Path(results["teacher"]["test"]["samples"])
+    settings, *lines = json_lines(path)
+    assert path.parent == tmp_path / "report" / "teacher" and settings["settings"]["k"] == 3
+    assert len(lines) == 6 * 3 and {"id", "response", "correct", "tokens"} <= lines[0].keys()
 
 
 CHANGES = {
@@ -93,28 +91,18 @@ CHANGES = {
 def test_samples_are_used_again_for_the_same_settings_only(student, test_problems, tmp_path, monkeypatch):
     """Each change samples anew, and the samples of earlier settings stay."""
     report, sampled = tmp_path / "report", record_sampled(monkeypatch)
-    evaluate.main(config(report, [student], test_problems))
-    first = sample_file(report, "student", "test").read_bytes()
-    for number, change in enumerate(CHANGES.values(), start=2):
-        evaluate.main(config(report, [student], test_problems, **change))
-        assert len(sampled) == 6 * number, change
-    changed = write_checkpoint(tmp_path / "student", seed=9)
-    evaluate.main(config(report, [changed], test_problems))
-    assert len(sampled) == 6 * (len(CHANGES) + 2)
-    evaluate.main(config(report, [student], test_problems))
-    assert len(sampled) == 6 * (len(CHANGES) + 2)
-    assert sample_file(report, "student", "test").read_bytes() == first
-
-
-def test_new_end_tokens_sample_anew(test_problems, tmp_path, monkeypatch):
-    """They may change without the weights: in generation_config.json."""
-    model, sampled = write_checkpoint(tmp_path / "model", seed=1), record_sampled(monkeypatch)
-    evaluate.main(config(tmp_path / "report", [model], test_problems))
-    settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
-    settings["eos_token_id"] = [1, 0, 9]
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
-    evaluate.main(config(tmp_path / "report", [model], test_problems))
-    assert len(sampled) == 12
+    path = Path(run(report, [student], test_problems)["student"]["test"]["samples"])
+    first = path.read_bytes()
+    changed = Path(write_checkpoint(tmp_path / "other" / "student", seed=9))
+    for change in CHANGES.values():
+        run(report, [student], test_problems, **change)
+    run(report, [str(changed)], test_problems)
+    settings = json.loads((changed / "generation_config.json").read_text())
+    (changed / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, 0, 9]}))
+    run(report, [str(changed)], test_problems)  # other end tokens and the same weights
+    assert len(sampled) == 6 * (1 + len(CHANGES) + 2)
+    run(report, [student], test_problems)
+    assert len(sampled) == 6 * (1 + len(CHANGES) + 2) and path.read_bytes() == first
 
 
 def test_a_second_evaluation_into_one_report_is_refused(student, test_problems, tmp_path):
@@ -148,50 +136,40 @@ def test_a_verifier_that_fails_is_seen():
 
 
 def test_checkpoints_of_one_architecture_share_an_engine(student, teacher, test_problems, tmp_path, monkeypatch):
-    """Each is still judged on its own weights and ends its responses at its own tokens, in either order."""
+    """Each is still judged on its own weights and ends its responses at its own tokens and those of --stop."""
     other = tiny_model(seed=9, head_dim=32)
     other.generation_config.eos_token_id = [1, 9]
     other.save_pretrained(tmp_path / "other")
     toy.make_tokenizer().save_pretrained(tmp_path / "other")
     other = str(tmp_path / "other")
-    for model in (student, other):
-        evaluate.main(config(tmp_path / f"alone-{Path(model).name}", [model], test_problems))
+
+    def samples(out, *models):
+        results = run(tmp_path / out, models, test_problems, stop=("*",))
+        return {label: Path(result["test"]["samples"]).read_text() for label, result in results.items()}
+
+    alone = samples("a", student) | samples("b", other)
     made, make_engine = [], evaluate.make_engine
     monkeypatch.setattr(evaluate, "make_engine", lambda cfg, *a, **k: made.append(a[0]) or make_engine(cfg, *a, **k))
-    for number, models in enumerate(([student, other, teacher], [other, student])):
-        evaluate.main(config(tmp_path / str(number), models, test_problems))
-        for model in (student, other):
-            name = Path(model).name
-            together, alone = (sample_file(tmp_path / where, name, "test") for where in (str(number), f"alone-{name}"))
-            assert together.read_text() == alone.read_text()
+    together = samples("c", student, other, teacher)
+    assert together.pop("teacher") and together == alone == samples("d", other, student)
     assert made == [student, teacher, other]
-
-
-def test_samples_repeat_with_their_seed(student, test_problems, tmp_path):
-    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        evaluate.main(config(tmp_path / name, [student], test_problems, seed=seed))
-    first, second, third = (
-        sample_file(tmp_path / name, "student", "test").read_text().splitlines()[1:] for name in "abc"
-    )
-    assert first == second != third
 
 
 @pytest.mark.parametrize("kept, cut, lost", [(0, 50, 6), (1, 0, 6), (16, 0, 1), (17, 20, 1), (18, -1, 0)])
 def test_a_killed_evaluation_continues_from_its_samples(kept, cut, lost, student, test_problems, tmp_path, monkeypatch):
     """A file of 19 lines, cut after `kept` lines and some bytes of the next, costs the problem that it was cut at."""
-    evaluate.main(config(tmp_path / "straight", [student], test_problems))
-    path = sample_file(tmp_path / "straight", "student", "test")
+    straight = run(tmp_path / "straight", [student], test_problems)
+    path = Path(straight["student"]["test"].pop("samples"))
     lines = path.read_bytes().splitlines(True)
     (tmp_path / "report" / "student").mkdir(parents=True)
-    partial = tmp_path / "report" / "student" / path.name
-    partial.write_bytes(b"".join(lines[:kept]) + lines[kept][:cut])
+    (tmp_path / "report" / "student" / path.name).write_bytes(b"".join(lines[:kept]) + lines[kept][:cut])
     sampled = record_sampled(monkeypatch)
-    evaluate.main(config(tmp_path / "report", [student], test_problems))
+    continued = run(tmp_path / "report", [student], test_problems)
     assert sampled == [json.loads(line)["id"] for line in lines[1::3]][6 - lost :]
-    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("report", "straight")]
-    for result in results:
-        result["student"]["test"].pop("samples")
-    assert results[0] == results[1]
+    continued["student"]["test"].pop("samples")
+    assert continued == straight
+    run(tmp_path / "report", [student], test_problems)  # and the file is whole again
+    assert len(sampled) == lost
 
 
 def test_samples_of_another_data_set_of_the_same_name_and_size_are_not_used(student, tmp_path, monkeypatch):
@@ -199,9 +177,8 @@ def test_samples_of_another_data_set_of_the_same_name_and_size_are_not_used(stud
     for number, directory in enumerate(("a", "b"), start=1):
         (tmp_path / directory).mkdir()
         data = write_problems(tmp_path / directory / "set.jsonl", 4, seed=number)
-        evaluate.main(config(tmp_path / "report", [student], data))
+        scored = run(tmp_path / "report", [student], data)["student"]["set"]["scores"]
         assert len(sampled) == 4 * number
-    scored = json.loads((tmp_path / "report" / "results.json").read_text())["results"]["student"]["set"]["scores"]
     assert list(scored) == sampled[4:]
 
 
@@ -212,8 +189,7 @@ def test_samples_graded_otherwise_are_graded_again_and_not_sampled(
     rows = [json.loads(line) for line in Path(test_problems).read_text().splitlines()]
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(config(tmp_path / "report", [student], str(data)))
-    path = sample_file(tmp_path / "report", "student", "test")
+    path = Path(run(tmp_path / "report", [student], str(data))["student"]["test"]["samples"])
     before = json_lines(path)[1:]
     sampled = record_sampled(monkeypatch)
     if change == "the verifier":  # one by which everything is right
@@ -223,20 +199,16 @@ def test_samples_graded_otherwise_are_graded_again_and_not_sampled(
     else:
         rows[2]["answer"] = "123"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        monkeypatch.setattr(
-            scores,
-            "grade",
-            lambda rollouts, _: [setattr(r, "correct", r.problem.answer == "123") for r in rollouts],
-        )
+        right = lambda rollouts, _: [setattr(r, "correct", r.problem.answer == "123") for r in rollouts]
+        monkeypatch.setattr(scores, "grade", right)
     capsys.readouterr()
-    evaluate.main(config(tmp_path / "report", [student], str(data)))
+    result = run(tmp_path / "report", [student], str(data))["student"]["test"]
     after = json_lines(path)[1:]
     assert sampled == [] and [line["response"] for line in after] == [line["response"] for line in before]
     right = range(18) if change == "the verifier" else range(6, 9)
     assert [number for number, line in enumerate(after) if line["correct"]] == list(right)
     assert f"{18 if change == 'the verifier' else 3} samples graded again" in capsys.readouterr().out
-    report = json.loads((tmp_path / "report" / "results.json").read_text())["results"]["student"]["test"]
-    assert report["avg"] == pytest.approx(len(right) / 18)
+    assert result["avg"] == pytest.approx(len(right) / 18)
     evaluate.main(config(tmp_path / "report", [student], str(data)))
     assert "graded again" not in capsys.readouterr().out
 
@@ -252,14 +224,3 @@ def test_labels_name_directories_inside_the_report_and_stand_in_the_tables(stude
     assert names == {"RL-d-teacher-foo", "1H-rl-bridge"}
     table = (tmp_path / "report" / "table.md").read_text()
     assert all(f"| {label} | " in table for label in labels) and (tmp_path / "report" / "bars.png").exists()
-
-
-def test_bad_arguments(student, test_problems, tmp_path):
-    for settings, message in [
-        (dict(models=()), "there is nothing to evaluate"),
-        (dict(models=(student, student)), "one different name for each of the 2 --models"),
-        (dict(models=("nowhere",)), "--models 'nowhere' is not a checkpoint directory"),
-        (dict(models=(student,), k=0), "--k 0"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            evaluate.main(evaluate.Config(out=str(tmp_path / "out"), **{"data": (test_problems,), **settings}))

@@ -44,29 +44,25 @@ def asked_for(row: dict) -> tuple[int, str, int]:
     return max(first, second), operation, min(first, second)
 
 
-def test_the_files_share_no_calculation_in_any_order_and_no_problem(files):
+def test_the_files_share_no_calculation_in_any_order_and_no_problem_and_their_answers_are_right(files):
+    work_out = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
     for out in files.values():
         assert {path.name for path in out.iterdir()} == {f"{name}.jsonl" for name in real.SIZES}
         assert {name: len(rows(out, name)) for name in real.SIZES} == real.SIZES
-        calculations = collections.Counter(asked_for(row) for name in real.SIZES for row in rows(out, name))
+        every = [row for name in real.SIZES for row in rows(out, name)]
+        for row in every:
+            first, operation, second = row["calculation"].split()
+            assert (int(first), operation, int(second)) == asked_for(row)
+            assert int(row["answer"]) == work_out[operation](int(first), int(second))
+        calculations = collections.Counter(map(asked_for, every))
         assert set(calculations) == set(real.calculations()) and set(calculations.values()) == {1}
         problems = [problem for name in real.SIZES for problem in lib.data.load_problems(str(out / f"{name}.jsonl"))]
         assert len({problem.id for problem in problems}) == sum(real.SIZES.values())
 
 
-def test_every_answer_is_right_and_is_that_of_the_words(files):
-    work_out = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-    for name in real.SIZES:
-        for row in rows(files[0], name):
-            first, operation, second = row["calculation"].split()
-            assert (int(first), operation, int(second)) == asked_for(row)
-            assert int(row["answer"]) == work_out[operation](int(first), int(second))
-
-
 def test_the_seed_decides_the_problems(files, tmp_path):
     real.main(real.Config(out=str(tmp_path), teacher="none", student="none", seed=0))
-    for name in real.SIZES:
-        assert rows(tmp_path, name) == rows(files[0], name) != rows(files[1], name)
+    assert all(rows(tmp_path, name) == rows(files[0], name) != rows(files[1], name) for name in real.SIZES)
 
 
 def random_rollouts(count: int) -> list[Rollout]:

@@ -76,14 +76,16 @@ def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_fini
 
 
 def test_the_prompt_is_never_graded():
-    """Nor what a response says of itself in fields other than its text."""
-    rollouts = [
-        Rollout(Problem("x", "The answer is \\boxed{4}.", "4"), 0, [4], [], [], "stop", text)
-        for text in ("", "as was said above", "\\boxed{5}", "\\boxed{4}")
-    ]
+    texts = ("", "as was said above", "\\boxed{5}", "\\boxed{4}")
+    rollouts = [rollout(text, prompt="The answer is \\boxed{4}.") for text in texts]
     with Verifier() as verifier:
         grade(rollouts, verifier)
     assert [rollout.correct for rollout in rollouts] == [False, False, False, True]
+
+
+def rollout(text, finish_reason="stop", tokens=3, prompt="prompt") -> Rollout:
+    problem = Problem("x", prompt, "4", {"answer": "4"})
+    return Rollout(problem, 0, [4], [5] * tokens, [-1.0] * tokens, finish_reason, text)
 
 
 # A reward of one's own
@@ -113,11 +115,8 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
     """Unchanged, for cut responses, too, whatever --require-finished says."""
     data, reward = mine
     seen, update = [], teacher_grpo.update
-    monkeypatch.setattr(
-        teacher_grpo,
-        "update",
-        lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest),
-    )
+    recording = lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest)
+    monkeypatch.setattr(teacher_grpo, "update", recording)
     settings = dict(reward=reward, passes=6, prompts_per_step=6, rollouts_per_prompt=8, require_finished=True)
     teacher_grpo.main(grpo(teacher, data, tmp_path / "out", **settings))
     rewards = [line["reward"] for line in metrics(tmp_path / "out")]
@@ -131,11 +130,6 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
     lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     assert lineage["config"]["reward"] == reward
     assert lineage["reward_sha256"] == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
-
-
-def rollout(text, finish_reason="stop", tokens=3, **row) -> Rollout:
-    problem = Problem("x", "prompt", "4", {"answer": "4", **row})
-    return Rollout(problem, 0, [4], [5] * tokens, [-1.0] * tokens, finish_reason, text)
 
 
 def graded(path: Path, source: str, rollouts: list[Rollout]) -> list[Rollout]:
@@ -168,11 +162,7 @@ def test_a_reward_may_ask_for_the_verdict_the_length_and_how_the_response_ended(
     # Without the question there is no verifier. What is right is then what earns 1, and names mean nothing in the first two places.
     monkeypatch.setattr("lib.rewards.Verifier", None)
     graded(tmp_path / "two.py", "def score(correct, tokens):\n    return 2 * (tokens == '4')\n", rollouts)
-    assert [(r.reward, r.correct, r.how) for r in rollouts] == [
-        (0, False, "reward"),
-        (2, True, "reward"),
-        (0, False, "reward"),
-    ]
+    assert [(r.reward, r.correct, r.how) for r in rollouts] == [(v, v > 0, "reward") for v in (0, 2, 0)]
 
 
 def test_a_reward_that_fails_shows_its_own_traceback(tmp_path):
@@ -182,9 +172,8 @@ def test_a_reward_that_fails_shows_its_own_traceback(tmp_path):
     printed = "".join(traceback.format_exception(caught.value))
     assert f'{tmp_path}/fails.py", line 2, in score' in printed and "return 1 / len(response)" in printed
     assert f"--reward {tmp_path}/fails.py:score failed on a response to problem x" in printed
-    for value in ("float('nan')", "float('inf')"):
-        with pytest.raises(ValueError, match="has to be a finite number"):
-            graded(tmp_path / "nan.py", f"def score(row, response):\n    return {value}\n", [rollout("")])
+    with pytest.raises(ValueError, match="has to be a finite number"):
+        graded(tmp_path / "nan.py", "def score(row, response):\n    return float('nan')\n", [rollout("")])
     for wrong in (f"{tmp_path}/no.py:score", f"{tmp_path}/nan.py", "score"):
         with pytest.raises(InputError, match="is not FILE.py:function with a file that exists"):
             Reward(wrong)
@@ -223,9 +212,7 @@ def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypat
     assert found["pass"] == pytest.approx((values >= 1).any(dim=1).float().mean().item())
     # With another file under the old name the responses are graded again, with their lengths, and not sampled again.
     sampled = len(seen)
-    Path(reward.removesuffix(":few_ones")).write_text(
-        "def few_ones(row, response, tokens):\n    return -0.01 * tokens\n"
-    )
+    (tmp_path / "rewards.py").write_text("def few_ones(row, response, tokens):\n    return -0.01 * tokens\n")
     tokens = [len(rollout.response_ids) for rollout in seen[-1]]
     assert result()["avg"] == pytest.approx(-0.01 * sum(tokens) / len(tokens)) and len(seen) == sampled
 

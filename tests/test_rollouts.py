@@ -40,9 +40,7 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
     assert sample(first, first, first, other) == [a, again, once_more, b]
 
 
-def test_tokens_of_the_padding_are_cut_and_those_after_a_gap_in_the_ids_are_not():
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1, "c": 7}, [])))
-    assert lib.data.vocab_size(tokenizer) == 8 > len(tokenizer)
+def test_tokens_of_the_padding_are_cut():
     sampled = Completion([0, 7, 8, 1], [-1.0, -2.0, -3.0, -4.0], "stop")
     assert known_tokens(sampled, 8) == Completion([0, 7], [-1.0, -2.0], "length")
     assert known_tokens(Completion([0, 7], [-1.0, -2.0], "stop"), 8).finish_reason == "stop"
@@ -55,9 +53,8 @@ def test_tokens_of_the_padding_are_cut_and_those_after_a_gap_in_the_ids_are_not(
 def trained_on(monkeypatch):
     """The rollouts of every update that `fkl_warmup` makes."""
     updates, make_batches = [], fkl_warmup.make_batches
-    monkeypatch.setattr(
-        fkl_warmup, "make_batches", lambda rollouts, *rest: updates.append(rollouts) or make_batches(rollouts, *rest)
-    )
+    recording = lambda rollouts, *rest: updates.append(rollouts) or make_batches(rollouts, *rest)
+    monkeypatch.setattr(fkl_warmup, "make_batches", recording)
     return updates
 
 
@@ -71,16 +68,11 @@ def names(updates) -> list[list[tuple[str, int]]]:
 
 
 def test_the_responses_to_a_problem_stay_together(student, teacher, problems, tmp_path, trained_on):
-    orders = {}
-    for seed in (0, 1):
-        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / str(seed), passes=2, seed=seed))
-        ids = [[rollout.problem.id for rollout in update] for update in trained_on]
-        trained_on.clear()
-        assert all(len(update) == 6 and update[0::2] == update[1::2] for update in ids)  # three problems, two of each
-        order = [problem for update in ids for problem in update[0::2]]
-        assert len(set(order[:12])) == len(set(order[12:])) == 12 and order[:12] != order[12:]
-        orders[seed] = order
-    assert orders[0] != orders[1]
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", passes=2))
+    batches = lib.data.problem_batches(lib.data.load_problems(problems), 3, 2, "warmup", 0)
+    assert [[name for name, _ in update] for update in names(trained_on)] == [
+        [problem.id for problem in batch for _ in range(2)] for batch in batches
+    ]
 
 
 @pytest.mark.parametrize("keep", ["all", "correct"])
@@ -111,17 +103,16 @@ def test_a_limited_warmup_samples_what_it_uses(
     assert_same_weights(tmp_path / "whole", tmp_path / "long")
 
 
-@pytest.mark.parametrize("keep", ["all", "correct"])
-def test_passes_repeat_until_max_steps(keep, student, teacher, problems, tmp_path, monkeypatch, trained_on):
+def test_passes_repeat_until_max_steps(student, teacher, problems, tmp_path, monkeypatch, trained_on):
     """--keep correct keeps what is right and finished; --passes, which is 1, does not end the run."""
     monkeypatch.setattr(fkl_warmup, "grade", grade_by_parity)
-    settings = dict(keep=keep, loss="sft", mini_batch_prompts=4, max_response_tokens=16)
+    settings = dict(keep="correct", loss="sft", mini_batch_prompts=4, max_response_tokens=16)
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", **settings, max_steps=7))
     rows = cached_rows(tmp_path / "out" / "teacher_rollouts")
     right = [row for row in rows if row["correct"]]
     finished = [row for row in right if row["finish_reason"] == "stop"]
     assert len(rows) == 24 and 0 < len(finished) < len(right)
-    learnt = {(row["id"], row["sample"]) for row in (rows if keep == "all" else finished)}
+    learnt = {(row["id"], row["sample"]) for row in finished}
     flat = sum(names(trained_on), [])
     assert len(trained_on) == 7 and len(flat) == 56
     for start in range(0, 56, len(learnt)):
@@ -145,17 +136,19 @@ def test_a_cache_is_refused_when_its_responses_would_differ(student, problems, t
     path = Path(teacher) / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1]}))
     assert identity() != first
+
+    def opened(name, identity):
+        with open_cache(tmp_path / name, identity, loaded, prompts):
+            pass
+
     for _ in range(2):
-        with open_cache(tmp_path / "cache", identity(), loaded, prompts):
-            pass
+        opened("cache", identity())
     with pytest.raises(InputError, match="holds other rollouts .with end_tokens = .1., and this run needs .0, 1.*name"):
-        with open_cache(tmp_path / "cache", first, loaded, prompts):
-            pass
+        opened("cache", first)
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "letter").touch()
     with pytest.raises(InputError, match="holds something else than rollouts"):
-        with open_cache(tmp_path / "documents", first, loaded, prompts):
-            pass
+        opened("documents", first)
 
 
 def test_a_second_run_waits_for_the_first_to_fill_the_cache(problems, tmp_path, capsys):
@@ -208,10 +201,7 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
         file.write("{\n\n" + json.dumps(chat) + "\n" + json.dumps({"prompt": known[0].prompt}) + "\n")
     fkl_warmup.main(from_texts(student, problems, tmp_path / "out", texts, max_steps=3))
     printed = capsys.readouterr().out
-    assert (
-        f"{texts}: 4 responses to 3 of the 12 training problems; left out are 1 to other problems, 1 longer than "
-        in printed
-    )
+    assert "4 responses to 3 of the 12 training problems; left out are 1 to other problems, 1 longer than " in printed
     assert "and 2 lines without a prompt and a response (the first is line 6: Expecting" in printed
     assert "responses: 4, 2 right and finished; learning from 4" in printed
 
