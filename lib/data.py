@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -418,6 +419,7 @@ def end_tokens(
     return sorted({tokenizer.eos_token_id, *configured, *stop_tokens(tokenizer, stop)} - {None})
 
 
+@functools.lru_cache(maxsize=8)  # reading 150,000 entries at every step would take a tenth of a second
 def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than a tokenizer's largest id: len(tokenizer) is less where some ids below it are unused."""
     return max(tokenizer.get_vocab().values()) + 1
