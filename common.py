@@ -45,9 +45,9 @@ from tqdm import tqdm
 INSTRUCTION = "\n\nLet's think step by step and output the final answer within \\boxed{}."
 
 
-# Settings. A stage's Config inherits one of these two classes. It adds what the paper's Tables 8 and 9 fix, because
-# that differs by stage, and what only this stage needs. --help prints the comments. KW_ONLY lets a subclass add
-# settings that have no default.
+# Settings. A stage's Config inherits one of these two classes and adds the values of the paper's Tables 8 and 9, which
+# differ by stage, and its own options. --help prints the comments. KW_ONLY lets a subclass add settings without a
+# default.
 
 
 @dataclass
@@ -58,14 +58,14 @@ class SamplerConfig:
     out: str  # directory to write
     prompt: str = "{problem}" + INSTRUCTION  # what is asked, with {problem} in it (authors' earlier code); or @FILE
     chat_template: bool = True  # render prompts with the tokenizer's chat template, if it has one, or as plain text
-    stop: tuple[str, ...] = ()  # texts that end a response, such as "\n": with the first token that contains one
+    stop: tuple[str, ...] = ()  # stop strings, such as "\n": a response ends at the first token that contains one
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
     max_sequences: int = 512  # sequences that each process samples at a time; lower it when memory runs out
     kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
     cpu_bfloat16: bool = False  # compute in bfloat16 on a CPU too: about twice as fast on many, but less exact
-    reward: str | None = None  # FILE.py:function whose value is the reward, also of cut responses; it is run as code
+    reward: str | None = None  # FILE.py:function that rewards responses, truncated ones too; its code is run
     seed: int = 0  # decides the order of the data and every sampled response
 
 
@@ -221,7 +221,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Span:
-    """Successive positions of a pack, which attend to its prefix, another stretch of the pack, and causally to themselves."""
+    """A segment of a pack. Its positions attend causally to each other and to all of its prefix, another segment."""
 
     start: int
     length: int
@@ -279,8 +279,7 @@ TIMEOUT = timedelta(hours=3)  # of what ranks do together; long, because they wa
 
 
 def start_process(alone_too: bool = False) -> None:
-    """Joins the other processes of this run. Does nothing if that is done already, or in a lone process on a CPU, unless
-    `alone_too`.
+    """Joins the other processes of this run, once. A single process on a CPU forms a group only if `alone_too`.
 
     Call it before making a vLLM engine, which would otherwise make a process group of its own.
     """
@@ -321,8 +320,8 @@ def exit_process(status: int) -> None:
 
 
 def last_words(sentence: str) -> None:
-    """Prints the sentence in which this process ends on standard error. torchrun then prints a traceback. So under
-    torchrun a small process waits until that has been printed, and says the sentence again.
+    """Prints the final sentence on standard error, and under torchrun again after torchrun's own traceback, so that it is
+    the last thing on the screen. A small process waits for that.
     """
     print(sentence, file=sys.stderr, flush=True)
     if os.environ.get("TORCHELASTIC_ERROR_FILE") and hasattr(os, "pidfd_open"):  # torchrun sets it; Linux has pidfd
@@ -361,7 +360,7 @@ def progress_bar(total: int, caption: str | None, unit: str, **options) -> tqdm:
 
 
 class Lines:
-    """Where a progress bar is drawn if nobody watches it: each drawing is a line of its own."""
+    """Writes each update of a progress bar as a line of its own, for output that is not a terminal."""
 
     def write(self, text: str) -> None:
         if text.strip():

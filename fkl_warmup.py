@@ -50,7 +50,7 @@ from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data
 from lib.engines import Sampling, chosen_engine, make_engine
 from lib.packing import make_batches
-from lib.policy import Policy, load_generation_config, load_policy
+from lib.policy import Policy, load_generation_config, load_policy, release
 from lib.rewards import Reward, grade, make_grader, reward_sha256
 from lib.rollouts import RolloutCache, open_cache, read_texts, sample_rollouts
 from lib.runs import Run, prepare
@@ -251,6 +251,9 @@ def main(cfg: Config) -> None:
                         loss = sft_loss(policy, batch)
                     (loss / num_tokens).backward()
                     loss_sum += loss.item()
+                release(
+                    teacher
+                )  # it has no backward pass, so FSDP2 would keep its embedding and output matrix gathered
                 grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
 
             # 3. Log and save.

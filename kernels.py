@@ -113,7 +113,7 @@ def _operand(x):
 
 
 def _wide_result(operand):
-    """The argument that makes a product of bf16 operands fp32. Other dtypes are those of their products anyway."""
+    """The argument that makes a product of bf16 operands fp32. Products of other dtypes have their operands' dtype."""
     return dict(out_dtype=torch.float32) if operand.dtype == torch.bfloat16 else {}
 
 

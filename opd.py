@@ -15,15 +15,16 @@ grad log pi_theta(y_t) of each token by the sum of log pi_T - log pi_theta over 
 by a constant beta, which we leave out.) With the states held constant, L_R keeps only token t's own summand. Leaving
 out the earlier summands changes nothing on average; leaving out the later ones ignores what a token does to the states
 after it. `--estimator sampled` estimates this same-token term from the sampled token: a policy gradient with the dense
-reward log pi_T(y_t | s_t) - log pi_theta(y_t | s_t). The default takes the exact KL, whose gradient is minus the
-expectation of the same-token term over the next token (a loss goes down where a reward goes up): the same on average,
-as far as no importance weight is truncated, without the noise of one sample. Neither is an unbiased estimate of Eq. 3.
+reward log pi_T(y_t | s_t) - log pi_theta(y_t | s_t). The default differentiates the exact KL. Its gradient is
+minus the expectation of the same-token term over the next token, because a loss is minimised where a reward is
+maximised. On average the two agree, except where an importance weight is truncated, and the exact one has no sampling
+noise. Neither is an unbiased estimate of Eq. 3.
 
 The paper names two conditions for the dense reward to be informative. C1 (optimality): the teacher is itself near the
 best reward, which Stage 1 (teacher_grpo.py) is for. C2 (minimal deviation): the teacher is close to the student where
 the student goes, which Stage 2a (fkl_warmup.py) is for; otherwise a few tokens that the student samples and the teacher
 finds very unlikely dominate the sampled gradient, and the teacher is asked about states that it would seldom reach.
-What is on record of C1 is printed, C2 is measured in every step, and neither is enforced.
+The RL rewards recorded for the teacher are printed (C1), C2 is logged at every step, and neither is enforced.
 
 Our choices where the paper is silent: L_R is a mean over all tokens of an update, so long responses weigh more. Every
 batch of rollouts is used for one update, so that training is on-policy. "Mini-batch 64" in Table 9 counts prompts, each
@@ -73,7 +74,9 @@ class Config(TrainingConfig):
     lr: float = 1e-6  # learning rate (Table 9)
 
 
-FAR_KL = 1.0  # nats a token, our rule of thumb: on (geometric) average e = 2.7 times less likely under the teacher (C2)
+FAR_KL = (
+    1.0  # nats a token, our rule of thumb: on geometric average the student's tokens are 2.7 times less likely (C2)
+)
 OUTLIER_REWARD = -5.0  # nats; the teacher finds the token e^5 = 148 times less likely than the student who sampled it
 
 
@@ -100,7 +103,7 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
     """A loss whose gradient estimates that of `exact_kl_loss` from the sampled tokens: Eq. 3's same-token term, summed.
 
     Its gradient is -w (log pi_T(y_t) - log pi_theta(y_t)) grad log pi_theta(y_t), that of a policy gradient with the
-    bracket as dense reward. (The paper's r_T lacks its second term.) The weight w is the ratio of the token's
+    bracket as dense reward. (The paper defines r_T without the - log pi_theta.) The weight w is the ratio of the token's
     probability in the trainer to that in the sampler, at most `importance_cap`. Only the gradient is meaningful, not the
     loss value. `kl` in the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without
     those weights, and biased unless the sampling temperature is 1.
@@ -160,7 +163,7 @@ def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temp
 
 
 def report_c1(teacher_record: dict) -> None:
-    """Says whose RL stands behind the teacher: its own or an ancestor's (C1; what Eq. 2 assumes)."""
+    """Prints the recorded RL rewards of the teacher or of its nearest ancestor with any (C1; what Eq. 2 assumes)."""
     stage = last_rl_stage(teacher_record)
     if stage is None:
         common.print0("C1: the teacher has no recorded RL stage, so C1 is unchecked.")
@@ -204,7 +207,7 @@ def main(cfg: Config) -> None:
             # 2. Move the student towards the teacher's distributions at the student's states.
             num_tokens = common.count_tokens(rollouts)  # of the whole update: every rank has all rollouts
             lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
-            loss_sum, statistics = 0.0, []  # of this rank; the sum only shows whether the loss is finite
+            loss_sum, statistics = 0.0, []  # of this rank; optimizer_step only asks whether the sum is finite
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
                     if cfg.estimator == "full":
@@ -214,7 +217,9 @@ def main(cfg: Config) -> None:
                     (result.loss / num_tokens).backward()
                     loss_sum += result.loss.item()
                     statistics.append(token_statistics(result, batch))
-                release(teacher)  # without a backward pass FSDP2 keeps the output matrix gathered
+                release(
+                    teacher
+                )  # it has no backward pass, so FSDP2 would keep its embedding and output matrix gathered
                 grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
 
             # 3. Log and save.

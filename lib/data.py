@@ -448,7 +448,7 @@ def check_same_tokenizer(
 ) -> None:
     """InputError unless both read and write the same tokens: otherwise a KL between their distributions means nothing.
 
-    Compared are the vocabularies, the special tokens, and for each order of turns among the problems one prompt.
+    It compares the vocabularies, the special tokens, and one rendered prompt for each order of chat roles.
     `arguments` name the two on the command line.
     """
     both = [load_tokenizer(model, argument) for model, argument in zip((student, teacher), arguments)]

@@ -6,7 +6,7 @@ top-p), because importance ratios must be taken against that one. `sleep()` leav
 the next `sync`. Every rank has an engine and samples its share, or `tensor_parallel` successive ranks share one.
 
 Each request has its own seed, so that on a CPU a response does not depend on the other prompts in its batch, on their
-order, or on the number of processes. On a GPU products round differently in batches of other shapes, and then it may.
+order, or on the number of processes. On a GPU rounding depends on the shape of the batch, so there a response can change with its batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of a run or a report: whole under their names however the process ends, and read as far as they are whole."""
+"""Writes files and directories atomically, locks directories, and reads JSON lines without the truncated ones."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def check_writable(out: str) -> None:
 
 
 def json_lines(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines, none of no file. A line that is cut short, or is no object, is left out."""
+    """The objects in a file of JSON lines; [] if there is no such file. Truncated and malformed lines are skipped."""
     objects = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:

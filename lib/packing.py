@@ -73,7 +73,7 @@ def balance_groups(rollouts: Sequence[Rollout], shares: int, share_prompts: bool
         pieces = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
         costs = [positions(rollouts, piece) for piece in pieces]
         dealt = [[pieces[number] for number in share] for share in balance_by_length(costs, shares)]
-        if share_prompts:  # pieces of one group may have met again
+        if share_prompts:  # pieces of one prompt that landed on the same rank are joined, so that it is packed once
             dealt = [by_prompt(rollouts, (index for piece in share for index in piece)) for share in dealt]
         largest = max(sum(positions(rollouts, group) for group in share) for share in dealt)
         if largest < least:
@@ -210,7 +210,7 @@ def similar_spans(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 class Block:
-    """Spans side by side as a batch of C, padded on the right to n queries and m keys."""
+    """C spans as one batch for the usual attention, padded on the right to n queries and m keys."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device):
         lengths = torch.tensor([span.length for span in spans])

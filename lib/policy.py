@@ -49,7 +49,8 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, loss_fn: Callable[[Tensor, Tensor], object]):
         """loss_fn(hidden (N, D), weight (V, D)), with one row of `hidden` for each target of the batch.
 
-        Call it as policy(batch, loss_fn). FSDP2 then gathers the sharded output matrix, and `loss_fn` gets it whole.
+        Call the module, policy(batch, loss_fn), not this method: FSDP2 gathers the sharded output matrix in the module's
+        hooks, so the loss has to run inside the forward.
         Raises RuntimeError for a model that has not used the pack's own attention, because without it the sequences of
         a pack attend to each other.
         """
@@ -78,8 +79,8 @@ def compute_dtype(cfg) -> torch.dtype:
 def load_policy(model: str, cfg, trainable: bool) -> Policy:
     """A checkpoint on this rank's device: in float32 to be trained; frozen, in the Config's `compute_dtype`.
 
-    With several ranks, or in bfloat16, it is sharded over all ranks, and the call is collective. In a lone process FSDP2
-    is what computes in another type than that of the weights.
+    With several ranks, or in bfloat16, it is sharded over all ranks, and the call is collective. A single
+    process uses FSDP2 for bfloat16, too: it keeps float32 weights and computes in bfloat16.
     """
     device, compute = this_device(), compute_dtype(cfg)
     dtype = torch.float32 if trainable else compute

@@ -185,8 +185,7 @@ def read_texts(
     A line has a prompt, as in a data set, and a `response`; or `messages`, of which the last assistant's turn is the
     response. A response is tokenised as what follows the prompt, and ends with the end-of-sequence token. One that is
     longer than `max_response_tokens` is left out: its beginning alone would teach the student to stop in the middle.
-    Left out, too, are responses to other problems, and lines that are not a response; all are counted in one printed
-    sentence. The sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
+    Responses to other problems and malformed lines are skipped, too; one printed sentence has all the counts. The sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
     """
 
     def tokenised(share: Sequence[tuple[int, str, str]]) -> list[list[int]]:

@@ -134,7 +134,7 @@ class Run:
 
     def _refuse_finished(self, cfg, parents: dict[str, str]) -> None:
         """InputError or AlreadyFinished if OUT exists, InputError if it cannot be written."""
-        if os.path.lexists(self.out):  # also a link to nothing, in whose place the finished run could not be put
+        if os.path.lexists(self.out):  # also a dangling link, which would break the final rename
             finished = read_run(self.out)
             if finished:
                 _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
@@ -163,8 +163,8 @@ class Run:
     def _compare(self, saved: dict, record: dict, directory: Path) -> None:
         """InputError unless `saved`, the record of the run in `directory`, has the settings, parents and code of `record`.
 
-        Changed code above lib/, or a changed reward, passes with --accept-changes, which is recorded. Of changed code in
-        lib/, which a reader rarely touches and an update often does, there is only a message.
+        Resuming with a changed stage script, page or reward needs --accept-changes, which is recorded. A change in lib/
+        only prints a message, because updates of this repository often touch it.
         """
         before = {"stage": saved["stage"], **saved["config"]}
         now = json.loads(json.dumps({"stage": record["stage"], **record["config"]}))  # with lists for tuples, as saved
@@ -257,7 +257,7 @@ class Run:
         self._tracker.start(self.record, self.out)
         on_rank_0(lambda: self._write_record(self.partial))
         self._signal.listen()
-        transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would tear that of the steps
+        transformers.utils.logging.disable_progress_bar()  # its bars would break up the bar of the steps
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
         self._bar = common.progress_bar(total, route, "step", initial=self.steps_done)
         for step in range(self.steps_done, total):
@@ -452,7 +452,7 @@ COPY_SECONDS = 1.0  # SLURM and torchrun may both send a signal; one that comes 
 
 class StopSignal:
     """Notes the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1, which SLURM can send before it ends a job, in `number` (0
-    before). A later one that is not its copy acts as if nobody listened.
+    before). A later signal has its default effect, unless it comes within a second and so duplicates the first.
 
     Files on disk are always consistent, so a process may end at any point; only the step in progress is worth waiting
     for. A rank that waits in a collective runs no handler; torchrun kills it some time after the first signal.

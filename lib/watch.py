@@ -85,7 +85,7 @@ def one_sample(line: dict, chars: int) -> str:
 
 WINDOW = 10  # steps without an exception that a warning needs, so that healthy runs get none
 NEARLY_ALL = 0.95
-FAR_KL = 5.0  # nats a token to the reference; the toy's runs end at 0.1 to 0.3
+FAR_FROM_REFERENCE = 5.0  # nats a token to the reference; the toy's runs end at 0.1 to 0.3
 MISMATCH = 0.5  # nats a token between sampler and trainer; in bfloat16 a healthy run has about 0.01
 FAILED = 0.01  # of all gradings
 
@@ -131,7 +131,7 @@ def find_warnings(lines: Sequence[dict]) -> dict[str, str]:
         )
     elif all_in("grad_norm", 0, 0):
         found["gradient"] = "the gradient was exactly 0, so nothing is learnt; see samples.jsonl"
-    if (kl := mean("kl_to_reference")) > FAR_KL:
+    if (kl := mean("kl_to_reference")) > FAR_FROM_REFERENCE:
         found["kl"] = f"the policy is {kl:.3g} nats a token away from where it began; lower --lr, or raise --kl-coef"
     for name in ("reverse_kl", "forward_kl"):
         first, now = mean(name, lines[:5]), mean(name)

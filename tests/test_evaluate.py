@@ -105,6 +105,14 @@ def test_samples_are_used_again_for_the_same_settings_only(student, test_problem
     assert len(sampled) == 6 * (1 + len(CHANGES) + 2) and path.read_bytes() == first
 
 
+@pytest.mark.parametrize("decoding", [dict(top_p=1e-6), dict(top_k=1), dict(temperature=0.0)])
+def test_decoding_settings_reach_the_sampler(decoding, student, test_problems, tmp_path):
+    """Each of these leaves the likeliest token alone, so all samples of a problem are the same."""
+    evaluate.main(config(tmp_path, [student], test_problems, **decoding))
+    lines = json_lines(sample_file(tmp_path, "student", "test"))[1:]
+    assert len({(line["id"], line["response"]) for line in lines}) == len({line["id"] for line in lines})
+
+
 def test_a_second_evaluation_into_one_report_is_refused(student, test_problems, tmp_path):
     (tmp_path / "report").mkdir()
     with (tmp_path / "report" / "lock").open("w") as file:

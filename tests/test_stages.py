@@ -74,6 +74,13 @@ def test_two_ranks_do_what_one_does(chain, student, teacher, problems, tmp_path)
         assert (distances > 1e-4).sum() <= len(distances) / 1000 and distances.max() < 2e-3, stage
 
 
+def test_every_logprob_is_at_the_sampling_temperature(teacher, problems, tmp_path):
+    """Those of the sampler, of the old policy (from the second mini-batch on) and of the policy in training."""
+    teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", temperature=0.5, require_finished=False, lr=1e-4))
+    for line in metrics(tmp_path / "out"):
+        assert line["sampler_mismatch_max"] < 1e-4 and line["importance_clipped"] == 0
+
+
 def test_the_reference_stays_where_the_stage_began(chain):
     for stage in ("teacher", "student"):
         first, *_, last = [line["kl_to_reference"] for line in metrics(chain / stage)]
