@@ -108,8 +108,8 @@ def test_samples_are_used_again_for_the_same_settings_only(student, test_problem
 @pytest.mark.parametrize("decoding", [dict(top_p=1e-6), dict(top_k=1), dict(temperature=0.0)])
 def test_decoding_settings_reach_the_sampler(decoding, student, test_problems, tmp_path):
     """Each of these leaves the likeliest token alone, so all samples of a problem are the same."""
-    evaluate.main(config(tmp_path, [student], test_problems, **decoding))
-    lines = json_lines(sample_file(tmp_path, "student", "test"))[1:]
+    results = run(tmp_path, [student], test_problems, **decoding)
+    lines = json_lines(Path(results["student"]["test"]["samples"]))[1:]
     assert len({(line["id"], line["response"]) for line in lines}) == len({line["id"] for line in lines})
 
 
