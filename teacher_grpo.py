@@ -283,6 +283,7 @@ def main(cfg: Config) -> None:
             # 3. Log and save.
             zero_std = no_spread(rewards).float().mean()  # the share of groups whose advantages are all 0
             metrics |= {"reward": rewards.mean().item(), "frac_reward_zero_std": zero_std.item(), "lr": lr}
+            metrics["accuracy"] = sum(rollout.correct for rollout in rollouts) / len(rollouts)  # whatever the reward is
             shown = ("reward", "frac_reward_zero_std", "truncated", "response_tokens", "kl_to_reference")
             run.log(step, metrics, rollouts, show=shown)
             run.save(step + 1, policy, optimizer, tokenizer, trained_on=batches[step])

@@ -80,7 +80,8 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
         sessions = {}
         for session in lineage.get("sessions", [lineage]):
             machine = {name: session.get(name) for name in ("code", "hardware", "ranks")}
-            for name, value in {**machine, **session.get("packages", {})}.items():
+            files = {name: digest[:8] for name, digest in session.get("files", {}).items()}
+            for name, value in {**machine, **session.get("packages", {}), **files}.items():
                 sessions.setdefault(name, []).append(str(value))
         facts.append({
             **settings, **parents, "stage": lineage.get("stage"), "steps": lineage.get("steps"),

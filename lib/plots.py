@@ -63,7 +63,7 @@ def draw_panels(panels: dict[str, list[Curve]], picture: Path, labels: bool) -> 
         if labels:
             axis.set_ylim(bottom=min(0, *(value for curve in curves for value in curve.values)))
             label_lines(axis)
-        elif len(curves) > 1:
+        elif len(curves) > 1 or len(PANELS.get(title, ())) > 1:
             axis.legend(fontsize=8, frameon=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")

@@ -168,16 +168,20 @@ class Run:
         """
         before = {"stage": saved["stage"], **saved["config"]}
         now = json.loads(json.dumps({"stage": record["stage"], **record["config"]}))  # with lists for tuples, as saved
+        # A changed script may have more settings or fewer; --accept-changes accepts these with the script.
+        names = now.keys() & before if now["accept_changes"] else now.keys() | before
         differing = [
-            f"{name} = {before.get(name)!r}, now it is {value!r}"
-            for name, value in now.items()
-            if name not in MAY_CHANGE and before.get(name) != value
+            f"{name} = {before.get(name, 'no such setting')!r}, now it is {now.get(name, 'no such setting')!r}"
+            for name in dict.fromkeys([*before, *now])
+            if name in names and name not in MAY_CHANGE and before.get(name) != now.get(name)
         ]
         for role, parent in record["parents"].items():
             if saved["parents"].get(role, {}).get("sha256") != parent["sha256"]:
                 content = "texts" if Path(parent["path"]).is_file() else "weights"
                 differing.append(f"other {content} in --{role} {parent['path']!r}")
         session, files = record["sessions"][-1], saved["sessions"][-1]["files"]
+        if now["accept_changes"] and (changed := sorted(now.keys() ^ before)):
+            session["accepted_changes"] = [f"setting {name}" for name in changed]
         for name in [name for name, digest in session["files"].items() if files.get(name, digest) != digest]:
             print0(f"{directory}: {name} has changed since the run was last started")
             if not name.startswith("lib/") and now["accept_changes"]:
@@ -195,7 +199,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._close()
-        if error is not None and self.total_steps is not None and not isinstance(error, SystemExit):
+        if error is not None and self._holds_work() and not isinstance(error, SystemExit):
             error.add_note(f"the same command with --resume continues from what {self.partial} holds")
         if rank() == 0 and isinstance(error, InputError) and not self._holds_work():
             shutil.rmtree(self.partial, ignore_errors=True)

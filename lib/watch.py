@@ -145,6 +145,6 @@ def find_warnings(lines: Sequence[dict]) -> dict[str, str]:
     if (failed := mean("verifier_failed")) > FAILED:
         found["verifier"] = (
             f"{100 * failed:.2g} % of the gradings timed out or failed, and count as wrong; see whether the machine is "
-            "overloaded or the answers in --data are unusual"
+            "overloaded, the answers in --data are unusual, or many boxes are malformed"
         )
     return {kind: f"in the last {WINDOW} steps {sentence}" for kind, sentence in found.items()}

@@ -65,8 +65,10 @@ def test_curves_say_which_labels_they_are_for(tmp_path, monkeypatch):
 
 
 def test_a_comparison_looks_at_every_session_of_a_resumed_run():
-    session = {"code": "a", "hardware": "x", "ranks": 1, "packages": {"torch": "1"}}
+    session = {"code": "a", "hardware": "x", "ranks": 1, "packages": {"torch": "1"}, "files": {"opd.py": "0123456789"}}
     first = {"stage": "opd", "sessions": [session]}
     second = {"stage": "opd", "sessions": [session, {**session, "code": "b", "packages": {"torch": "2"}}, session]}
     assert audit.differences(first, second) == {"code": ("a", "a, then b"), "torch": ("1", "1, then 2")}
     assert audit.differences(second, second) == {}
+    third = {"stage": "opd", "sessions": [session, {**session, "files": {"opd.py": "abcdefghij"}}]}
+    assert audit.differences(first, third) == {"opd.py": ("01234567", "01234567, then abcdefgh")}

@@ -68,6 +68,7 @@ def interrupt(main, config, step: int, how=None, raises=Killed):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(raises) as error:
         patch.setattr(lib.runs.Run, "log", log)
+        patch.setattr(common, "exit_process", sys.exit)  # which would end pytest if a test before has made a group
         main(config)
     return error.value
 
@@ -287,11 +288,20 @@ def test_changed_code_and_a_changed_reward_are_not_resumed_with_unless_accepted(
         stage.main(config)
     hashes = lib.lineage.code_files
     monkeypatch.setattr(lib.lineage, "code_files", lambda stage: {**hashes(stage), "lib/data.py": "0"})
-    (tmp_path / "my_stage.py").write_text(source + "# changed\n")
+    setting = "    length_coef: float = 0.0  # a setting that the changed script has gained\n"
+    more = source.replace("    lr: float = 1e-6", setting + "    lr: float = 1e-6")
+    (tmp_path / "my_stage.py").write_text(more)
+    stage = load_script(tmp_path / "my_stage.py")
+    config = grpo(teacher, problems, tmp_path / "out", stage.Config, **settings)
+    with pytest.raises(InputError, match="length_coef = 'no such setting', now it is 0.0"):
+        stage.main(config)
     stage.main(dataclasses.replace(config, accept_changes=True))
     assert "lib/data.py has changed since the run was last started" in capsys.readouterr().out
     first, second = record(tmp_path / "out")["sessions"]
-    assert second["accepted_changes"] == ["my_stage.py", config.reward] and first["files"] != second["files"]
+    assert (
+        second["accepted_changes"] == ["setting length_coef", "my_stage.py", config.reward]
+        and first["files"] != second["files"]
+    )
     assert record(tmp_path / "out")["reward_sha256"] == lib.lineage.file_sha256(reward)
     with pytest.raises(AlreadyFinished):
         stage.main(config)

@@ -133,6 +133,8 @@ def test_a_cache_is_refused_when_its_responses_would_differ(student, problems, t
     first = identity()
     assert identity() == first and identity(stop=(":",)) != first
     assert identity({**prompts, loaded[0].id: [5]}) != first
+    for change in (dict(temperature=0.5), dict(seed=1), dict(rollouts_per_prompt=3), dict(max_response_tokens=5)):
+        assert identity(**change) != first, change
     path = Path(teacher) / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1]}))
     assert identity() != first
