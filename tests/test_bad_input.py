@@ -133,6 +133,7 @@ CASES = {
     "neither teacher nor texts": ("fkl_warmup", "--teacher None", None, "--teacher is missing; name a checkpoint"),
     "no such reward": ("fkl_warmup", "--reward {tmp}/r.py:score", None, "--reward '{tmp}/r.py:score'.*check the path"),
     # numbers
+    "a rate that is not a number": ("opd", "--lr nan", None, "--lr nan"),
     "negative rate": ("opd", "--lr -1e-6", None, "--lr -1e-06 is too small; give a number above zero"),
     "temperature zero": ("opd", "--temperature 0", None, "--temperature 0.0 is too small"),
     "group of one": ("teacher_grpo", "--rollouts-per-prompt 1", None, "--rollouts-per-prompt 1 leaves nothing to compare"),

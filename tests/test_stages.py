@@ -124,6 +124,13 @@ def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problem
         assert line["sampler_mismatch"] == pytest.approx(mismatch.mean().item(), abs=1e-6)
 
 
+def test_labels_that_only_a_teacher_used_are_consumed():
+    """Those of the teacher's ancestors, too."""
+    record = lambda *consumed, **parents: {"path": "x", "stage": "opd", "consumed": list(consumed), "parents": parents}
+    teacher = record("b", model=record("c"), teacher=record("d"))
+    assert lib.lineage.consumed_problems(record("a", model=record(), teacher=teacher)) == {"a", "b", "c", "d"}
+
+
 def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
     every = lib.data.load_problems(problems)
     half = {name: {problem.id for problem in lib.data.half_of(every, name)} for name in ("1H", "2H")}
