@@ -74,9 +74,7 @@ class Config(TrainingConfig):
     lr: float = 1e-6  # learning rate (Table 9)
 
 
-FAR_KL = (
-    1.0  # nats a token, our rule of thumb: on geometric average the student's tokens are 2.7 times less likely (C2)
-)
+FAR_KL = 1.0  # nats a token, our rule of thumb: the teacher finds the tokens 2.7 times less likely on average (C2)
 OUTLIER_REWARD = -5.0  # nats; the teacher finds the token e^5 = 148 times less likely than the student who sampled it
 
 
