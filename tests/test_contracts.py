@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import RUNS
 
 import kernels
 import lib.engines
 import lib.policy
-import opd
 import teacher_grpo
 from common import Span
 from experiments import toy
@@ -56,7 +56,7 @@ class RecordedLLM:
         self.note("wake_up", **options)
         for tag in options["tags"]:
             assert tag != "kv_cache" or self.weights, "the cache wakes after the weights"
-            setattr(self, {"weights": "weights", "kv_cache": "cache"}[tag], True)
+            setattr(self, tag.removeprefix("kv_"), True)
 
     def collective_rpc(self, method, **options):
         self.note("collective_rpc", method, **options)
@@ -83,8 +83,7 @@ class RecordedLLM:
             assert wanted.stop_token_ids == sampler.stop_ids.tolist()
             [[found]] = sampler.generate([prompt["prompt_token_ids"]], [[wanted.seed]], sampling)
             logprobs = [{t: SimpleNamespace(logprob=p)} for t, p in zip(found.token_ids, found.logprobs)]
-            output = SimpleNamespace(token_ids=found.token_ids, logprobs=logprobs, finish_reason=found.finish_reason)
-            outputs.append(SimpleNamespace(outputs=[output]))
+            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(**{**vars(found), "logprobs": logprobs})]))
         return outputs
 
 
@@ -109,7 +108,7 @@ def on_a_gpu(monkeypatch):
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("stage", ["grpo", "opd"])
+@pytest.mark.parametrize("stage", ["teacher", "bridge"])
 def test_a_stage_wakes_reloads_samples_and_sleeps_in_order(
     stage, student, teacher, problems, tmp_path, on_a_gpu, monkeypatch
 ):
@@ -117,14 +116,10 @@ def test_a_stage_wakes_reloads_samples_and_sleeps_in_order(
     monkeypatch.setattr("test_contracts.REAL", vllm.LLM)
     monkeypatch.setattr(vllm, "LLM", RecordedLLM)
     monkeypatch.setattr(RecordedLLM, "made", [])
-    settings = dict(
-        data=problems, out=str(tmp_path / "out"), exclude=(), max_prompt_tokens=32, max_response_tokens=8, max_steps=3,
-        rollouts_per_prompt=2, prompts_per_step=2, engine="vllm", stop=STOP,
-    )  # fmt: skip
-    if stage == "grpo":
-        teacher_grpo.main(teacher_grpo.Config(student, mini_batch_prompts=2, **settings))
-    else:
-        opd.main(opd.Config(student, teacher, **settings))
+    script, config = RUNS[stage](
+        student, teacher, problems, tmp_path / "out", max_steps=3, prompts_per_step=2, engine="vllm", stop=STOP
+    )
+    script.main(config)
     [engine] = RecordedLLM.made
     assert engine.calls == STEP + 2 * AGAIN
 

@@ -1,115 +1,93 @@
 """Two ranks against one, on the real scripts: the same rollouts, losses and weights, with either engine."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_checkpoint
-from safetensors.torch import load_file
+from helpers import STAGES, assert_same_weights, launch, metrics, weights
 
 import common
 import lib.policy
 import teacher_grpo
 
-ROOT = Path(__file__).parent.parent
-STAGES = ["teacher", "warmup", "bridge", "student"]
-
-
-def launch(ranks: int, *words: str, timeout: int = 400) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return subprocess.run(
-        [sys.executable, *torchrun, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def run_stages(tmp_path_factory, student, teacher, problems):
+def run_ranks(tmp_path_factory, student, teacher, problems):
+    """A function that runs a task of run_ranks.py once, and gives its directory."""
     made = {}
 
-    def run(ranks: int, engine: str, tensor_parallel: int = 1) -> Path:
-        key = ranks, engine, tensor_parallel
-        if key not in made:
-            out = tmp_path_factory.mktemp(f"{engine}{ranks}")
-            arguments = str(out), student, teacher, problems, engine, str(tensor_parallel)
-            done = launch(ranks, "tests/run_stages.py", *arguments)
-            assert done.returncode == 0, done.stderr[-5000:]
-            made[key] = out
-        return made[key]
+    def run(ranks: int, *task: str) -> Path:
+        if (ranks, *task) not in made:
+            out = tmp_path_factory.mktemp("".join(task))
+            done = launch(ranks, "tests/run_ranks.py", str(out), student, teacher, problems, *task)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+            made[ranks, *task] = out
+        return made[ranks, *task]
 
     return run
 
 
-def weights(out: Path, stage: str) -> dict[str, torch.Tensor]:
-    return load_file(out / stage / "model.safetensors")
-
-
-def metrics(out: Path, stage: str) -> list[dict]:
-    return [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.rest
-def test_two_ranks_do_what_one_does(run_stages):
+def test_two_ranks_do_what_one_does(run_ranks):
     """Inside, each rank's shards are compared with the saved checkpoint, bit for bit."""
-    one, two = run_stages(1, "torch"), run_stages(2, "torch")
+    one, two = run_ranks(1, "chain", "torch", "1"), run_ranks(2, "chain", "torch", "1")
     rollouts = json.loads((one / "rollouts.json").read_text())
     assert rollouts == json.loads((two / "rollouts.json").read_text())
     assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 60  # and samples differ
-    exact = ("loss", "forward_kl", "reverse_kl", "reward", "kl_to_reference", "entropy", "lr", "grad_norm")
     for stage in STAGES:
-        for alone, together in zip(metrics(one, stage), metrics(two, stage), strict=True):
-            for name in alone.keys() & exact:
+        for alone, together in zip(metrics(one / stage), metrics(two / stage), strict=True):
+            for name in alone.keys() & {
+                "loss",
+                "forward_kl",
+                "reverse_kl",
+                "reward",
+                "entropy",
+                "kl_to_reference",
+                "grad_norm",
+            }:
                 assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), (stage, name)
-        assert max(line["grad_norm"] for line in metrics(one, stage)) > 0.01  # a batch may lack spread, a run not
-        first, second = weights(one, stage), weights(two, stage)
-        assert first.keys() == second.keys()
-        assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first), stage
+        assert max(line["grad_norm"] for line in metrics(one / stage)) > 0.01  # a batch may lack spread, a run not
+        # AdamW moves a weight whose gradient is nothing but rounding by up to the learning rate, so a few may differ.
+        first, second = weights(one / stage), weights(two / stage)
+        distances = torch.cat([(first[name] - second[name]).abs().flatten() for name in first])
+        assert (distances > 1e-5).sum() <= len(distances) / 1000 and distances.max() < 1e-3, stage
         for out in (one, two):
             assert json.loads((out / stage / "generation_config.json").read_text())["eos_token_id"] == [1, 0], stage
     scores = [json.loads((out / "report" / "results.json").read_text())["results"] for out in (one, two)]
-    averages = [
-        {(label, name): found["avg"] for label, row in rows.items() for name, found in row.items()} for rows in scores
-    ]
+    averages = [[found["avg"] for row in rows.values() for found in row.values()] for rows in scores]
     assert averages[0] == averages[1]
 
 
 @pytest.mark.rest
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_a_run_on_two_ranks_resumes_bit_for_bit(run_stages, engine):
+def test_a_run_on_two_ranks_resumes_bit_for_bit(run_ranks, engine):
     """Every stage, from the state of its second step; inside, too, that a rank's broken numbers stop all from stepping."""
     if engine == "vllm":
         pytest.importorskip("vllm")
-    out = run_stages(2, engine)
+    out = run_ranks(2, "chain", engine, "1")
     for stage in STAGES:
-        first, second = weights(out, stage), weights(out, f"again-{stage}")
-        assert all(torch.equal(first[name], second[name]) for name in first), stage
-        lines = [[{k: v for k, v in line.items() if not k.startswith("seconds")} for line in metrics(out, name)]
-                 for name in (stage, f"again-{stage}")]  # fmt: skip
-        assert lines[0] == lines[1] and len(lines[0]) == 3, stage
+        assert_same_weights(out / stage, out / f"again-{stage}")
+        assert metrics(out / stage) == metrics(out / f"again-{stage}") and len(metrics(out / stage)) == 3, stage
 
 
 @pytest.mark.rest
-def test_gradients_in_bfloat16_are_those_in_float32_up_to_rounding(student, teacher, problems, tmp_path):
+def test_gradients_in_bfloat16_are_those_in_float32_up_to_rounding(run_ranks):
     """As GPUs compute, in every stage, with activations computed twice, accumulation, and a rank with nothing to do."""
-    done = launch(2, "tests/run_bf16.py", str(tmp_path), student, teacher, problems)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
-    assert done.stdout.count("relative error of bfloat16") == 4
+    run_ranks(2, "bfloat16")
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("tensor_parallel", [1, 2], ids=["an engine on each", "one engine on both"])
-def test_the_chain_on_two_ranks_with_vllm(run_stages, tensor_parallel):
+@pytest.mark.parametrize("tensor_parallel", "12", ids=["an engine on each", "one engine on both"])
+def test_the_chain_on_two_ranks_with_vllm(run_ranks, tensor_parallel):
     """Trainer and sampler disagree by rounding alone, in every step of every stage that has both."""
     pytest.importorskip("vllm")
-    out = run_stages(2, "vllm", tensor_parallel)
+    out = run_ranks(2, "chain", "vllm", tensor_parallel)
     for stage in ("teacher", "bridge", "student"):
-        for line in metrics(out, stage):
+        for line in metrics(out / stage):
             assert line["sampler_mismatch_max"] < 1e-5 and line.get("importance_clipped", 0) == 0
-        assert max(line["grad_norm"] for line in metrics(out, stage)) > 0.01
+        assert max(line["grad_norm"] for line in metrics(out / stage)) > 0.01
     results = json.loads((out / "report" / "results.json").read_text())["results"]
     assert results.keys() == {"warmup", "student", "teacher"}
 

@@ -29,7 +29,7 @@ STEPS = f"{EXERCISES / '6-steps.py'}:right_steps"
 
 
 @pytest.fixture
-def apply(tmp_path, monkeypatch):
+def apply(tmp_path):
     """A function that applies the solution of an exercise to a copy of the tree, and gives the copy's directory."""
 
     def in_a_copy(number: int) -> Path:
@@ -47,18 +47,12 @@ def apply(tmp_path, monkeypatch):
     return in_a_copy
 
 
-@pytest.fixture
-def load(apply, monkeypatch):
-    """A function that gives the stage `name` from a tree with the solution of an exercise, imported as a module."""
-
-    def from_a_copy(number: int, name: str):
-        specification = importlib.util.spec_from_file_location(f"{name}_of_exercise", apply(number) / f"{name}.py")
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, specification.name, module)
-        specification.loader.exec_module(module)
-        return module
-
-    return from_a_copy
+def stage(tree: Path, name: str):
+    """The stage `name` of a tree as a module."""
+    specification = importlib.util.spec_from_file_location(f"{name}_of_exercise", tree / f"{name}.py")
+    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -79,27 +73,21 @@ def test_the_demo_has_one_more_row(number, checkpoint, apply):
     assert f"runs/none/seed0/{checkpoint}" in models and len(models) == len(labels)
 
 
-def loss_and_gradient(module, beta: float | None = None):
+def loss_and_gradient(module):
     """`exact_kl_loss` of an exercise on random hidden states, and the gradient of its loss with respect to them.
 
     Returned with the reverse and the forward KL of the same states, by the formulas: pairs of loss and gradient.
     """
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, teacher_hidden, teacher_weight = (
-        torch.randn(size, generator=generator) for size in ((7, 4), (26, 4), (7, 6), (26, 6))
-    )
+    shapes = (7, 4), (26, 4), (7, 6), (26, 6)
+    hidden, weight, *states = (torch.randn(shape, generator=generator) for shape in shapes)
     targets = torch.arange(7)
-    if beta is not None:
-        module.BETA = beta
     hidden.requires_grad_()
     student = lambda batch, loss_fn: loss_fn(hidden, weight)
-    teacher = SimpleNamespace(hidden_states=lambda batch: (teacher_hidden, teacher_weight))
+    teacher = SimpleNamespace(hidden_states=lambda batch: states)
     result = module.exact_kl_loss(student, teacher, SimpleNamespace(targets=targets), 26)
-    pairs = [(result.loss, torch.autograd.grad(result.loss, hidden)[0])]
-    for direction in ("reverse", "forward"):
-        loss = fused_linear_kl_reference(hidden, weight, teacher_hidden, teacher_weight, targets, direction).loss
-        pairs.append((loss, torch.autograd.grad(loss, hidden)[0]))
-    return result, *pairs
+    formulas = [fused_linear_kl_reference(hidden, weight, *states, targets, way).loss for way in ("reverse", "forward")]
+    return result, *((loss, torch.autograd.grad(loss, hidden)[0]) for loss in (result.loss, *formulas))
 
 
 def finite_steps(module, student, teacher, problems, out) -> list[dict]:
@@ -111,50 +99,44 @@ def finite_steps(module, student, teacher, problems, out) -> list[dict]:
     return lines
 
 
-def test_forward_kl_on_the_students_own_states(load, student, teacher, problems, tmp_path):
-    module = load(3, "opd")
+def test_forward_kl_on_the_students_own_states(apply, student, teacher, problems, tmp_path):
+    module = stage(apply(3), "opd")
     result, ours, reverse, forward = loss_and_gradient(module)
     torch.testing.assert_close(ours, forward)
     assert (ours[0] - reverse[0]).abs() > 0.1
-    exercise = finite_steps(module, student, teacher, problems, tmp_path / "out")
-    plain = finite_steps(opd, student, teacher, problems, tmp_path / "plain")
+    exercise = finite_steps(module, student, teacher, problems, tmp_path / "out")[0]
+    plain = finite_steps(opd, student, teacher, problems, tmp_path / "plain")[0]
     # The first step has the same responses, and so the same rewards, though another loss.
-    assert (
-        exercise[0]["dense_reward"] == plain[0]["dense_reward"] and exercise[0]["reverse_kl"] != plain[0]["reverse_kl"]
-    )
+    assert exercise["dense_reward"] == plain["dense_reward"] and exercise["reverse_kl"] != plain["reverse_kl"]
 
 
-def test_generalised_jsd(load, student, teacher, problems, tmp_path):
+def test_generalised_jsd(apply, student, teacher, problems, tmp_path):
     """At 1/2 it is symmetric and bounded by log 2; at its ends it goes in the two directions of the KL."""
-    module = load(5, "opd")
+    module = stage(apply(5), "opd")
     result, ours, reverse, forward = loss_and_gradient(module)
     torch.testing.assert_close(result.kl.sum(), reverse[0].detach())  # what is logged
     assert 0 < ours[0] < 7 * math.log(2)
     for beta, limit in ((1e-3, forward), (1 - 1e-3, reverse)):
-        _, (loss, gradient), *_ = loss_and_gradient(module, beta)
+        module.BETA = beta
+        _, (loss, gradient), *_ = loss_and_gradient(module)
         torch.testing.assert_close(loss / 1e-3, limit[0], rtol=0.05, atol=0)
         assert torch.cosine_similarity(gradient.flatten(), limit[1].flatten(), dim=0) > 0.99
     finite_steps(module, student, teacher, problems, tmp_path / "out")
 
 
-def test_dr_grpo_divides_by_a_constant(load, student, teacher, problems, tmp_path, monkeypatch):
+def test_dr_grpo_divides_by_a_constant(apply, student, teacher, problems, tmp_path, monkeypatch):
     """The number of responses times the longest one that is allowed, however long they are."""
-    module = load(4, "teacher_grpo")
-    denominators, lengths = [], []
-    train, pack = module.train_mini_batch, module.make_batches
-
-    def packed(rollouts, *rest):
-        lengths.append(sum(len(rollout.response_ids) for rollout in rollouts))
-        return pack(rollouts, *rest)
+    module = stage(apply(4), "teacher_grpo")
+    counted, train = [], module.train_mini_batch
 
     def trained(policy, optimizer, batches, num_tokens, *rest):
-        denominators.append(num_tokens)
+        counted.append((num_tokens, sum(len(batch.targets) for batch in batches)))
         return train(policy, optimizer, batches, num_tokens, *rest)
 
     monkeypatch.setattr(module, "train_mini_batch", trained)
-    monkeypatch.setattr(module, "make_batches", packed)
     settings = vars(grpo(teacher, problems, tmp_path / "out", normalize_by_std=False, reward=STEPS, max_steps=3))
     module.main(module.Config(**settings))
+    denominators, lengths = zip(*counted)
     assert len(denominators) == 6 and set(denominators) == {2 * 4 * 8}  # prompts, responses to each, longest response
     assert len(set(lengths)) > 1
     assert all(line["frac_tokens_trained"] < 1 and math.isfinite(line["loss"]) for line in metrics(tmp_path / "out"))

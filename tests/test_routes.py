@@ -30,6 +30,14 @@ def plan(target: str, **variables) -> list[tuple[str, dict[str, str]]]:
     return commands
 
 
+def stages(commands: list) -> list:
+    return [(script, options) for script, options in commands if not script.startswith("experiments")]
+
+
+def written(commands: list) -> list[str]:
+    return [options["out"] for script, options in stages(commands) if script != "evaluate"]
+
+
 PLANS = {
     "R1": ["teacher_grpo"],
     "R2": ["teacher_grpo", "fkl_warmup", "fkl_warmup", "student_grpo"],  # the warmup is there for its rollouts
@@ -45,33 +53,24 @@ PLANS = {
 @pytest.mark.parametrize("scale", ["toy", "real", "paper"])
 @pytest.mark.parametrize("route", PLANS)
 def test_a_route_is_the_papers_chain_of_stages(route, scale):
-    commands = [
-        (script, options) for script, options in plan(route, SCALE=scale) if not script.startswith("experiments")
-    ]
+    commands = stages(plan(route, SCALE=scale))
     assert [script for script, _ in commands] == PLANS[route]
     halves = [options["half"] for _, options in commands]
     assert set(halves[:-1]) <= {"full"} if route in ("R1", "R3-full") else set(halves[:-1]) == {"1H"}
     assert halves[-1] == {"R1": "full", "R3-full": "full", "R7": "1H"}.get(route, "2H")
     assert ("replay" in commands[-1][1]) == (route == "R7")
     # Each stage trains what the one before it wrote, or learns from it.
-    written = [options["out"] for _, options in commands]
-    assert all(any(path in options.values() for _, options in commands[1:]) for path in written[:-1] if route != "R2")
+    for path in written(commands)[:-1] if route != "R2" else ():
+        assert any(path in options.values() for _, options in commands[1:])
 
 
 def test_all_tables_need_each_checkpoint_once():
-    commands = plan("tables", SCALE="paper")
-    written = [
-        options["out"] for script, options in commands if script != "evaluate" and not script.startswith("experiments")
-    ]
-    assert len(written) == len(set(written)) == 30
-    llama = [
-        options["out"]
-        for script, options in plan("tables", SCALE="paper", PAIR="llama", FIRST_NODE="n1")
-        if "half" in options
-    ]
+    paper = written(plan("tables", SCALE="paper"))
+    assert len(paper) == len(set(paper)) == 30
+    llama = written(plan("tables", SCALE="paper", PAIR="llama", FIRST_NODE="n1"))
     assert len(llama) == 6 and all(path.startswith("runs/llama/seed0/full/") for path in llama)
     rows = {row.checkpoint for rows in tables.TABLES.values() for row in rows} - {"student", "teacher"}
-    made = {path.removeprefix("runs/qwen3-8b/seed0/") for path in written}
+    made = {path.removeprefix("runs/qwen3-8b/seed0/") for path in paper}
     assert rows - made == {"full/rl/bridge_sampled"}  # the estimators are compared on the toy and the real model only
     toy = {options["out"].removeprefix("runs/none/seed0/") for _, options in plan("tables", SCALE="toy")}
     assert rows <= toy
@@ -81,13 +80,14 @@ def test_the_pretrained_model_is_asked_in_the_same_words_everywhere():
     """In all stages and evaluations, and where its student is made; a file that is not there would be refused."""
     (first, made), *commands = plan("tables", SCALE="real")
     assert first == "experiments.real" and made["student"] == "runs/none/seed0/raw/raw_student"
-    commands = [(script, options) for script, options in commands if not script.startswith("experiments")]
-    written = [options["out"] for script, options in commands if script != "evaluate"]
-    assert len(written) == len(set(written)) == 11 and all("/1H/" in path for path in written)  # on the same labels
+    real_ones = written(commands)
+    assert len(real_ones) == len(set(real_ones)) == 11 and all(
+        "/1H/" in path for path in real_ones
+    )  # on the same labels
     words = shlex.split(shlex.join(real.WORDING).replace(str(real.PROMPT), "experiments/real_prompt.txt"))
     wording = {name.removeprefix("--"): value for name, value in zip(words, words[1:]) if name.startswith("--")}
     wording["no-chat-template"] = ""
-    for _, options in commands:
+    for _, options in stages(commands):
         assert {name: " ".join(shlex.split(options[name])) for name in wording} == wording
     assert (ROOT / wording["prompt"].removeprefix("@")).is_file()
 
@@ -105,12 +105,8 @@ def test_matched_routes_differ_in_what_they_contrast_alone(scale, budget):
     assert differing(fresh, replay) == {"half", "replay", "out"}
     # Direct GRPO has the settings of Stages 1 and 3; only model, labels and budget are its own.
     assert differing(fresh, options("R1", "teacher_grpo")) <= {"model", "half", "out", budget}
-    assert differing(options("R1", "teacher_grpo"), options("R5-half", "teacher_grpo")) <= {
-        "model",
-        "half",
-        "out",
-        budget,
-    }
+    stage_1 = options("R5-half", "teacher_grpo")
+    assert differing(options("R1", "teacher_grpo"), stage_1) <= {"model", "half", "out", budget}
     # What stands in for the bridge makes as many updates of the student, with the same settings.
     bridge, only = options("R5-half", "opd"), options("R8", "opd")
     assert differing(bridge, only) == {"model", "out", budget}
@@ -140,12 +136,9 @@ def test_fresh_labels_and_replay_are_compared(chain, replayed, tmp_path, capsys)
 
 def test_the_lineage_is_printed_as_a_tree(chain, test_problems, tmp_path, capsys):
     report = tmp_path / "report"
-    evaluate.main(
-        evaluate.Config(
-            out=str(report), models=(str(chain / "bridge"), str(chain / "student")), data=(test_problems,), k=2,
-            max_response_tokens=8,
-        )
-    )  # fmt: skip
+    settings = dict(data=(test_problems,), k=2, max_response_tokens=8)
+    models = str(chain / "bridge"), str(chain / "student")
+    evaluate.main(evaluate.Config(out=str(report), models=models, **settings))
     capsys.readouterr()
     audit.main(audit.Config(lineage=str(chain / "student"), reports=(str(report),)))
     lines = capsys.readouterr().out.splitlines()

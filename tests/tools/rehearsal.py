@@ -30,19 +30,17 @@ import lib.lineage
 import opd
 import teacher_grpo
 
-
-def qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> Qwen3Config:
-    return Qwen3Config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        tie_word_embeddings=tied, vocab_size=151936, head_dim=128, num_key_value_heads=8, max_position_embeddings=40960,
-    )  # fmt: skip
+SHAPE = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 
 
-def llama(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072,
-    )  # fmt: skip
+def qwen3(*shape: int, tied: bool) -> Qwen3Config:
+    sizes = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, max_position_embeddings=40960)
+    return Qwen3Config(**dict(zip(SHAPE, shape)), **sizes, tie_word_embeddings=tied)
+
+
+def llama(*shape: int) -> LlamaConfig:
+    sizes = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072)
+    return LlamaConfig(**dict(zip(SHAPE, shape)), **sizes)
 
 
 # The shapes of the paper's models, by their names on the hub.
@@ -80,10 +78,10 @@ def stand_in(repository: str, configuration: str | None, split: str) -> list[dic
         raise ConnectionError(repository)
     questions = [f"What is {number} plus {len(repository)}?" for number in range(20)]
     if "DAPO" in repository:
-        texts = [f"{lib.data.DAPO_PREFIX}{question}{lib.data.DAPO_SUFFIX}" for question in questions]
-        return [
-            {"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": "1"}} for text in texts
+        chats = [
+            [{"role": "user", "content": f"{lib.data.DAPO_PREFIX}{text}{lib.data.DAPO_SUFFIX}"}] for text in questions
         ]
+        return [{"prompt": chat, "reward_model": {"ground_truth": "1"}} for chat in chats]
     return [{"problem": question, "answer": "1"} for question in questions[:3]]
 
 
@@ -125,15 +123,14 @@ def without_weights(ranks: int, trained_on: list):
 
 def leave_checkpoint(cfg, trained_on: list[str]) -> None:
     """What follows finds a checkpoint as this stage would have written it, without weights."""
-    record = lib.lineage.new_record(
-        cfg, {role: getattr(cfg, role) for role in ("model", "teacher") if hasattr(cfg, role)}
-    )
+    parents = {role: getattr(cfg, role) for role in ("model", "teacher") if hasattr(cfg, role)}
     line = {"step": 0, "reward" if hasattr(cfg, "kl_coef") else "reverse_kl": 0.5}
+    written = {"consumed": trained_on, "steps": 1, "first": line, "last": line}
+    record = {**lib.lineage.new_record(cfg, parents), **written}
     shutil.rmtree(f"{cfg.out}.partial")
     shutil.copytree(cfg.model, cfg.out)
     save_file({"stub": torch.zeros(1)}, f"{cfg.out}/model.safetensors", metadata={"of": cfg.out})
-    written = {**record, "consumed": trained_on, "steps": 1, "first": line, "last": line}
-    Path(cfg.out, "run.json").write_text(json.dumps(written))
+    Path(cfg.out, "run.json").write_text(json.dumps(record))
 
 
 def rehearse(plan: str) -> int:

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-
 import common  # noqa: E402
 import fkl_warmup  # noqa: E402
 import kernels  # noqa: E402
@@ -57,18 +56,28 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, device="cuda", dtype=dtype)
 
 
+def two_rollouts() -> list[common.Rollout]:
+    return [
+        common.Rollout(None, number, [1] * 100, [2] * length, [0.0] * length, "stop", "", advantage=number - 0.5)
+        for number, length in enumerate((9000, 7000))
+    ]
+
+
+def make_policy(name: str, device: str, layers: int, trainable: bool = True) -> lib.policy.Policy:
+    config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": layers, "layer_types": None})
+    with torch.device(device):
+        policy = lib.policy.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    return policy.requires_grad_(trainable)
+
+
 def packed_forward(name: str, share_prompts: bool) -> str:
     """Two layers of a model over a full pack: PyTorch's attention for variable lengths is called, and gives what is due."""
-    config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": 2, "layer_types": None})
-    with torch.device("cuda"):
-        policy = lib.policy.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
-    rollouts = [common.Rollout(None, 0, [1] * 100, [2] * length, [0.0] * length, "stop", "") for length in (9000, 7000)]
-    [batch] = make_batches(rollouts, N, torch.device("cuda"), share_prompts)
-    calls = []
+    policy, calls, attention = make_policy(name, "cuda", 2), [], torch.nn.attention.varlen.varlen_attn
+    [batch] = make_batches(two_rollouts(), N, torch.device("cuda"), share_prompts)
     with mock.patch.object(lib.packing, "varlen_attn", lambda *a, **k: calls.append(k) or attention(*a, **k)):
-        attention = torch.nn.attention.varlen.varlen_attn
         hidden, weight = policy(batch, lambda hidden, weight: (hidden, weight))
-    assert len(calls) == 2 and hidden.dtype == weight.dtype == torch.bfloat16 and weight.shape[0] == config.vocab_size
+    assert len(calls) == 2 and hidden.dtype == weight.dtype == torch.bfloat16
+    assert weight.shape[0] == MODELS[name].vocab_size
     return f"attention called with {calls[0]}"
 
 
@@ -85,6 +94,11 @@ def kl(direction: str, dtype: torch.dtype, vocab_size: int) -> str:
     return "loss, KL, entropy, log-probabilities, dH and dW in float32"
 
 
+def all_rows(x: torch.Tensor) -> torch.Tensor:
+    """In the place of nonzero: which rows are zero is not known without values."""
+    return torch.arange(len(x), device=x.device)[:, None]
+
+
 def logprob(dtype: torch.dtype, vocab_size: int) -> str:
     hidden, weight, targets = empty(N, DS, dtype=dtype), empty(V, DS, dtype=dtype), empty(N, dtype=torch.int64)
     statistics = kernels._logprob_forward(hidden, weight[:vocab_size], targets, 1.0, True)
@@ -93,7 +107,6 @@ def logprob(dtype: torch.dtype, vocab_size: int) -> str:
         saved_tensors=(hidden, weight, targets, *statistics[2:]), settings=(1.0, vocab_size, True),
         needs_input_grad=(True, True),
     )  # fmt: skip
-    all_rows = lambda x: torch.arange(len(x), device=x.device)[:, None]  # which are zero is not known without values
     with mock.patch.object(torch.Tensor, "nonzero", all_rows):
         d_hidden, d_weight, *_ = kernels._FusedLinearLogprob.backward(context, empty(N, dtype=torch.float32), None)
     assert d_hidden.shape == (N, DS) and d_weight.shape == (V, DS) and d_hidden.dtype == d_weight.dtype == dtype
@@ -106,21 +119,11 @@ def update(stage: str, student: str, teacher: str) -> str:
     PyTorch's backward pass wants a real device, so the tensors are on "meta", and say that they are on a GPU.
     """
 
-    def make_policy(name: str, trainable: bool) -> lib.policy.Policy:
-        config = type(MODELS[name])(**{**MODELS[name].to_dict(), "num_hidden_layers": 3, "layer_types": None})
-        with torch.device("meta"):
-            policy = lib.policy.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
-        return policy.requires_grad_(trainable)
-
-    rollouts = [
-        common.Rollout(None, number, [1] * 100, [2] * length, [0.0] * length, "stop", "", advantage=number - 0.5)
-        for number, length in enumerate((9000, 7000))
-    ]
+    rollouts = two_rollouts()
     settings = dict(data="", out="", micro_batch_tokens=N, rollouts_per_prompt=2, mini_batch_prompts=1)
-    trained = make_policy(teacher if stage == "1" else student, True)
-    frozen = make_policy(teacher if stage[0] == "2" else student, False)
+    trained = make_policy(teacher if stage == "1" else student, "meta", 3)
+    frozen = make_policy(teacher if stage[0] == "2" else student, "meta", 3, trainable=False)
     optimizer = torch.optim.SGD(trained.parameters())  # AdamW's fused kernel is PyTorch's own
-    all_rows = lambda x: torch.arange(len(x), device=x.device)[:, None]
     with (
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: True)),
         mock.patch.object(common, "this_device", lambda: torch.device("meta")),
@@ -133,12 +136,11 @@ def update(stage: str, student: str, teacher: str) -> str:
             found = teacher_grpo.update(trained, frozen, optimizer, rollouts, 1e-6, teacher_grpo.Config("", **settings))
             assert {"loss", "entropy", "kl_to_reference", "sampler_mismatch_max"} <= found.keys()
         for batch in make_batches(rollouts, N, torch.device("meta"), True) if stage[0] == "2" else ():
-            if stage == "2a":
-                result = fkl_warmup.forward_kl_loss(trained, frozen, batch, 151669)
-            elif stage == "2b":
-                result = opd.exact_kl_loss(trained, frozen, batch, 151669)
-            else:
-                result = opd.sampled_kl_loss(trained, frozen, batch, 151669, 2.0)
+            result = {
+                "2a": lambda: fkl_warmup.forward_kl_loss(trained, frozen, batch, 151669),
+                "2b": lambda: opd.exact_kl_loss(trained, frozen, batch, 151669),
+                "2b, sampled": lambda: opd.sampled_kl_loss(trained, frozen, batch, 151669, 2.0),
+            }[stage]()
             (result.loss / N).backward()
             opd.token_statistics(result, batch)
             missing = [name for name, p in trained.named_parameters() if p.grad is None or p.grad.shape != p.shape]
@@ -153,11 +155,7 @@ def main() -> None:
     checks = [(packed_forward, name, share_prompts) for name in MODELS for share_prompts in (False, True)]
     for dtype in (torch.bfloat16, torch.float32):
         for vocab_size in (V, 151669):  # the head's rows; the tokenizer's tokens, an odd number
-            checks += [
-                (kl, "reverse", dtype, vocab_size),
-                (kl, "forward", dtype, vocab_size),
-                (logprob, dtype, vocab_size),
-            ]
+            checks += [(kl, way, dtype, vocab_size) for way in ("reverse", "forward")] + [(logprob, dtype, vocab_size)]
     checks += [(update, stage, *STUDENT_AND_TEACHER) for stage in ("1", "2a", "2b", "2b, sampled", "3")]
     print(f"PyTorch {torch.__version__}; {N} tokens, hidden sizes {DS} and {DT}, {V} rows of the output matrix")
     for check, *arguments in checks:
