@@ -1,6 +1,5 @@
 """Statistics against hand-made numbers, and the script on tiny checkpoints."""
 
-import fcntl
 import json
 import math
 import shutil
@@ -16,7 +15,7 @@ import lib.data
 from common import InputError
 from experiments import toy
 from lib import scores
-from lib.files import json_lines
+from lib.files import json_lines, locked
 
 
 def made_up_samples(correct, tokens=5, reason="stop"):
@@ -114,9 +113,7 @@ def test_decoding_settings_reach_the_sampler(decoding, student, test_problems, t
 
 
 def test_a_second_evaluation_into_one_report_is_refused(student, test_problems, tmp_path):
-    (tmp_path / "report").mkdir()
-    with (tmp_path / "report" / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(tmp_path / "report", "the report is in use"):
         with pytest.raises(InputError, match="is in use by another process"):
             evaluate.main(config(tmp_path / "report", [student], test_problems))
 

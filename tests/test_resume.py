@@ -372,6 +372,8 @@ def test_what_is_not_on_record_is_said(student, teacher, problems, tmp_path, cap
     for lineage in (lib.lineage.read_lineage(str(tmp_path / "own")), heir):
         [found] = lib.lineage.history_notes(lineage)
         assert found == f"{tmp_path}/own names its problems by another rule: held-out labels cannot be checked"
+    del heir["parents"]["teacher"]["id_rule"]  # as in the records of earlier code
+    assert lib.lineage.history_notes(heir) == [found]
 
 
 def test_the_share_that_the_verifier_failed_on_is_logged(teacher, problems, tmp_path, monkeypatch):
