@@ -17,9 +17,7 @@ import kernels
 import lib.engines
 import lib.policy
 import teacher_grpo
-from common import Span
 from experiments import toy
-from lib import packing
 from lib.engines import Sampling, TorchEngine, VLLMEngine
 
 REAL = None  # vllm.LLM
@@ -132,27 +130,6 @@ def test_the_cache_takes_the_whole_gpu_only_where_the_sampler_is_alone(student, 
         VLLMEngine(student, toy.make_tokenizer(), cfg, False, alone)
     found = [(options["kv_cache_memory_bytes"], options["gpu_memory_utilization"]) for options in made]
     assert found == [(16 << 30, 0.05), (None, 0.9), (4 << 30, 0.05)]
-
-
-def test_packed_attention_calls_pytorchs_kernel_with_what_it_takes(monkeypatch):
-    signature, calls = inspect.signature(packing.varlen_attn), []
-
-    def recorded(*arguments, enable_gqa, **options):
-        calls.append(signature.bind(*arguments, enable_gqa=enable_gqa, **options).arguments)
-        return calls[-1]["query"]
-
-    if "enable_gqa" not in signature.parameters:
-        pytest.skip("torch 2.11 takes no groups; tests/test_packing.py has its call")
-    monkeypatch.setattr(packing, "varlen_attn", recorded)
-    query, key = torch.zeros(7, 4, 8), torch.zeros(7, 2, 8)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-    spans = [Span(0, 3), Span(3, 2, 0, 3), Span(5, 2, 0, 3)]  # a prompt and two responses that share it
-    pack = packing.Packing(SimpleNamespace(input_ids=torch.zeros(1, 7, dtype=torch.long), spans=spans))
-    assert packing.attend_varlen(query, key, key, pack, 0.5).shape == (7, 4, 8)
-    [call] = calls
-    assert call["cu_seq_q"].tolist() == [0, 3, 5, 7] and call["cu_seq_k"].tolist() == [0, 3, 8, 13]
-    assert (call["max_q"], call["max_k"]) == (3, 5) and len(call["key"]) == 13
-    assert call["window_size"] == (-1, 0) and call["enable_gqa"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

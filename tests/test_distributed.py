@@ -97,8 +97,9 @@ def test_bad_input_ends_all_ranks_and_is_said_last(problems, tmp_path):
     arguments = ["--model", "./nowhere", "--data", problems, "--exclude", "--out", str(tmp_path / "out")]
     done = launch(2, "teacher_grpo.py", *arguments, timeout=120)
     assert done.returncode != 0
-    sentence = "error: --model './nowhere' is not a checkpoint directory, nor a hub name (owner/name)"
-    assert done.stderr.count(sentence) == 2 and done.stderr.splitlines()[-1] == sentence  # again after torchrun's own
+    sentence = "error: --model './nowhere' is not a checkpoint directory"
+    assert done.stderr.count(sentence) == 2  # the second time after what torchrun says
+    assert done.stderr.splitlines()[-1].startswith(sentence)
 
 
 @pytest.mark.parametrize("tied", [True, False])

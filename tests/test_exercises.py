@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, distill, grpo, metrics
+from test_plan import plan as make_plan
 
 import opd
 import teacher_grpo
@@ -61,11 +62,8 @@ def test_the_demo_has_one_more_row(number, checkpoint, apply):
     """Exercise 1 adds the bridge from the raw teacher, and exercise 2 OPD of the raw student from the RL'd teacher."""
 
     def demo(tree: Path) -> tuple[str, list[str]]:
-        command = ["make", "-n", "-o", ".venv/installed", "demo", "RUNS=runs/none"]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        plan = done.stdout.replace("\\\n", " ")
-        return plan, shlex.split(re.search(r"evaluate\.py (.*?--data)", plan)[1])
+        text = make_plan("demo", cwd=tree, RUNS="runs/none")
+        return text, shlex.split(re.search(r"evaluate\.py (.*?--data)", text)[1])
 
     (plain, _), (plan, evaluation) = demo(ROOT), demo(apply(number))
     assert "opd.py --model" in plan and f"--out runs/none/seed0/{checkpoint} " in plan and checkpoint not in plain

@@ -1,5 +1,7 @@
 """Packed micro-batches against one forward pass for each sequence: values and gradients."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -36,13 +38,20 @@ def in_batches(policy, rollouts, max_tokens, share_prompts=True):
     return torch.cat([piece for piece in pieces if piece is not None])
 
 
-def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size):
+VARLEN = inspect.signature(packing.varlen_attn)
+
+
+def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size, **grouped):
     """What the GPU's kernel computes, a span at a time; the last query is aligned to the last key."""
+    if grouped.keys() <= VARLEN.parameters.keys():  # the installed PyTorch takes this call
+        VARLEN.bind(
+            query, key, value, bounds, bounds_k, longest, longest_k, scale=scale, window_size=window_size, **grouped
+        )
     assert longest == bounds.diff().max() and longest_k == bounds_k.diff().max() and bounds_k[-1] == len(key)
     assert bounds.dtype == bounds_k.dtype == torch.int32 and window_size == (-1, 0)
     pieces = []
     for (start, end), (start_k, end_k) in zip(bounds.unfold(0, 2, 1).tolist(), bounds_k.unfold(0, 2, 1).tolist()):
-        q, k, v = query[start:end].transpose(0, 1), key[start_k:end_k].transpose(0, 1), value[start_k:end_k].transpose(0, 1)  # fmt: skip
+        q, k, v = (x.transpose(0, 1) for x in (query[start:end], key[start_k:end_k], value[start_k:end_k]))
         seen = torch.arange(end_k - start_k)[-(end - start) :, None] >= torch.arange(end_k - start_k)
         attend = torch.nn.functional.scaled_dot_product_attention
         attended = attend(q, k, v, attn_mask=seen, scale=scale, enable_gqa=len(q) != len(k))
@@ -52,7 +61,7 @@ def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, sca
 
 def grouped_varlen(*arguments, enable_gqa, **options):
     assert enable_gqa
-    return naive_varlen(*arguments, **options)
+    return naive_varlen(*arguments, enable_gqa=True, **options)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])  # alone; groups cut in two; all together

@@ -20,12 +20,12 @@ def run(*command: str, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
-def plan(target: str, **variables) -> str:
+def plan(target: str, cwd=ROOT, **variables) -> str:
     """What `make -n` prints where nothing has been made, without the installation."""
     settings = [f"{name}={value}" for name, value in variables.items()]
-    done = run("make", "-n", "-o", ".venv/installed", target, *settings)
+    done = run("make", "-n", "-o", ".venv/installed", target, *settings, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.replace("\\\n", " ")
 
 
 @pytest.fixture

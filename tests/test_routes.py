@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import test_plan
 from helpers import CHAIN_GRPO, ROOT, assert_same_weights, grpo
 
 import evaluate
@@ -19,11 +20,8 @@ SCRIPTS = "teacher_grpo|fkl_warmup|opd|student_grpo|evaluate|experiments.toy|exp
 
 def plan(target: str, **variables) -> list[tuple[str, dict[str, str]]]:
     """The commands that make would run from nothing, as (script, {option: words})."""
-    settings = [f"{name}={value}" for name, value in {"RUNS": "runs/none", "REAL": "runs/none", **variables}.items()]
-    result = subprocess.run(["make", "-n", target, *settings], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
     commands = []
-    for line in result.stdout.replace("\\\n", " ").splitlines():
+    for line in test_plan.plan(target, **{"RUNS": "runs/none", "REAL": "runs/none", **variables}).splitlines():
         if found := re.search(rf"\b({SCRIPTS})(?:\.py)? (--.*)", line):
             options = dict(re.findall(r"--([\w-]+)((?: (?!--)\S+)*)", found[2]))
             commands.append((found[1], {name: value.strip() for name, value in options.items()}))
