@@ -138,6 +138,7 @@ def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
     assert lib.lineage.consumed_problems(lineage) == half["1H"]
     assert lib.lineage.consumed_problems(lib.lineage.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
     assert lineage["stage"] == "opd" and lineage["parents"]["teacher"]["stage"] == "teacher_grpo"
+    assert lineage["consumed"] and set(lineage["consumed"]) <= half["1H"]  # the problems that OPD itself sampled on
     assert lineage["parents"]["model"]["sha256"] == lib.lineage.read_lineage(str(chain / "warmup"))["sha256"]
     teacher = lib.lineage.last_rl_stage(lineage["parents"]["teacher"])
     assert teacher["stage"] == "teacher_grpo" and 0 <= teacher["first"]["reward"] <= 1
