@@ -95,11 +95,11 @@ class TrainingConfig(SamplerConfig):
 
 
 class InputError(ValueError):
-    """A fault that the user can mend: one sentence with what is wrong and the remedy, printed without a traceback."""
+    """A user error: one sentence that says what is wrong and how to fix it, printed without a traceback."""
 
 
 class AlreadyFinished(InputError):
-    """With --resume there is nothing left to do, which is no fault: the sentence is printed, and the exit status is 0."""
+    """With --resume nothing is left to do. This is a success: the sentence is printed, and the exit status is 0."""
 
 
 POSITIVE = {"temperature", "top_p", "clip_ratio", "importance_cap", "lr", "max_grad_norm", "kv_cache_gib"}
@@ -196,7 +196,7 @@ def read_texts(cfg) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    id: str  # the same for every copy of the problem that `lib.data.problem_id` recognises, in any data set
+    id: str  # equal for all copies of a problem that `lib.data.problem_id` recognises, whichever data set they are in
     prompt: str  # its text, without --prompt; of several chat messages that of the last (all of them are in the row)
     answer: str
     row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own
@@ -310,7 +310,7 @@ def exit_process(status: int) -> None:
     """
     if dist.is_initialized():
         if status == 0:
-            barrier()  # nobody leaves while another one still needs an answer
+            barrier()  # wait until every rank is done
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

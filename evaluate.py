@@ -38,8 +38,8 @@ from lib.files import locked, whole
 from lib.lineage import code_version, consumed_problems, hardware, history_notes, read_lineage, read_run
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config, load_generation_config
-from lib.rewards import Reward, make_grader
-from lib.rollouts import grade, sample_rollouts
+from lib.rewards import Reward, grade, make_grader
+from lib.rollouts import sample_rollouts
 from lib.scores import SampleFile, grader_sha256, paired_difference, sample_directories, sha256, summarise
 from lib.verifier import Verifier
 

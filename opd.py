@@ -215,9 +215,7 @@ def main(cfg: Config) -> None:
                     (result.loss / num_tokens).backward()
                     loss_sum += result.loss.item()
                     statistics.append(token_statistics(result, batch))
-                release(
-                    teacher
-                )  # it has no backward pass, so FSDP2 would keep its embedding and output matrix gathered
+                release(teacher)  # without a backward pass FSDP2 would keep its output matrix gathered
                 grad_norm = common.optimizer_step(policy, optimizer, loss_sum, lr, cfg.max_grad_norm)
 
             # 3. Log and save.

@@ -207,8 +207,8 @@ def update(
         mini_batches.append((batches, common.count_tokens(chosen)))
 
     # The ratio rho is relative to the trainer's own policy before the first update of this rollout batch. Later
-    # mini-batches need a forward pass for it now. The first is trained before any update, so `train_mini_batch` takes it
-    # from the training pass itself.
+    # mini-batches are trained after updates, so their old log-probabilities are computed here. The first is trained
+    # before any update, so `train_mini_batch` takes them from the training pass itself.
     with torch.no_grad():
         for number, (batches, _) in enumerate(mini_batches):
             for batch in batches:

@@ -45,8 +45,8 @@ from lib.engines import Sampling, check_engine, check_lengths, make_engine
 from lib.files import check_writable
 from lib.packing import make_batches
 from lib.policy import Policy, check_checkpoint, compute_dtype, load_causal_lm
-from lib.rewards import make_grader
-from lib.rollouts import grade, sample_rollouts
+from lib.rewards import grade, make_grader
+from lib.rollouts import sample_rollouts
 from lib.scores import mean_and_error
 from lib.watch import printable, why
 

@@ -60,6 +60,7 @@ _SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pat
 )]  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a set is read for the training, for the exclusion and for Stage 3's check
 def problem_id(text: str) -> str:
     r"""First 16 hex digits of the sha256 of what counts in a problem's text, which is the same however it is typeset.
 

@@ -127,7 +127,8 @@ class TorchEngine:
 
     def _use(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("packed")  # without a pack this is the same, but decodes more quickly
+            # Outside of training, lib.packing's attention computes the same as "sdpa" and decodes faster.
+            model.set_attn_implementation("packed")
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = torch.tensor(end_tokens(model.generation_config, tokenizer, self.stop), device=model.device)
 

@@ -23,6 +23,7 @@ import torch
 
 from common import InputError, world_size
 from lib.data import ID_RULE
+from lib.files import file_sha256
 from lib.policy import load_config
 from lib.rewards import reward_sha256
 
@@ -149,8 +150,3 @@ def new_record(cfg, parents: dict[str, str]) -> dict:
         "cpu_seconds": 0.0,  # of the process of rank 0
         "trained_tokens": 0,  # response tokens of all steps
     }
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,6 @@ what a model wrote, and it should return soon. This file is the only one that ru
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
 import math
@@ -30,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import InputError, Rollout, map_over_ranks
+from lib.files import file_sha256
 from lib.verifier import Verdict, Verifier
 
 
@@ -55,7 +55,7 @@ def grade(rollouts: Sequence[Rollout], grader: Verifier | Reward) -> None:
 
 def reward_sha256(cfg) -> str | None:
     """The hash of the file of `--reward`, None for the verifier."""
-    return None if cfg.reward is None else hashlib.sha256(_file_of(cfg.reward).read_bytes()).hexdigest()
+    return None if cfg.reward is None else file_sha256(_file_of(cfg.reward))
 
 
 class Reward:

@@ -119,7 +119,7 @@ class RolloutCache:
         self.rows: dict[str, list[int]] = {}
         self.right: list[bool] = []
         self.tokens = 0
-        self._shards = []
+        self._places: list[tuple] = []  # of each rollout: its shard, a data set, and its row there
         for path in sorted(directory.glob("shard-??????")):
             self._read(path)
 
@@ -128,14 +128,13 @@ class RolloutCache:
         from pyarrow import compute
 
         shard = datasets.load_from_disk(str(path))
-        for number, (problem, correct, finish_reason) in enumerate(
-            zip(shard["id"], shard["correct"], shard["finish_reason"]), start=len(self)
+        for row, (problem, correct, finish_reason) in enumerate(
+            zip(shard["id"], shard["correct"], shard["finish_reason"])
         ):
-            self.rows.setdefault(problem, []).append(number)
+            self.rows.setdefault(problem, []).append(len(self))
             self.right.append(correct and finish_reason == "stop")
+            self._places.append((shard, row))
         self.tokens += compute.sum(compute.list_value_length(shard.data["response_ids"])).as_py()
-        self._shards.append(shard)
-        self._rows = datasets.concatenate_datasets(self._shards)
 
     def append(self, rollouts: Sequence[Rollout], number: int | None = None) -> None:
         """Writes a shard, by default with the number that all rollouts of some missing problems have. Collective."""
@@ -159,7 +158,8 @@ class RolloutCache:
         self._read(path)
 
     def __getitem__(self, index: int) -> Rollout:
-        row = self._rows[index]
+        shard, place = self._places[index]
+        row = shard[place]
         problem = self.problems[row["id"]]
         return Rollout(problem, row["sample"], self.prompts[row["id"]], row["response_ids"], row["logprobs"],
                        row["finish_reason"], row["text"], row["correct"])  # fmt: skip
@@ -185,7 +185,8 @@ def read_texts(
     A line has a prompt, as in a data set, and a `response`; or `messages`, of which the last assistant's turn is the
     response. A response is tokenised as what follows the prompt, and ends with the end-of-sequence token. One that is
     longer than `max_response_tokens` is left out: its beginning alone would teach the student to stop in the middle.
-    Responses to other problems and malformed lines are skipped, too; one printed sentence has all the counts. The sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
+    Responses to other problems and malformed lines are skipped, too; one printed sentence has all the counts. The
+    sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
     """
 
     def tokenised(share: Sequence[tuple[int, str, str]]) -> list[list[int]]:

@@ -42,7 +42,7 @@ from lib.policy import Policy, check_checkpoint, save_pretrained
 from lib.scores import validation_sets
 from lib.watch import find_warnings, is_training, one_sample, sample_lines
 
-# In a lone process PyTorch's checkpoint library warns at every call that it assumes a single process.
+# In a single process PyTorch's checkpoint library warns at every call that it assumes there is just one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -208,7 +208,7 @@ class Run:
     def _close(self) -> None:
         self._signal.restore()
         self._bar.close()  # so that the next message begins on a new line
-        self._tracker.call("finish")
+        self._tracker.finish()
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Loads weights, optimizer and record of the interrupted run, if there is one to continue. Collective.
@@ -423,7 +423,7 @@ class Run:
             flush(self.partial)
             self.partial.rename(self.out)
             flush(self.out.parent, below=False)
-            _tidy(self.out)  # last, because a run that is killed before the renaming continues from the training state
+            _tidy(self.out)  # last: a run that is killed before the renaming still needs its training state
             print0(f"wrote {self.out}")
         common.barrier()
 
@@ -503,6 +503,11 @@ class Tracker:
             name = record.setdefault("tracker_run", re.sub(r"[^\w.-]", "-", out.name) + "-" + secrets.token_hex(4))
             more = {"id": name} if self._package == "wandb" else {}  # trackio knows a run by its name
             self.call("init", project="sparse-to-dense", name=name, resume="allow", config=record["config"], **more)
+
+    def finish(self) -> None:
+        """Ends the tracker's run, once: a stop closes the Run, and so does the end of its `with` block."""
+        self.call("finish")
+        self._module = None
 
     def call(self, function: str, *arguments, **options) -> None:
         try:

@@ -20,8 +20,8 @@ from lib.data import load_problems, tokenize_prompts
 from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
 from lib.files import json_lines, whole
 from lib.policy import Policy
-from lib.rewards import Reward
-from lib.rollouts import grade, sample_rollouts
+from lib.rewards import Reward, grade
+from lib.rollouts import sample_rollouts
 from lib.verifier import Verifier
 
 

@@ -2,7 +2,7 @@ r"""Grade a model's response against the right answer ("gold"): is what its last
 
     with Verifier() as verifier:
         verdicts = verifier.check(responses, golds)           # a Verdict for each response, in order
-    python -m lib.verifier '\frac12' 'so we get \boxed{0.5}'  # grades one response by hand
+    python -m lib.verifier '\frac12' 'so we get \boxed{0.5}'  # grade one response by hand
 
 A model in training exploits whatever its grader gets wrong. So this grader is
 
@@ -30,7 +30,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MAX_CHARS = 1000  # of a gold answer and of a response's answer. MATH-500's longest has 53; more is a dump or an attack.
+# A longer answer is not graded, neither as the gold answer nor as a response's: the longest of MATH-500 has 53
+# characters, so such an answer is a dump of text or an attack.
+MAX_CHARS = 1000
 START_SECONDS = 120.0  # for a worker to import sympy, even on a busy machine or from a cold disk
 
 

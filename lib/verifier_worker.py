@@ -142,7 +142,7 @@ def algebra_check(gold: str, answer: str) -> bool:
 def lock_down() -> None:
     """Correct math-verify, then let nothing in this process compile text, start a program or open a connection."""
     grader.sympy_numeric_eq = exact_numeric_eq
-    # Parts of sympy compile text of their own when they are first imported. These pairs make them do so now.
+    # Some parts of sympy compile source text of their own at their first import. These pairs import them before that is forbidden.
     for gold, answer in {
         r"\sin^2 x": r"1-\cos^2 x", "2x=6": "4x=12", r"\{1,2\}": "3", "n!": "n(n-1)!", "x>2": r"(2,\infty)"
     }.items():  # fmt: skip

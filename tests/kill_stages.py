@@ -82,7 +82,9 @@ def child(script, settings: dict, out: Path, drawn: tuple[str, int] | None, said
     status = 1
     try:
         teacher_grpo.grade = fkl_warmup.grade = opd.grade = lib.scores.grade = made_up_grades
-        lib.runs.plot_metrics = lambda _, picture: picture.write_text("")  # drawing takes half of a tiny run's time
+        lib.runs.plot_metrics = lambda _, picture: picture.write_text(
+            ""
+        )  # no curves: drawing them takes half of a tiny run's time
         lib.runs.Run._write_lines = halved
         sys.addaudithook(audit)
         script.main(script.Config(out=str(out), resume=True, **settings))

@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-PLANS = {  # target, variables of make, stages and evaluations in the plan
+PLANS = {  # name -> (make's target, its variables, the number of stages and evaluations in its plan)
     "8B": ("tables", {}, 32),
     "14B": ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, 32),
     "Llama on two nodes": ("tables", {"PAIR": "llama", "FIRST_NODE": "node1"}, 7),

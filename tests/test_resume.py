@@ -413,7 +413,7 @@ def test_help_into_a_closed_pipe_ends_without_a_traceback():
     assert run.stderr.read() == "" and run.wait(60) in (0, -signal.SIGPIPE)
 
 
-# Numbers that are not finite
+# Losses and gradients that are not finite
 
 STEPS = {  # what of each stage's loss can be made to break
     "teacher": (teacher_grpo, "grpo_loss"),
@@ -505,7 +505,7 @@ def test_an_optimizer_step_is_taken_or_not_as_a_whole(broken):
     assert all(torch.equal(a, b) for a, b in zip(moments, after))
 
 
-# The way out of a process
+# How processes exit
 
 
 def two_ranks(tmp_path: Path, body: str) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_stages import distill, grpo, metrics, warmup
+from helpers import distill, grpo, metrics, warmup
 
 import evaluate
 import fkl_warmup

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model, write_checkpoint, write_problems
-from test_stages import assert_same_weights, cached_rows, metrics, warmup
+from helpers import assert_same_weights, cached_rows, metrics, warmup
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

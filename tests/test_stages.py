@@ -14,7 +14,6 @@ from helpers import (
     RUNS,
     STAGES,
     assert_same_weights,
-    cached_rows,  # noqa: F401  (for tests that import it from here)
     command_line,
     distill,
     grade_with,

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import RUNS, assert_same_weights, distill, grpo, metrics, warmup
 from test_resume import Killed
-from test_stages import RUNS, assert_same_weights, distill, grpo, metrics, warmup
 
 import evaluate
 import fkl_warmup

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_stages import RUNS, grpo
+from helpers import RUNS, grpo
 
 import fkl_warmup
 import opd
