@@ -75,7 +75,7 @@ def draw_panels(panels: dict[str, list[Curve]], picture: Path, labels: bool) -> 
 # The panels of a run's picture: a title with its unit, and the metrics drawn in it together. Other metrics follow, one
 # panel each. A metric that is zero in every step is left out.
 PANELS = {
-    "reward, and shares of responses": ("reward", "accuracy", "frac_reward_zero_std", "truncated", "no_answer"),
+    "reward, and shares of responses": ("accuracy", "reward", "frac_reward_zero_std", "truncated", "no_answer"),
     "distance, nats a token": ("reverse_kl", "forward_kl", "cross_entropy", "kl_to_reference"),
     "entropy, nats a token": ("entropy",),
     "dense reward, nats": ("dense_reward", "dense_reward_std"),
@@ -127,7 +127,8 @@ def draw_curves(checkpoints: dict[str, str], picture: Path) -> None:
         half = record["config"]["half"] if record else "unknown"
         label = f"{label}, {'all labels' if half == 'full' else f'labels {half}'}"
         for title, names in titles.items():
-            points = [(line["step"], line[name]) for line in lines for name in names if line.get(name) is not None]
+            logged = ((line["step"], [line[name] for name in names if line.get(name) is not None]) for line in lines)
+            points = [(step, values[0]) for step, values in logged if values]  # GRPO logs a reward and an accuracy
             if points:
                 panels[title].append(Curve(label, *zip(*points), colour=colour))
     draw_panels({title: curves for title, curves in panels.items() if curves}, picture, labels=True)

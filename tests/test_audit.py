@@ -64,6 +64,14 @@ def test_curves_say_which_labels_they_are_for(tmp_path, monkeypatch):
     assert labels == [["direct, all labels", "student, labels 2H", "bridge, labels 1H"], ["bridge, labels 1H"]]
 
 
+def test_a_run_with_a_reward_and_an_accuracy_has_one_curve_of_its_rewards(tmp_path, monkeypatch):
+    run, saved = checkpoint(tmp_path / "direct", "full", reward=-0.4, accuracy=0.9), []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    draw_curves({"direct": run}, tmp_path / "curves.png")
+    [line] = saved[0].axes[0].lines
+    assert list(line.get_ydata()) == [-0.4]
+
+
 def test_a_comparison_looks_at_every_session_of_a_resumed_run():
     session = {"code": "a", "hardware": "x", "ranks": 1, "packages": {"torch": "1"}, "files": {"opd.py": "0123456789"}}
     first = {"stage": "opd", "sessions": [session]}
