@@ -200,7 +200,7 @@ def make_student(cfg: Config, out: Path) -> None:
         subprocess.run(
             [sys.executable, "fkl_warmup.py", "--model", str(pruned), "--teacher", cfg.teacher, "--out", str(healed),
              "--data", str(out / "healing.jsonl"), "--exclude", "--seed", str(cfg.seed), "--resume", "--cpu-bfloat16",
-             *WORDING, "--mini-batch-prompts", "8", "--passes", "3", "--lr", "1e-4", "--lr-schedule", "cosine"],
+             *WORDING, "--mini-batch-prompts", "8", "--epochs", "3", "--lr", "1e-4", "--lr-schedule", "cosine"],
             check=True,
         )  # fmt: skip
     model_files = shutil.ignore_patterns("run.json", "*.jsonl", "*.png", "teacher_rollouts", "step-*")
