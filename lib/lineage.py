@@ -62,6 +62,14 @@ def read_run(directory: str | Path) -> dict:
     return run
 
 
+def settings_and_parents(record: dict) -> dict:
+    """What decides the result of a run apart from its code: the stage, its settings, and the weights of its parents."""
+    decide_nothing = ("out", "resume", "track", "accept_changes")
+    settings = {"stage": record.get("stage"), **record.get("config", {})}
+    weights = {f"{role} weights": parent["sha256"] for role, parent in record.get("parents", {}).items()}
+    return {name: value for name, value in settings.items() if name not in decide_nothing} | weights
+
+
 def ancestry(lineage: dict) -> Iterator[dict]:
     """The record of a checkpoint and, after it, those of all its ancestors."""
     yield lineage
