@@ -325,10 +325,8 @@ def start_process(alone_too: bool = False) -> None:
     if cuda:
         torch.cuda.set_device(this_device())
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # Python objects travel over gloo
-    if not torchrun:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-        return
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    alone = {} if torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
 
 
 def exit_process(status: int) -> None:

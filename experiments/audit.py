@@ -82,7 +82,6 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
         facts.append({
             **settings_and_parents(lineage), "steps": lineage.get("steps"),
             "labels": f"{len(labels)} (sha256 {hashlib.sha256(' '.join(labels).encode()).hexdigest()[:8]})",
-            "reward file": lineage.get("reward_sha256"),
             **{name: ", then ".join(dict.fromkeys(values)) for name, values in sessions.items()},
         })  # fmt: skip
     names = dict.fromkeys([*facts[0], *facts[1]])

@@ -19,17 +19,13 @@ def whole(path: Path) -> Iterator[Path]:
     """Yields PATH.tmp, where the block writes a file or a directory, and then renames it to PATH.
 
     Everything is flushed to the disk before the rename, so PATH is complete or absent however the process or the
-    machine ends. An older PATH is replaced. If the block fails, PATH.tmp is removed and PATH stays as it was.
+    machine ends. An older PATH is replaced.
     """
     unfinished = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove(unfinished)
-    try:
-        yield unfinished
-        commit(unfinished, path)
-    except BaseException:
-        remove(unfinished)
-        raise
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    yield unfinished
+    commit(unfinished, path)
 
 
 def commit(unfinished: Path, path: Path) -> None:
@@ -37,7 +33,7 @@ def commit(unfinished: Path, path: Path) -> None:
     for each in [*unfinished.rglob("*"), unfinished]:
         flush(each)
     if unfinished.is_dir():
-        remove(path)  # a directory cannot be renamed onto one that is not empty
+        shutil.rmtree(path, ignore_errors=True)  # a directory cannot be renamed onto one that is not empty
     unfinished.rename(path)
     flush(path.parent)
 
@@ -70,14 +66,6 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Deletes a file or a directory, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -58,13 +58,11 @@ def prepare(
     data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
     validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
     problems = data.load_training_problems(cfg)
-    models = [cfg.model, teacher] if teacher else [cfg.model]
     if teacher:
         data.check_same_tokenizer(cfg.model, teacher, problems, cfg)
-    for model in models:
-        check_checkpoint(model, data.vocab_size(tokenizer))
     prompts = data.tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
-    for model in models:
+    for model in [cfg.model, *([teacher] if teacher else [])]:
+        check_checkpoint(model, data.vocab_size(tokenizer))
         check_lengths(cfg, model, prompts.values())
     for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
         check_engine(cfg, model)
@@ -73,14 +71,6 @@ def prepare(
 
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
-
-# What metrics are called beside the progress bar, where there is little room.
-SHORT_NAMES = {
-    "frac_reward_zero_std": "no_spread",
-    "kl_to_reference": "kl",
-    "response_tokens": "tokens",
-    "truncated": "cut",
-}
 
 
 class Run:
@@ -117,31 +107,28 @@ class Run:
         self._phases: dict[str, float] = defaultdict(float)
         self._tracker = Tracker(cfg.track)
         self._began, self._cpu_began = time.monotonic(), time.process_time()
-        # Rank 0 reads and writes the files; the other ranks learn what it found.
-        on_rank_0(lambda: self._refuse_finished(cfg, parents))
         in_use = f"--out {cfg.out!r} is being written by another run; name another, or stop that one"
         with ExitStack() as stack:
             stack.enter_context(locked(self.partial, in_use))
             stack.callback(self._remove_without_work)
+            # Rank 0 reads and writes the files; the other ranks learn what it found.
             self.record = on_rank_0(lambda: self._open(cfg, parents))
             self._at_exit = stack.pop_all()
 
-    def _refuse_finished(self, cfg, parents: dict[str, str]) -> None:
-        """InputError or AlreadyFinished if OUT exists, even as a dangling link, onto which nothing can be renamed."""
-        if os.path.lexists(self.out):
-            finished = cfg.resume and read_run(self.out)
-            if not finished:
-                raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
-            check_unchanged(finished, new_record(cfg, parents), self.out)
-            raise AlreadyFinished(f"{self.out} is already finished with these settings; there is nothing to resume")
-
     def _open(self, cfg, parents: dict[str, str]) -> dict:
-        """This run's record. InputError if OUT.partial holds an interrupted run that it does not continue."""
+        """This run's record, if it may begin or continue."""
+        finished = cfg.resume and read_run(self.out)
+        if (
+            os.path.lexists(self.out) and not finished
+        ):  # be it a link to nothing, onto which no directory can be renamed
+            raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
         if self._holds_work() and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
         record = new_record(cfg, parents)
-        if interrupted := read_run(self.partial):
-            check_unchanged(interrupted, record, self.partial)
+        if saved := finished or read_run(self.partial):
+            check_unchanged(saved, record, self.out if finished else self.partial)
+        if finished:
+            raise AlreadyFinished(f"{self.out} is already finished with these settings; there is nothing to resume")
         return record
 
     def _holds_work(self) -> bool:
@@ -261,8 +248,8 @@ class Run:
                 if kind not in self.record["warnings"]:
                     self.record["warnings"][kind] = sentence
                     tqdm.write(f"warning: {sentence}")
-            shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            shown = {name: f"{line[name]:.3g}" for name in show if line.get(name) is not None}
+            self._bar.set_postfix(shown, refresh=False)
         last = [line["skipped_steps"] for line in self.lines if is_training(line)][-STOP_AFTER_SKIPPED:]
         if len(last) == STOP_AFTER_SKIPPED and all(last):
             path = self.partial / f"skipped-{step:06d}.json"
@@ -296,11 +283,12 @@ class Run:
         """
         line, said = {"step": steps}, []
         for name, score in scores.items():
-            average, error, truncated, tokens = (score[key] for key in ("avg", "se", "truncated", "tokens"))
-            line |= {f"validation_{name}": average, f"validation_{name}_se": error}
-            line |= {f"validation_{name}_truncated": truncated, f"validation_{name}_tokens": tokens}
-            error = "" if math.isnan(error) else f" ± {100 * error:.1f}"
-            said.append(f"{name} {100 * average:.1f}{error} % ({100 * truncated:.1f} % truncated, {tokens:.1f} tokens)")
+            line[f"validation_{name}"] = score["avg"]
+            line |= {f"validation_{name}_{key}": score[key] for key in ("se", "truncated", "tokens")}
+            average, error, truncated = (100 * score[key] for key in ("avg", "se", "truncated"))
+            said.append(
+                f"{name} {average:.1f} ± {error:.1f} % ({truncated:.1f} % truncated, {score['tokens']:.1f} tokens)"
+            )
         self._append(line)
         print0(f"Validation after {steps} steps: {', '.join(said)}.")
 
@@ -466,7 +454,6 @@ class Tracker:
             self.call("init", project="sparse-to-dense", name=name, resume="allow", config=record["config"], **more)
 
     def call(self, function: str, *arguments, **options) -> None:
-        """Calls a function of the package."""
         if self._package:
             try:  # an import statement would make the package a requirement
                 getattr(importlib.import_module(self._package), function)(*arguments, **options)

@@ -297,7 +297,7 @@ def test_changed_code_and_a_changed_reward_are_not_resumed_with_unless_accepted(
     assert f"going on with another lib/data.py, my_stage.py, {reward}:length" in capsys.readouterr().out
     first, second = record(tmp_path / "out")["sessions"]
     assert first["files"]["my_stage.py"] != second["files"]["my_stage.py"]
-    assert record(tmp_path / "out")["reward_sha256"] == lib.lineage.file_sha256(reward)
+    assert second["files"][config.reward] == lib.lineage.file_sha256(reward)
     with pytest.raises(AlreadyFinished):
         stage.main(config)
     (tmp_path / "my_stage.py").write_text(source)
