@@ -103,18 +103,17 @@ def sft_loss(student: Policy, batch: Batch) -> Tensor:
 
 def learns_from_texts(cfg: Config) -> bool:
     """Whether `--rollouts` names a file of texts. Raises InputError unless there is one source that the loss can use."""
-    if not (cfg.rollouts or "").endswith(".jsonl"):
-        if cfg.teacher is None:
-            raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
-        return False
-    if cfg.loss == "fkl" or cfg.teacher is not None:
+    texts = (cfg.rollouts or "").endswith(".jsonl")
+    if not texts and cfg.teacher is None:
+        raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
+    if texts and (cfg.loss == "fkl" or cfg.teacher is not None):
         raise InputError(
             f"--rollouts {cfg.rollouts!r} holds texts, from which --loss sft learns without a --teacher; give these two "
             "settings, or a directory in --rollouts"
         )
-    if not Path(cfg.rollouts).is_file():
+    if texts and not Path(cfg.rollouts).is_file():
         raise InputError(f"--rollouts {cfg.rollouts!r} is not a file; check the path")
-    return True
+    return texts
 
 
 def rollout_identity(
@@ -177,15 +176,13 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
     at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.rollouts_per_prompt)
     with common.progress_bar(len(missing), "responses to learn from", "prompt") as bar:
-        while missing:
-            part = missing[:at_a_time]
+        while part := missing_problems(cache, order, cfg)[:at_a_time]:
             rollouts = sample_rollouts(
                 engine, part, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
             )
             grade(rollouts, grader)
             cache.append(rollouts)
             bar.update(len(part))
-            missing = missing_problems(cache, order, cfg)
     engine.sleep()
 
 
@@ -205,7 +202,7 @@ def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) ->
 
 def main(cfg: Config) -> None:
     role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
-    problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
+    problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
 
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
@@ -233,7 +230,9 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
-        validation = Validation(cfg, tokenizer, engine, grader, run)
+        if engine:
+            engine.sleep()  # a resumed run may train long before its next validation
+        validation = Validation(cfg, validation_sets, engine, grader, run)
 
         for step in run.steps(len(mini_batches)):
             validation.score(step, policy)

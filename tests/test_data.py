@@ -284,7 +284,7 @@ def test_a_prompt_is_read_from_a_file_and_needs_a_place_for_the_problem(tmp_path
 
 def test_a_plain_prompt_gets_the_tokenizers_own_special_tokens_but_no_end():
     """A chat template writes its own, and a base model was trained with those that its tokenizer adds."""
-    tokenizer, problem = toy.make_tokenizer(), lib.data.new_problem("3+4", "7")
+    tokenizer, problem = toy.make_tokenizer(), Problem("id", "3+4", "7")
 
     def prompt(chat_template: bool) -> str:
         cfg = config("", prompt="1+1=2{problem}=", chat_template=chat_template)
