@@ -36,7 +36,7 @@ from common import InputError, SamplerConfig
 from lib import data
 from lib.engines import Sampling, check_engine, make_engine
 from lib.files import locked, whole
-from lib.lineage import code_version, hardware, history_notes, problems_trained_on, read_lineage, read_run
+from lib.lineage import code_version, hardware, history_notes, problems_trained_on, read_lineage
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config, load_generation_config
 from lib.rewards import Reward, grade, make_grader
@@ -99,6 +99,7 @@ class Checkpoint:
     model: str
     label: str
     directory: Path  # of its samples, inside the report
+    lineage: dict  # its run.json and the hash of its weights
     tokenizer: PreTrainedTokenizerBase
     sets: TokenizedSets  # the problems of each data set, and their prompts' token ids by problem id
 
@@ -110,13 +111,12 @@ def evaluate_checkpoint(
 
     Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
-    lineage = common.on_rank_0(lambda: read_lineage(checkpoint.model))
-    trained_on = problems_trained_on(lineage)
-    for note in history_notes(lineage):
+    for note in history_notes(checkpoint.lineage):
         common.print0(f"{checkpoint.label}: {note}")
+    trained_on, weights = problems_trained_on(checkpoint.lineage), checkpoint.lineage["sha256"]
     tokenizer, report = checkpoint.tokenizer, {}
     for name, (problems, prompts) in checkpoint.sets.items():
-        settings = {"sha256": lineage["sha256"]} | {setting: getattr(cfg, setting) for setting in DECODING}
+        settings = {"sha256": weights} | {setting: getattr(cfg, setting) for setting in DECODING}
         settings["prompts"] = sha256([[problem.id, prompts[problem.id]] for problem in problems])
         settings["end_tokens"] = data.end_tokens(load_generation_config(checkpoint.model), tokenizer, cfg.stop)
         file = SampleFile(checkpoint.directory, name, settings, problems, cfg.k, grader_sha256(cfg.reward, problems))
@@ -126,7 +126,7 @@ def evaluate_checkpoint(
             sample_missing(file, engine, prompts, cfg, grader, f"{checkpoint.label} {name}")
         summary = common.on_rank_0(lambda: summarise(file.in_order(), cfg.k))
         seen = sum(problem.id in trained_on for problem in problems)
-        report[name] = {**summary, "trained_on": seen, "sha256": lineage["sha256"], "samples": str(file.path)}
+        report[name] = {**summary, "trained_on": seen, "sha256": weights, "samples": str(file.path)}
     return report
 
 
@@ -235,9 +235,9 @@ def prepare(cfg: Config) -> list[Checkpoint]:
         data.stop_tokens(tokenizer, cfg.stop)
         check_checkpoint(model, data.vocab_size(tokenizer), packs=False)
         check_engine(cfg, model)
-        common.on_rank_0(lambda: read_run(model))
         tokenized = tokenize_sets(sets, tokenizer, cfg, model)
-        checkpoints.append(Checkpoint(model, label, Path(cfg.out) / directory, tokenizer, tokenized))
+        lineage = common.on_rank_0(lambda: read_lineage(model))
+        checkpoints.append(Checkpoint(model, label, Path(cfg.out) / directory, lineage, tokenizer, tokenized))
     return checkpoints
 
 

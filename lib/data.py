@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import unicodedata
@@ -90,7 +89,7 @@ def read_rows(source: str, argument: str = "--data") -> Iterator[dict]:
     Every value of a CSV file is text, because guessing types would make 7 of the answer 007. A .json file is a list of
     objects, or has one object in each line.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.suffix in FILES:
         if not path.is_file():
             raise InputError(f"{argument} {source!r} is not a file; check the path")
@@ -330,7 +329,6 @@ def problem_batches(
 
 def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory or hub name; InputError (naming `argument`) if there is none."""
-    model = os.path.expanduser(model)
     if not Path(model).is_dir():
         _check_hub_name(model, f"{argument} {model!r} is not a checkpoint directory; check the path")
     try:
