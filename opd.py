@@ -4,8 +4,8 @@ r"""Stage 2b: on-policy distillation, OPD, of the student from the trained teach
 
 The student pi_theta samples responses y = (y_1 .. y_T) to prompts x. A state s_t = (x, y_<t) is a prompt with the
 response so far, and d_student are the states that the student's own responses go through. At each of them the frozen
-teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is how far the student's
-is from it.
+teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is the KL from the student's
+distribution to the teacher's.
 
 This is the reverse KL, with the student first, of one token at a time. The states are treated as constants: no gradient
 goes through the sampling of them.
