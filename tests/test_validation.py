@@ -191,7 +191,3 @@ def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):
         ((0, 1), (0.2, 0.3)),
         ((0, 2), (0.1, 0.4)),
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curves.clear()
-    lib.plots.draw_curves({"a": str(tmp_path)}, tmp_path / "all.png")
-    assert curves == [((0, 1), (0.2, 0.3))]
