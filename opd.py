@@ -4,8 +4,8 @@ r"""Stage 2b: on-policy distillation, OPD, of the student from the trained teach
 
 The student pi_theta samples responses y = (y_1 .. y_T) to prompts x. A state s_t = (x, y_<t) is a prompt with the
 response so far, and d_student are the states that the student's own responses go through. At each of them the frozen
-teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is how far the student's
-is from it.
+teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is the KL from the student's
+distribution to the teacher's.
 
 This is the reverse KL, with the student first, of one token at a time. The states are treated as constants: no gradient
 goes through the sampling of them.
@@ -177,7 +177,7 @@ def report_c1(teacher_record: dict) -> None:
 
 
 def main(cfg: Config) -> None:
-    problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
+    problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher)
 
     with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as grader:
         report_c1(run.record["parents"]["teacher"])
@@ -188,7 +188,7 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
-        validation = Validation(cfg, tokenizer, engine, grader, run)
+        validation = Validation(cfg, validation_sets, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "opd", cfg.seed, cfg.max_steps)
 

@@ -38,7 +38,7 @@ from lib.files import commit, json_lines, locked, whole
 from lib.lineage import new_record, read_run, settings_and_parents
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, save_pretrained
-from lib.scores import validation_sets
+from lib.scores import TokenizedSets, tokenize_sets
 from lib.watch import find_warnings, is_training, one_sample, sample_lines
 
 # In a single process PyTorch's checkpoint library warns at every call that it assumes there is just one.
@@ -47,8 +47,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def prepare(
     cfg, teacher: str | None = None, sampled: str | None = None
-) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]]]:
-    """Checks a stage's Config, and loads its training problems, the tokenizer, and prompt token ids by problem id.
+) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]], TokenizedSets]:
+    """Checks a stage's Config, and loads its training problems, the tokenizer, the prompts' token ids by problem id, and
+    the sets of --validate.
 
     Most wrong input is refused here, with an InputError, before any weight is read. `teacher` is the checkpoint that
     the model learns from; `sampled` the one that responses are sampled from (by default the model).
@@ -56,17 +57,18 @@ def prepare(
     common.check_settings(cfg)
     tokenizer = data.load_tokenizer(cfg.model)
     data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
-    validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
-    problems = data.load_training_problems(cfg)
+    validation = data.load_sets(cfg.validate, "--validate", cfg.reward)
+    problems = data.load_training_problems(cfg, [problem for each in validation.values() for problem in each])
     if teacher:
         data.check_same_tokenizer(cfg.model, teacher, problems, cfg)
     prompts = data.tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
     for model in [cfg.model, *([teacher] if teacher else [])]:
         check_checkpoint(model, data.vocab_size(tokenizer))
         check_lengths(cfg, model, prompts.values())
+    validation_sets = tokenize_sets(validation, tokenizer, cfg, cfg.model)
     for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
         check_engine(cfg, model)
-    return [problem for problem in problems if problem.id in prompts], tokenizer, prompts
+    return [problem for problem in problems if problem.id in prompts], tokenizer, prompts, validation_sets
 
 
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
@@ -133,7 +135,7 @@ class Run:
 
     def _holds_work(self) -> bool:
         """Whether OUT.partial holds anything worth keeping: logs, a training state, or rollouts."""
-        return any(any(self.partial.glob(kind)) for kind in ("*.jsonl", "state-??????", "*/shard-??????"))
+        return any(any(self.partial.glob(kind)) for kind in ("*.jsonl", "state-??????", "*/shard-??????.jsonl"))
 
     def _remove_without_work(self) -> None:
         if rank() == 0 and not self._holds_work():

@@ -85,7 +85,12 @@ def requirements() -> dict[str, str]:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_import_is_in_the_requirements(name):
     listed = {requirement.replace("-", "_").lower() for requirement in requirements()}
-    brought_by = {"tokenizers": "transformers", "huggingface_hub": "transformers", "pyarrow": "datasets"}
+    brought_by = {
+        "tokenizers": "transformers",
+        "huggingface_hub": "transformers",
+        "pyarrow": "datasets",
+        "mpmath": "torch",
+    }
     third_party = {module.split(".")[0] for module in imports(MODULES[name]) - MODULES.keys()}
     third_party -= {*sys.stdlib_module_names, "lib", "experiments"}
     assert {brought_by.get(package, package) for package in third_party} <= listed
