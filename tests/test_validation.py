@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import RUNS, assert_same_weights, distill, grpo, metrics, warmup
+from helpers import RUNS, assert_same_weights, distill, grpo, made_up_grades, metrics, warmup
 from test_resume import Killed
 
 import evaluate
@@ -23,12 +23,6 @@ import teacher_grpo
 from common import InputError
 
 VALIDATE = dict(validate_every=2, validate_k=3)
-
-
-def made_up_grades(rollouts, verifier):
-    """Random models solve nothing."""
-    for rollout in rollouts:
-        rollout.correct = sum(rollout.response_ids) % 2 == 0
 
 
 @pytest.fixture
@@ -154,6 +148,25 @@ def test_validations_of_a_resumed_run_are_those_of_one_that_ran_through(
     opd.main(dataclasses.replace(config, resume=True))
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
     assert record(tmp_path / "cut")["validation"] == record(tmp_path / "straight")["validation"]
+
+
+def test_the_warmups_engine_sleeps_before_the_first_update(
+    student, teacher, problems, test_problems, tmp_path, monkeypatch
+):
+    """A resumed run may train long before its next validation, and an engine that is awake holds the GPU's memory."""
+    happened, make_engine, make_batches = [], fkl_warmup.make_engine, fkl_warmup.make_batches
+
+    def make(*arguments, **options):
+        engine = make_engine(*arguments, **options)
+        happened.append("an engine")
+        monkeypatch.setattr(engine, "sleep", lambda: happened.append("sleeps"))
+        return engine
+
+    monkeypatch.setattr(fkl_warmup, "make_engine", make)
+    monkeypatch.setattr(fkl_warmup, "make_batches", lambda *a: happened.append("an update") or make_batches(*a))
+    monkeypatch.setattr(lib.scores.Validation, "score", lambda *a: None)  # as between two validations
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", validate=(test_problems,), max_steps=1))
+    assert happened == ["an engine", "sleeps", "an engine", "sleeps", "an update"]
 
 
 def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):
