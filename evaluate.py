@@ -121,7 +121,7 @@ def evaluate_checkpoint(
         settings = {"sha256": weights} | {setting: getattr(cfg, setting) for setting in DECODING}
         settings["prompts"] = sha256([[problem.id, prompts[problem.id]] for problem in problems])
         settings["end_tokens"] = data.end_tokens(load_generation_config(checkpoint.model), tokenizer, cfg.stop)
-        file = SampleFile(checkpoint.directory, name, settings, problems, cfg.k, grader_sha256(cfg.reward, problems))
+        file = SampleFile(checkpoint.directory, name, settings, problems, cfg.k, grader_sha256(cfg, problems))
         file.grade_again(grader)
         if file.missing:
             engine = engines.get(checkpoint.model, tokenizer)

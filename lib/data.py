@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -31,7 +30,7 @@ HUB_SETS = {  # short name -> owner/name[@configuration]:split
     "gsm8k": "openai/gsm8k@main:test",
     "gsm8k-train": "openai/gsm8k@main:train",
 }
-FILES = (".jsonl", ".json", ".csv", ".parquet")
+FILES = (".jsonl", ".json", ".parquet")
 PROMPTS = ("prompt", "problem", "question", "messages")  # columns that may hold a row's prompt
 ANSWERS = ("answer", "ground_truth", "solution")  # columns that may hold its answer, besides reward_model.ground_truth
 
@@ -83,11 +82,10 @@ def problem_id(text: str) -> str:
 
 
 def read_rows(source: str, argument: str = "--data") -> Iterator[dict]:
-    """The rows of a problem set: a .jsonl, .json, .csv or .parquet file, a short name (`HUB_SETS`), or
+    """The rows of a problem set: a .jsonl, .json or .parquet file, a short name (`HUB_SETS`), or
     owner/name[@configuration][:split] on the hub. `argument` is the setting that names it.
 
-    Every value of a CSV file is text, because guessing types would make 7 of the answer 007. A .json file is a list of
-    objects, or has one object in each line.
+    A .json file is a list of objects, or has one object in each line.
     """
     path = Path(source)
     if path.suffix in FILES:
@@ -117,22 +115,17 @@ def _rows_of_file(path: Path) -> Iterator[dict]:
 
         yield from pyarrow.parquet.read_table(path).to_pylist()
         return
-    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".json" else ""
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.DictReader(file) if path.suffix == ".csv" else file
-        for number, line in enumerate(lines, start=1):
+    with path.open(encoding="utf-8-sig") as file:
+        begins_a_list = file.read(1) == "["
+        file.seek(0)
+        if begins_a_list:
+            yield from json.load(file)
+            return
+        for number, line in enumerate(file, start=1):
             try:
-                if isinstance(line, dict):
-                    if None in line:  # the fields for which the header has no name
-                        raise ValueError("more fields than the header: quote texts with commas")
-                    yield line
-                elif line.strip():
+                if line.strip():
                     yield json.loads(line)
             except ValueError as error:
-                number = getattr(lines, "line_num", number)
                 raise InputError(f"line {number} of '{path}' cannot be read ({error}); correct or delete it") from None
 
 
