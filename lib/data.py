@@ -34,7 +34,7 @@ FILES = (".jsonl", ".json", ".parquet")
 PROMPTS = ("prompt", "problem", "question", "messages")  # columns that may hold a row's prompt
 ANSWERS = ("answer", "ground_truth", "solution")  # columns that may hold its answer, besides reward_model.ground_truth
 
-# What DAPO-Math-17k and verl's data sets put around a problem. --prompt replaces it, and it must not be part of the id.
+# DAPO-Math-17k and verl's data sets put this around a problem. --prompt replaces it, and it must not be part of the id.
 DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
@@ -46,8 +46,8 @@ _WRAPPER = re.compile(rf"^\s*(?:{_DAPO_PREFIX}|{_OURS})|(?:{_DAPO_SUFFIX}|{_OURS
 
 # Ids
 
-# What is typed or typeset in several ways, after `problem_id` has put it into lower case, and the one spelling of each.
-# The last two lines drop delimiters of formulas, spacing, and commands that change only the look of what follows.
+# Signs and commands with several spellings, in lower case, and the one spelling that `problem_id` gives to each. The last
+# two lines drop delimiters of formulas, spacing, and commands that change only the look of the text after them.
 _SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pattern, spelling in (
     (r"\\leq?(slant)?>>", "≤"), (r"\\geq?(slant)?>>", "≥"), (r"\\neq?>>", "≠"), (r"\\lt>>", "<"), (r"\\gt>>", ">"),
     (r"\\times>>", "×"), (r"\\cdot>>|⋅", "·"), (r"\\div>>", "÷"), (r"\\[lc]?dots[bcim]?>>|\.{3,}|⋯", "…"),
@@ -302,10 +302,10 @@ def problem_batches(
 ) -> list[list[Problem]]:
     """Shuffled epochs over the problems, cut into batches of `size`: `limit` batches, or without it `epochs` epochs.
 
-    The order depends on `stage` as well as on the seed. Otherwise a run of OPD with a step limit would see the problems
-    that the warmup before it has seen, and the whole bridge fewer problems than what it is compared with.
-    The tail of an epoch is filled from the next one, so every batch is full; without `limit` the last one may be cut short.
-    A batch can therefore hold a problem more than once.
+    The order depends on `stage` as well as on the seed. Otherwise OPD with a step limit would see the problems that the
+    warmup before it has seen, and the whole bridge fewer problems than the runs that it is compared with. The next epoch
+    fills the last batch of one, so that every batch is full, and may hold a problem twice; without `limit` the very last
+    one may be cut short.
     """
     if limit is not None:
         epochs = math.ceil(limit * size / len(problems))

@@ -74,8 +74,8 @@ def open_cache(
     """The RolloutCache in `directory`. Another run that opens the directory waits until the block ends. Collective.
 
     Without the lock two runs would sample the same problems, and each problem would have twice its responses.
-    `identity` says what the rollouts follow from, in values that JSON keeps. InputError if the directory holds rollouts
-    of another identity, or other files.
+    `identity` has all that decides the rollouts, in values that JSON keeps. InputError if the directory holds rollouts of
+    another identity, or other files.
     """
 
     def claim() -> None:
@@ -122,7 +122,7 @@ class RolloutCache:
         start = 0
         with path.open("rb") as file:
             for line in file:
-                # What the cache keeps in memory comes first in a line, so that the long rest need not be parsed.
+                # The entries that the cache keeps in memory come first, so that the long rest need not be parsed.
                 row = json.loads(line.partition(b', "response_ids"')[0] + b"}")
                 self.rows.setdefault(row["id"], []).append(len(self))
                 self.right.append(row["correct"] and row["finish_reason"] == "stop")
@@ -191,7 +191,7 @@ def read_texts(
                 unreadable.append(f"line {number}: {error}")
 
     def tokenised(responses: Sequence[tuple[Problem, int, str]]) -> list[list[int]]:
-        # What looks like a special token in the text of another model is text, and must not end a turn here.
+        # A special token's name in the text of another model is text, and must not end a turn here.
         plain = [text for _, _, text in responses]
         encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"] if plain else []
         return [[*ids, tokenizer.eos_token_id] for ids in encoded]

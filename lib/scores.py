@@ -72,8 +72,8 @@ def sha256(value: object) -> str:
 
 
 def grader_sha256(cfg, problems: Sequence[Problem]) -> str:
-    """The hash of what grades responses: the verifier's sources and the versions of the packages behind it; or the
-    file of `--reward` and the rows of the data set, which that function may read.
+    """The hash of the grader: the verifier's sources and the versions of the packages behind it; or the file of
+    `--reward` and the rows of the data set, which that function may read.
     """
     if cfg.reward:
         return sha256([cfg.reward, reward_sha256(cfg), [problem.row for problem in problems]])
@@ -93,12 +93,12 @@ def as_sample(rollout: Rollout) -> dict:
 class SampleFile:
     """One checkpoint's graded samples on one data set: DIRECTORY/NAME-HASH.jsonl, with one sample a line.
 
-    HASH is that of `settings`, everything that decides what is sampled, which the first line holds. Samples of other
-    settings are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part
-    that it was sampling, and the same evaluation continues from the file.
+    HASH is that of `settings`, everything that decides the samples, which the first line holds. Samples of other settings
+    are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part that it
+    was sampling, and the same evaluation continues from the file.
 
-    Each line carries `grader`, the hash of what graded it. `grade_again` grades those that another grader has graded, or
-    against another answer, so that they need not be sampled again.
+    Each line carries `grader`, its grader's hash. `grade_again` grades the samples that another grader has graded, or that
+    were graded against another answer, so that they need not be sampled again.
 
     Rank 0 reads and writes; the methods are collective.
     """
