@@ -249,7 +249,10 @@ def test_the_demo_is_explained(tmp_path, capsys, monkeypatch):
         assert re.search(rf"  {words} +\d+\.\d ± \d\.\d +{labels}\n", said)
     steps = said[said.index("In\npoints") :]
     assert re.search(r"Stage 3: .* \+10\.\d ± 0\.\d\n", steps) and "Stage 1: " not in steps  # no teacher was evaluated
-    _, rewards, kls = drawn[0].axes
+    bars, rewards, kls = drawn[0].axes
+    _, _, [whiskers] = next(box.errorbar for box in bars.containers if hasattr(box, "patches")).lines
+    shown = float(re.search(r"raw student +\S+ ± (\S+)", said)[1])
+    assert np.diff(whiskers.get_segments()[0], axis=0)[0, 0] / 2 == pytest.approx(shown, abs=0.051)
     assert {line.get_label(): line.get_ydata()[0] for line in rewards.lines} == {
         "direct GRPO": -0.4, "bridge on 1H (RL'd teacher)": 0.9, "bridge on 1H + Stage 3 on 2H (RL'd teacher)": 0.6,
     }  # fmt: skip
