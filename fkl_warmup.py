@@ -50,7 +50,7 @@ from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data
 from lib.engines import Sampling, chosen_engine, make_engine
 from lib.packing import make_batches
-from lib.policy import Policy, load_generation_config, load_policy, release
+from lib.policy import Policy, load_generation_config, load_policy, release, try_longest
 from lib.rewards import Reward, grade, make_grader, reward_sha256
 from lib.rollouts import RolloutCache, open_cache, read_texts, sample_rollouts
 from lib.runs import Run, prepare
@@ -173,7 +173,7 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
             "missing rollouts; make those first, with --rollouts DIR --max-steps 1 and with --exclude in the place of "
             "--validate"
         )
-    engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
+    engine = make_engine(cfg, cfg.teacher, tokenizer, cache_gib=None)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
     at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.rollouts_per_prompt)
     with common.progress_bar(len(missing), "responses to learn from", "prompt") as bar:
@@ -233,6 +233,14 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
+
+        def loss_of(batch: Batch) -> Tensor:
+            """The loss of a micro-batch, summed over its tokens."""
+            if cfg.loss == "fkl":
+                return forward_kl_loss(policy, teacher, batch, vocab_size).loss
+            return sft_loss(policy, batch)
+
+        try_longest(cfg, prompts, optimizer, loss_of, teacher)
         validation = Validation(cfg, tokenizer, engine, grader, run)
 
         for step in run.steps(len(mini_batches)):
@@ -245,10 +253,7 @@ def main(cfg: Config) -> None:
             loss_sum = 0.0
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
-                    if cfg.loss == "fkl":
-                        loss = forward_kl_loss(policy, teacher, batch, vocab_size).loss
-                    else:
-                        loss = sft_loss(policy, batch)
+                    loss = loss_of(batch)
                     (loss / num_tokens).backward()
                     loss_sum += loss.item()
                 release(teacher)  # without a backward pass FSDP2 would keep its output matrix gathered
