@@ -234,53 +234,41 @@ ROUTES := R1 R2 R3-full R5-half R6 R7 R8
 .PHONY: $(ROUTES)
 $(ROUTES): %: $(S)/$$($$@)/run.json
 
-# All labels upstream (Tables 1, 2 top and 6), and half of them held out (Tables 2 bottom, 4 and 5).
-TRANSFER := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
+# The rows of the paper's tables: all labels upstream (Tables 1, 2 top and 6), and half of them held out (2 bottom, 4, 5).
+ROWS := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
 	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/rl/bridge_sampled) \
-	full/rl/fkl_only
-HELD_OUT := 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
+	full/rl/fkl_only 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
+DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
 ifeq ($(PAIR),llama)
 # Table 3 has only these.
-TRANSFER := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
-HELD_OUT :=
+ROWS := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
 endif
-DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
-DEMO_LABELS := "direct GRPO" "RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
 ifeq ($(SCALE),real)
 # Every row is on the half 1H, so that the rows compare what is done with the same labels; only Stage 3 has 2H.
-TRANSFER := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/opd_only 1H/rl/sft_only \
+ROWS := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/opd_only 1H/rl/sft_only \
 	1H/rl/bridge_sampled 1H/rl/bridge-2H 1H/rl/bridge-replay
-HELD_OUT :=
 DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H
-DEMO_LABELS := "direct GRPO" "bridge from the raw teacher" "RL'd teacher" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
 endif
 
 # Evaluations on the problems of $(POOL). Settings are chosen on validation problems, results are reported on test problems.
 REPORT := $(S)/report-$(POOL)
-begin_evaluation = @echo "Evaluation on $(TESTS) -> $(@D)"
-evaluate = $(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) \
-	--out $(@D) $(EVALUATE)
+define evaluate
+@echo "Evaluation on $(TESTS) -> $(@D)"
+$(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) --out $(@D) $(EVALUATE)
+endef
 
-$(REPORT)/transfer/results.json: $(TRANSFER:%=$(S)/%/run.json)
-	$(begin_evaluation)
-	$(call evaluate,$(TRANSFER))
+$(REPORT)/tables/results.json: $(ROWS:%=$(S)/%/run.json)
+	$(call evaluate,$(ROWS))
 
-$(REPORT)/held_out/results.json: $(HELD_OUT:%=$(S)/%/run.json)
-	$(begin_evaluation)
-	$(call evaluate,$(HELD_OUT))
-
-SAME_MODEL := $(filter $(STUDENT),$(TEACHER))
 $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
-	$(begin_evaluation)
-	$(RUN) evaluate.py --models $(STUDENT) $(if $(SAME_MODEL),,$(TEACHER)) $(DEMO:%=$(S)/%) \
-		--labels "raw student" $(if $(SAME_MODEL),,"raw teacher") $(DEMO_LABELS) --data $(TESTS) --out $(@D) $(EVALUATE) > /dev/null
+	$(call evaluate,$(DEMO)) > /dev/null
 
-# The paper's tables from one run, and, on the toy, from several seeds, two checkpoints at a time.
-tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/results.json)
+# The paper's tables from one run.
+tables: $(REPORT)/tables/results.json
 	$(PY) -m experiments.tables --runs $(S) --pool $(POOL) --out $(REPORT) $(if $(PAIR),--pair $(PAIR))
 
-# Two seeds at a time. experiments/run_plan.py saves every stage the start of an interpreter.
+# The same on the toy from several seeds, two at a time. experiments/run_plan.py saves every stage the start of an interpreter.
 SEEDS ?= 0 1 2 3 4
 JOBS ?= 2
 PLAN := $(MAKE) --no-print-directory -n
@@ -290,7 +278,7 @@ paper-toy: setup
 	$(PY) -m experiments.tables --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
 
 demo: $(REPORT)/demo/results.json
-	@$(PY) -m experiments.tables --demo $(DEMO:%=$(S)/%) --labels $(DEMO_LABELS) --out $(<D)
+	@$(PY) -m experiments.tables --demo --runs $(S) --pool $(POOL) --out $(<D)
 	@$(if $(DENSITY),$(PY) -m experiments.density --student $(STUDENT) --teacher $(S)/1H/rl/teacher --raw-teacher $(TEACHER) \
 		--bridge $(S)/1H/rl/bridge --data $(TESTS) --out $(<D) $(DENSITY))
 

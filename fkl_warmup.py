@@ -60,18 +60,21 @@ from lib.verifier import Verifier
 
 @dataclass
 class Config(TrainingConfig):
+    # the settings to begin with
     model: str  # student to train: a directory, or a name on the hub
     teacher: str | None = None  # teacher to learn from, with the student's tokenizer; none if --rollouts is a file
+    epochs: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
+    lr: float = 1e-6  # learning rate (Table 9)
+    rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
+    # warmup
+    mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
     rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
     keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from right and finished ones
-    epochs: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
-    mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
-    rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
+    # sampling
     temperature: float = 1.0  # the teacher's sampling temperature (Table 9)
     max_prompt_tokens: int = 2048  # longest prompt (Table 9)
     max_response_tokens: int = 16384  # length at which a response is cut (Table 9)
-    lr: float = 1e-6  # learning rate (Table 9)
 
 
 def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int) -> TokenKL:
@@ -103,18 +106,17 @@ def sft_loss(student: Policy, batch: Batch) -> Tensor:
 
 def learns_from_texts(cfg: Config) -> bool:
     """Whether `--rollouts` names a file of texts. Raises InputError unless there is one source that the loss can use."""
-    if not (cfg.rollouts or "").endswith(".jsonl"):
-        if cfg.teacher is None:
-            raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
-        return False
-    if cfg.loss == "fkl" or cfg.teacher is not None:
+    texts = (cfg.rollouts or "").endswith(".jsonl")
+    if not texts and cfg.teacher is None:
+        raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
+    if texts and (cfg.loss == "fkl" or cfg.teacher is not None):
         raise InputError(
             f"--rollouts {cfg.rollouts!r} holds texts, from which --loss sft learns without a --teacher; give these two "
             "settings, or a directory in --rollouts"
         )
-    if not Path(cfg.rollouts).is_file():
+    if texts and not Path(cfg.rollouts).is_file():
         raise InputError(f"--rollouts {cfg.rollouts!r} is not a file; check the path")
-    return True
+    return texts
 
 
 def rollout_identity(
@@ -143,50 +145,44 @@ def learnt_from(cache: RolloutCache, problem: Problem, keep: str) -> list[int]:
     return [row for row in cache.rows.get(problem.id, ()) if keep == "all" or cache.right[row]]
 
 
-def missing_problems(cache: RolloutCache, order: Sequence[Problem], cfg: Config) -> list[Problem]:
-    """The problems, in the order of training, that the updates need and the cache lacks.
-
-    A limited run samples only the beginning of a longer one. With `--keep correct` nobody knows beforehand how many
-    problems `--max-steps` updates need, so all are missing until enough of the responses to learn from are there.
-    """
-    missing, enough, found = [], (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt, 0
-    for problem in order:
-        if found >= enough:
-            break
-        if problem.id in cache.rows:
-            found += len(learnt_from(cache, problem, cfg.keep))
-        else:
-            missing.append(problem)
-            found += cfg.rollouts_per_prompt if cfg.keep == "all" else 0
-    return missing
-
-
 def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: Verifier | Reward, cfg: Config) -> None:
-    """Samples from the teacher what the cache lacks, in parts, so that an interruption loses at most one of them."""
+    """Samples from the teacher what the cache lacks, in parts, so that an interruption loses at most one of them.
+
+    With `--max-steps` it samples the problems that the updates need, which are the first in the order of training. With
+    `--keep correct` nobody knows beforehand how many these are, so it goes on until the responses are enough.
+    """
     order = [problem for [problem] in data.problem_batches(problems, 1, 1, "warmup", cfg.seed)]
-    missing = missing_problems(cache, order, cfg)
-    if not missing:
-        return
+    enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
+    if cfg.max_steps and cfg.keep == "all":
+        order = order[: cfg.max_steps * cfg.mini_batch_prompts]
+    at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.rollouts_per_prompt)
+    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
+    engine, found = None, 0
+    with common.progress_bar(len(order), "responses to learn from", "prompt") as bar:
+        while order and found < enough:
+            part, order = order[:at_a_time], order[at_a_time:]
+            if missing := [problem for problem in part if problem.id not in cache.rows]:
+                engine = engine or teacher_engine(tokenizer, cfg)
+                rollouts = sample_rollouts(
+                    engine, missing, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
+                )
+                grade(rollouts, grader)
+                cache.append(rollouts)
+            found += sum(len(learnt_from(cache, problem, cfg.keep)) for problem in part)
+            bar.update(len(part))
+    if engine:
+        engine.sleep()
+
+
+def teacher_engine(tokenizer, cfg: Config):
+    """The engine that samples from the teacher. InputError if vLLM, of which a process has room for one, is needed twice."""
     if cfg.validate and chosen_engine(cfg.engine) == "vllm":
         raise InputError(
             f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the teacher's "
-            "missing rollouts; make those first, with --rollouts DIR --max-steps 1 and with --exclude in the place of "
-            "--validate"
+            "missing rollouts; make those first, by this command with --rollouts DIR and another --out, and with --exclude "
+            "in the place of --validate, which can be stopped when its training begins"
         )
-    engine = make_engine(cfg, cfg.teacher, tokenizer, cache_gib=None)
-    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-    at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.rollouts_per_prompt)
-    with common.progress_bar(len(missing), "responses to learn from", "prompt") as bar:
-        while missing:
-            part = missing[:at_a_time]
-            rollouts = sample_rollouts(
-                engine, part, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
-            )
-            grade(rollouts, grader)
-            cache.append(rollouts)
-            bar.update(len(part))
-            missing = missing_problems(cache, order, cfg)
-    engine.sleep()
+    return make_engine(cfg, cfg.teacher, tokenizer, cache_gib=None)
 
 
 def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) -> list[int]:
@@ -205,7 +201,7 @@ def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) ->
 
 def main(cfg: Config) -> None:
     role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
-    problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
+    problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
 
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
@@ -241,7 +237,7 @@ def main(cfg: Config) -> None:
             return sft_loss(policy, batch)
 
         try_longest(cfg, prompts, optimizer, loss_of, teacher)
-        validation = Validation(cfg, tokenizer, engine, grader, run)
+        validation = Validation(cfg, validation_sets, engine, grader, run)
 
         for step in run.steps(len(mini_batches)):
             validation.score(step, policy)

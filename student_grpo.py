@@ -11,7 +11,8 @@ so both runs make as many updates.
 
     One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
     The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay
-    Eight GPUs:    torchrun --nproc_per_node=8 student_grpo.py --model runs/bridge --data dapo --out runs/student
+    Eight GPUs:    torchrun --nproc_per_node=8 student_grpo.py --model runs/bridge --data dapo --out runs/student \
+                       --activation-checkpointing
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from typing import Literal
 import common
 import teacher_grpo
 from common import InputError
-from lib import data
 from lib.lineage import history_notes, problems_trained_on, read_lineage
+from lib.runs import prepare
 
 
 @dataclass
 class Config(teacher_grpo.Config):
     _: KW_ONLY
+    # the settings to begin with
     half: Literal["full", "1H", "2H"] = "2H"  # labels to train on; the default assumes that Stages 1 and 2 used 1H
+    # GRPO
     replay: bool = False  # train on purpose on labels that were used already: the replay control of Table 2
 
 
 def main(cfg: Config) -> None:
-    problems = data.load_training_problems(cfg)
-    data.load_tokenizer(cfg.model)  # raises if there is no such checkpoint
+    prepared = prepare(cfg)
+    problems = prepared[0]
     lineage = common.on_rank_0(lambda: read_lineage(cfg.model))
     for note in history_notes(lineage):
         common.print0(f"--model {cfg.model}: {note}")
@@ -50,7 +53,7 @@ def main(cfg: Config) -> None:
         raise InputError(
             f"--replay: --model {cfg.model!r} was trained on none of the problems of half {cfg.half}; leave --replay out"
         )
-    teacher_grpo.main(cfg)
+    teacher_grpo.main(cfg, prepared)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 import common
 from common import INSTRUCTION, Problem, Rollout
 from kernels import fused_linear_logprob
-from lib.data import new_problem, tokenize_prompts
+from lib.data import problem_id, tokenize_prompts
 from lib.engines import Sampling, TorchEngine
 from lib.packing import make_batches
 from lib.policy import Policy
@@ -96,7 +96,8 @@ def make_problem(rng: random.Random) -> Problem:
     digits = [rng.randrange(10) for _ in range(5)]
     operators = [rng.choice("+-*") for _ in range(4)]
     expression = str(digits[0]) + "".join(f"{op}{digit}" for op, digit in zip(operators, digits[1:]))
-    return new_problem(TASK + expression, work_out(expression, 0.0, rng)[-1])
+    prompt = TASK + expression
+    return Problem(problem_id(prompt), prompt, work_out(expression, 0.0, rng)[-1])
 
 
 def work_out(expression: str, error_rate: float, rng: random.Random) -> list[str]:

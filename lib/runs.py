@@ -39,7 +39,7 @@ from lib.files import check_writable, flush, json_lines, locked, whole
 from lib.lineage import new_record, read_run
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, save_pretrained
-from lib.scores import validation_sets
+from lib.scores import TokenizedSets, tokenize_sets
 from lib.watch import find_warnings, is_training, one_sample, sample_lines
 
 # In a single process PyTorch's checkpoint library warns at every call that it assumes there is just one.
@@ -48,8 +48,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def prepare(
     cfg, teacher: str | None = None, sampled: str | None = None
-) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]]]:
-    """Checks a stage's Config, and loads its training problems, the tokenizer, and prompt token ids by problem id.
+) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]], TokenizedSets]:
+    """Checks a stage's Config, and loads its training problems, the tokenizer, the prompts' token ids by problem id, and
+    the sets of --validate.
 
     Most wrong input is refused here, with an InputError, before any weight is read. `teacher` is the checkpoint that
     the model learns from; `sampled` the one that responses are sampled from (by default the model).
@@ -57,8 +58,8 @@ def prepare(
     common.check_settings(cfg)
     tokenizer = data.load_tokenizer(cfg.model)
     data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
-    validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
-    problems = data.load_training_problems(cfg)
+    validation = data.load_sets(cfg.validate, "--validate", cfg.reward)
+    problems = data.load_training_problems(cfg, [problem for each in validation.values() for problem in each])
     models = [cfg.model, teacher] if teacher else [cfg.model]
     if teacher:
         data.check_same_tokenizer(cfg.model, teacher, problems, cfg)
@@ -67,9 +68,10 @@ def prepare(
     prompts = data.tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
     for model in models:
         check_lengths(cfg, model, prompts.values())
+    validation_sets = tokenize_sets(validation, tokenizer, cfg, cfg.model)
     for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
         check_engine(cfg, model)
-    return [problem for problem in problems if problem.id in prompts], tokenizer, prompts
+    return [problem for problem in problems if problem.id in prompts], tokenizer, prompts, validation_sets
 
 
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
@@ -156,7 +158,7 @@ class Run:
 
     def _holds_work(self) -> bool:
         """Whether OUT.partial holds anything worth keeping: logs, a training state, a checkpoint, or rollouts."""
-        patterns = ("state-??????", "step-??????", "*/shard-??????", "skipped-*")
+        patterns = ("state-??????", "step-??????", "*/shard-??????.jsonl", "skipped-*")
         logs = (path.stat().st_size for path in self.partial.glob("*.jsonl"))
         return any(logs) or any(any(self.partial.glob(pattern)) for pattern in patterns)
 

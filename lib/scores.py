@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common import InputError, Problem, Rollout, TrainingConfig, on_rank_0, print0, rank
+from common import InputError, Problem, Rollout, SamplerConfig, TrainingConfig, on_rank_0, print0, rank
 from lib import verifier
-from lib.data import load_problems, tokenize_prompts
+from lib.data import tokenize_prompts
 from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
 from lib.files import json_lines, whole
 from lib.policy import Policy
@@ -91,17 +90,6 @@ def as_sample(rollout: Rollout) -> dict:
         "answer": rollout.problem.answer, "response": rollout.text, "finish_reason": rollout.finish_reason,
         "tokens": len(rollout.response_ids), "correct": rollout.correct, "how": rollout.how, "reward": rollout.reward,
     }  # fmt: skip
-
-
-def sample_directories(out: str | Path, labels: Sequence[str]) -> dict[str, Path]:
-    """The directory inside the report `out` for each label's samples. InputError if two labels would share one."""
-    names = {label: re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in labels}
-    if not all(names.values()) or len(set(names.values())) < len(names):
-        raise InputError(
-            f"--labels {list(labels)}: each needs letters or digits that tell it from the others, because it names a "
-            "directory of the report"
-        )
-    return {label: Path(out) / name for label, name in names.items()}
 
 
 class SampleFile:
@@ -182,23 +170,21 @@ class SampleFile:
 # Validation
 
 
-def validation_sets(
-    cfg: TrainingConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, tuple[list[Problem], dict[str, list[int]]]]:
-    """Each set of `--validate` by its name: the problems, and their prompts' token ids by problem id.
+TokenizedSets = dict[str, tuple[list[Problem], dict[str, list[int]]]]
 
-    InputError for a set that cannot be read, two sets of one name, and a prompt that is too long.
+
+def tokenize_sets(
+    sets: dict[str, list[Problem]], tokenizer: PreTrainedTokenizerBase, cfg: SamplerConfig, model: str
+) -> TokenizedSets:
+    """Adds to the problems of each set their prompts' token ids by problem id.
+
+    InputError for a prompt that is too long for `cfg`, or with its response for checkpoint `model`.
     """
-    sets = {}
-    for source in cfg.validate:
-        name = Path(source).stem
-        if name in sets:
-            raise InputError(f"--validate {list(cfg.validate)}: two sets are called {name!r}; rename a file")
-        problems = load_problems(source, quiet=True, argument="--validate", reward=cfg.reward)
-        prompts = tokenize_prompts(tokenizer, problems, cfg)
-        check_lengths(cfg, cfg.model, prompts.values())
-        sets[name] = problems, prompts
-    return sets
+    tokenized = {}
+    for name, problems in sets.items():
+        tokenized[name] = problems, tokenize_prompts(tokenizer, problems, cfg)
+        check_lengths(cfg, model, tokenized[name][1].values())
+    return tokenized
 
 
 class Validation:
@@ -210,11 +196,10 @@ class Validation:
     """
 
     def __init__(
-        self, cfg: TrainingConfig, tokenizer: PreTrainedTokenizerBase, engine: TorchEngine | VLLMEngine | None,
+        self, cfg: TrainingConfig, sets: TokenizedSets, engine: TorchEngine | VLLMEngine | None,
         grader: Verifier | Reward, run,
     ):  # fmt: skip
-        self.cfg, self.engine, self.grader, self.run = cfg, engine, grader, run
-        self.sets = validation_sets(cfg, tokenizer)
+        self.cfg, self.sets, self.engine, self.grader, self.run = cfg, sets, engine, grader, run
         self.sampling = Sampling(cfg.max_response_tokens, temperature=0.7, top_p=0.8, top_k=20)
 
     def score(self, steps: int, policy: Policy) -> None:

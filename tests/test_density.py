@@ -42,7 +42,7 @@ def test_the_share_of_lowest_rewards_at_mistakes_is_over_problems():
 
 def test_logprobs_are_those_of_the_whole_model(student, problems):
     """Against transformers' own logits, for responses of different lengths in one pack."""
-    tokenizer, loaded = AutoTokenizer.from_pretrained(student), data.load_problems(problems, quiet=True)
+    tokenizer, loaded = AutoTokenizer.from_pretrained(student), data.load_problems(problems)
     prompts = data.tokenize_prompts(tokenizer, loaded, toy.WORDING)
     rng = random.Random(0)
     rollouts = [

@@ -1,12 +1,14 @@
 """Packed micro-batches against one forward pass for each sequence: values and gradients."""
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import SIZES, double_model, tiny_model
+from helpers import ROOT
 from test_losses import make_rollouts, naive_logits
 
 import kernels
@@ -16,6 +18,8 @@ from kernels import fused_linear_logprob
 from lib import packing
 from lib.packing import make_batches, pack
 from lib.policy import Policy
+from tests.tools.rehearsal import MODELS as MODEL_CONFIGS
+from tests.tools.trace_gpu import make_policy, two_rollouts
 
 CPU = torch.device("cpu")
 MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # families that are trained, and their classes
@@ -129,6 +133,38 @@ def test_the_longest_sequence_is_tried_and_forgotten(monkeypatch):
 
     with pytest.raises(InputError, match="or one sequence of 3 . 9 tokens, does not fit"):
         lib.policy.try_longest(cfg, {"b": [2, 4, 3]}, optimizer, too_much)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_activations_take_what_the_docs_say(name, monkeypatch):
+    """What autograd keeps of one layer more, on tensors without memory that say they are on a GPU."""
+    config, kept = MODEL_CONFIGS[name], []
+    [batch] = make_batches(two_rollouts(), 32768, torch.device("meta"), False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
+    for layers in (1, 2):
+        policy, saved = make_policy(name, "meta", layers), {}
+        weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
+
+        def save(tensor, weights=weights, saved=saved):
+            if (storage := tensor.untyped_storage())._cdata not in weights:
+                saved[storage._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            policy(batch, lambda hidden, weight: hidden)
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / batch.input_ids.numel())
+    text = (ROOT / "docs/scaling.md").read_text()
+    qwen3 = re.search(r"(\d+) h \+ (\d+) q \+ (\d+) kv \+ (\d+) i bytes", text)
+    less = re.search(r"(\d+) q \+ (\d+) kv bytes\s+less", text).groups() if "llama" in name else (0, 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    h, q, kv, i = map(int, qwen3.groups())
+    expected = (
+        h * config.hidden_size + i * config.intermediate_size
+        + (q - int(less[0])) * head_dim * config.num_attention_heads
+        + (kv - int(less[1])) * head_dim * config.num_key_value_heads
+    )  # fmt: skip
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.01)
 
 
 def test_only_tested_families_are_trained(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import RUNS, assert_same_weights, distill, grpo, metrics, warmup
+from helpers import RUNS, assert_same_weights, distill, grpo, made_up_grades, metrics, warmup
 from test_resume import Killed
 
 import evaluate
@@ -15,6 +15,7 @@ import lib.data
 import lib.engines
 import lib.lineage
 import lib.plots
+import lib.policy
 import lib.runs
 import lib.scores
 import opd
@@ -23,12 +24,6 @@ import teacher_grpo
 from common import InputError
 
 VALIDATE = dict(validate_every=2, validate_k=3)
-
-
-def made_up_grades(rollouts, verifier):
-    """Random models solve nothing."""
-    for rollout in rollouts:
-        rollout.correct = sum(rollout.response_ids) % 2 == 0
 
 
 @pytest.fixture
@@ -156,6 +151,15 @@ def test_validations_of_a_resumed_run_are_those_of_one_that_ran_through(
     assert record(tmp_path / "cut")["validation"] == record(tmp_path / "straight")["validation"]
 
 
+def test_the_warmups_own_engine_is_a_trainers(student, teacher, problems, test_problems, tmp_path, monkeypatch):
+    """It gets the policy, so it sleeps until the first validation, which a resumed run may reach long after its start."""
+    made, make_engine = [], fkl_warmup.make_engine
+    monkeypatch.setattr(fkl_warmup, "make_engine", lambda *a, **k: made.append(a[3:]) or make_engine(*a, **k))
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", validate=(test_problems,), max_steps=1))
+    [of_the_teacher, [policy]] = made
+    assert of_the_teacher == () and isinstance(policy, lib.policy.Policy)
+
+
 def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
@@ -178,7 +182,3 @@ def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):
         ((0, 1), (0.2, 0.3)),
         ((0, 2), (0.1, 0.4)),
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curves.clear()
-    lib.plots.draw_curves({"a": str(tmp_path)}, tmp_path / "all.png")
-    assert curves == [((0, 1), (0.2, 0.3))]
