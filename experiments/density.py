@@ -42,7 +42,6 @@ from experiments import toy
 from kernels import fused_linear_logprob
 from lib import data
 from lib.engines import Sampling, check_engine, check_lengths, make_engine
-from lib.files import check_writable
 from lib.packing import make_batches
 from lib.policy import Policy, check_checkpoint, compute_dtype, load_causal_lm
 from lib.rewards import grade, make_grader
@@ -88,7 +87,6 @@ def prepare(cfg: Config) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[s
         check_checkpoint(model, data.vocab_size(tokenizer))
         check_lengths(cfg, model, prompts.values())
     check_engine(cfg, cfg.student)
-    check_writable(cfg.out)
     return problems, tokenizer, prompts
 
 

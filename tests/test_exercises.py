@@ -156,7 +156,7 @@ def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path)
     assert cut == 0.0
     teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", reward=STEPS, max_steps=1))
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["config"]["reward"] == STEPS and record["reward_sha256"]
+    assert record["config"]["reward"] == STEPS and record["sessions"][0]["files"][STEPS]
 
 
 def test_the_course_names_every_solution():

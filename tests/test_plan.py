@@ -16,6 +16,12 @@ from tests.tools.rehearsal import rehearse, write_models
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
+@pytest.fixture(autouse=True)
+def no_flags_of_an_outer_make(monkeypatch):
+    """`make -s test`, for one, would silence the commands below."""
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+
+
 def run(*command: str, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 

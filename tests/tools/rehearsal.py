@@ -128,7 +128,6 @@ def leave_checkpoint(cfg, trained_on: list[str]) -> None:
     line = {"step": 0, "reward" if hasattr(cfg, "kl_coef") else "reverse_kl": 0.5}
     written = {"trained_on": trained_on, "steps": 1, "first": line, "last": line}
     record = {**lib.lineage.new_record(cfg, parents), **written}
-    shutil.rmtree(f"{cfg.out}.partial")
     shutil.copytree(cfg.model, cfg.out)
     save_file({"stub": torch.zeros(1)}, f"{cfg.out}/model.safetensors", metadata={"of": cfg.out})
     Path(cfg.out, "run.json").write_text(json.dumps(record))
