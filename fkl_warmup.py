@@ -166,7 +166,7 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
                         "teacher's missing rollouts; make those first, by this command with --rollouts DIR and another "
                         "--out, and with --exclude in the place of --validate, which can be stopped when its training begins"
                     )
-                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, alone=True)
+                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, cache_gib=None)
                 rollouts = sample_rollouts(
                     engine, missing, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
                 )
@@ -178,20 +178,6 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
         engine.sleep()
 
 
-<<<<<<< HEAD
-def teacher_engine(tokenizer, cfg: Config):
-    """The engine that samples from the teacher. InputError if vLLM, of which a process has room for one, is needed twice."""
-    if cfg.validate and chosen_engine(cfg.engine) == "vllm":
-        raise InputError(
-            f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the teacher's "
-            "missing rollouts; make those first, by this command with --rollouts DIR and another --out, and with --exclude "
-            "in the place of --validate, which can be stopped when its training begins"
-        )
-    return make_engine(cfg, cfg.teacher, tokenizer, cache_gib=None)
-
-
-=======
->>>>>>> main
 def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) -> list[int]:
     """The cache's rows in the order of training: each problem in turn, with all its responses to learn from.
 

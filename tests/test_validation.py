@@ -126,52 +126,10 @@ def test_a_checkpoint_along_the_way_serves_every_later_stage(student, teacher, p
     fkl_warmup.main(warmup(str(bridge), str(early), problems, tmp_path / "warmup", max_steps=1))
 
 
-<<<<<<< HEAD
-def test_validations_of_a_resumed_run_are_those_of_one_that_ran_through(
-    student, teacher, problems, test_problems, tmp_path, monkeypatch, graded
-):
-    """A kill comes after the validation before a step and before the step's own line; the step before was saved."""
-    more = dict(validate=(test_problems,), validate_every=1, validate_k=3)
-    opd.main(distill(student, teacher, problems, tmp_path / "straight", **more))
-    config = distill(student, teacher, problems, tmp_path / "cut", **more)
-    log = lib.runs.Run.log
-
-    def die(run, step, *arguments, **options):
-        if step == 2:
-            raise Killed
-        log(run, step, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lib.runs.Run, "log", die)
-        with pytest.raises(Killed):
-            opd.main(config)
-    assert [line["step"] for line in metrics(tmp_path / "cut.partial")] == [0, 0, 1, 1, 2]
-    opd.main(dataclasses.replace(config, resume=True))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
-    assert record(tmp_path / "cut")["validation"] == record(tmp_path / "straight")["validation"]
-
-
 def test_the_warmups_own_engine_is_a_trainers(student, teacher, problems, test_problems, tmp_path, monkeypatch):
     """It gets the policy, so it sleeps until the first validation, which a resumed run may reach long after its start."""
     made, make_engine = [], fkl_warmup.make_engine
     monkeypatch.setattr(fkl_warmup, "make_engine", lambda *a, **k: made.append(a[3:]) or make_engine(*a, **k))
-=======
-def test_the_warmups_engine_sleeps_before_the_first_update(
-    student, teacher, problems, test_problems, tmp_path, monkeypatch
-):
-    """A resumed run may train long before its next validation, and an engine that is awake holds the GPU's memory."""
-    happened, make_engine, make_batches = [], fkl_warmup.make_engine, fkl_warmup.make_batches
-
-    def make(*arguments, **options):
-        engine = make_engine(*arguments, **options)
-        happened.append("an engine")
-        monkeypatch.setattr(engine, "sleep", lambda: happened.append("sleeps"))
-        return engine
-
-    monkeypatch.setattr(fkl_warmup, "make_engine", make)
-    monkeypatch.setattr(fkl_warmup, "make_batches", lambda *a: happened.append("an update") or make_batches(*a))
-    monkeypatch.setattr(lib.scores.Validation, "score", lambda *a: None)  # as between two validations
->>>>>>> main
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", validate=(test_problems,), max_steps=1))
     [of_the_teacher, [policy]] = made
     assert of_the_teacher == () and isinstance(policy, lib.policy.Policy)
