@@ -282,10 +282,8 @@ class Run:
         for name, score in scores.items():
             line[f"validation_{name}"] = score["avg"]
             line |= {f"validation_{name}_{key}": score[key] for key in ("se", "truncated", "tokens")}
-            average, error, truncated = (100 * score[key] for key in ("avg", "se", "truncated"))
-            said.append(
-                f"{name} {average:.1f} ± {error:.1f} % ({truncated:.1f} % truncated, {score['tokens']:.1f} tokens)"
-            )
+            average, error, truncated = (f"{100 * score[key]:.1f}" for key in ("avg", "se", "truncated"))
+            said.append(f"{name} {average} ± {error} % ({truncated} % truncated, {score['tokens']:.1f} tokens)")
         self._append(line)
         print0(f"Validation after {steps} steps: {', '.join(said)}.")
 
