@@ -2,20 +2,17 @@
 
     python evaluate.py --models runs/direct runs/bridge --data math500 aime24 aime25 --out runs/report
 
-Each problem is answered k times under one decoding setting. A problem's score is the mean correctness of its k answers,
-and a data set's entry is the mean score, ± the standard error over problems. Two checkpoints are compared problem by
-problem: the standard error of their difference is that of the paired differences, which is smaller than the two entries
-suggest.
+A problem's score is the mean correctness of its k answers, and a data set's entry is the mean score, ± the standard
+error over problems. Two checkpoints are compared problem by problem: the standard error of their difference is that of
+the paired differences, which is smaller than the two entries suggest.
 
 The paper says that its ± is over problems, too. For AIME it cannot be: with 30 problems and 16 samples such an error is
-expected to be at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 % where the paper prints 1.4.
+expected to be at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 % where the paper prints 1.4. It does not state its
+decoding; the defaults are those of the authors' code for their earlier papers.
 
-The paper does not state its decoding. The defaults are those of the authors' code for their earlier papers: temperature
-0.7, top-p 0.8, top-k 20, without thinking.
-
-Written to the output directory: every sample (<checkpoint>/<data set>-<hash of the settings>.jsonl), results.json,
-table.md and bars.png. Samples of the same weights, prompts, end tokens and decoding are used again, so the same command
-continues an evaluation that was killed. Samples of other settings have files of their own and stay.
+The output directory gets every sample (<checkpoint>/<data set>-<hash of the settings>.jsonl), results.json, table.md and
+bars.png. Samples of the same weights, prompts, end tokens and decoding are used again, so the same command continues an
+evaluation that was killed.
 """
 
 from __future__ import annotations
@@ -60,7 +57,7 @@ class Config(SamplerConfig):
     max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
 
 
-# The settings that decide what is sampled, beside the weights, the rendered prompts and the end tokens.
+# The settings that decide the samples, beside the weights, the rendered prompts and the end tokens.
 DECODING = ("k", "temperature", "top_p", "top_k", "max_response_tokens", "cpu_bfloat16", "seed")
 
 
@@ -96,7 +93,7 @@ class Engines:
 
 @dataclass
 class Checkpoint:
-    """One of --models, with what its samples are made from."""
+    """One of --models, with its tokenizer and its prompts."""
 
     model: str
     label: str
@@ -121,7 +118,7 @@ def evaluate_checkpoint(
         settings = {"sha256": weights} | {setting: getattr(cfg, setting) for setting in DECODING}
         settings["prompts"] = sha256([[problem.id, prompts[problem.id]] for problem in problems])
         settings["end_tokens"] = data.end_tokens(load_generation_config(checkpoint.model), tokenizer, cfg.stop)
-        file = SampleFile(checkpoint.directory, name, settings, problems, cfg.k, grader_sha256(cfg.reward, problems))
+        file = SampleFile(checkpoint.directory, name, settings, problems, cfg.k, grader_sha256(cfg, problems))
         file.grade_again(grader)
         if file.missing:
             engine = engines.get(checkpoint.model, tokenizer)
@@ -135,7 +132,7 @@ def evaluate_checkpoint(
 def sample_missing(
     file: SampleFile, engine, prompts: dict, cfg: Config, grader: Verifier | Reward, caption: str
 ) -> None:
-    """Samples and grades what is missing from the file, in parts, so that an interruption loses at most one of them."""
+    """Samples and grades the file's missing problems, in parts, so that an interruption loses at most one of them."""
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.k)
     done = len(prompts) - len(file.missing)

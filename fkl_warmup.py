@@ -7,14 +7,12 @@ are the states s_t = (x, y_<t) that these responses go through. At each of them 
 the teacher's distribution of the next token over the whole vocabulary. The stage brings the student close to the
 teacher before the student samples for itself in Stage 2b (condition C2, minimal deviation).
 
-Differences from the paper:
-- The cache holds the teacher's *responses*. Its distributions over the vocabulary would take 300 KB for each token, so
-  its forward pass over the cached tokens is repeated instead, and the KL stays exact.
+Difference from the paper: the cache holds the teacher's *responses*. Its distributions over the vocabulary would take
+300 KB for each token, so its forward pass over the cached tokens is repeated instead, and the KL stays exact.
 
-Our choices where the paper is silent:
-- L_F is a mean over all tokens of an update, so long responses weigh more.
-- "Mini-batch 64" in Table 9 counts prompts: an update has 64 times `rollouts_per_prompt` responses. The problems are
-  shuffled, and all responses to one come together.
+Our choices where the paper is silent: L_F is a mean over all tokens of an update, so long responses weigh more.
+"Mini-batch 64" in Table 9 counts prompts: an update has 64 times `rollouts_per_prompt` responses. The problems are
+shuffled, and all responses to one come together.
 
 The same script trains the controls that learn from the sampled tokens instead of the distributions:
 - `--loss sft` is teacher-sample SFT (Tables 2, 5 and 6): cross-entropy on the teacher's tokens.
@@ -122,7 +120,7 @@ def learns_from_texts(cfg: Config) -> bool:
 def rollout_identity(
     cfg: Config, source_sha256: str, problems: Sequence[Problem], prompts: dict[str, list[int]], tokenizer
 ) -> dict:
-    """What the cached rollouts follow from: a cache made with anything else is refused.
+    """All that decides the cached rollouts: a cache with another identity is refused.
 
     `source_sha256` is the hash of the teacher, or of the file of texts. The token ids of the prompts stand for all
     settings that word them.
@@ -146,7 +144,7 @@ def learnt_from(cache: RolloutCache, problem: Problem, keep: str) -> list[int]:
 
 
 def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: Verifier | Reward, cfg: Config) -> None:
-    """Samples from the teacher what the cache lacks, in parts, so that an interruption loses at most one of them.
+    """Samples the missing rollouts from the teacher, in parts, so that an interruption loses at most one of them.
 
     With `--max-steps` it samples the problems that the updates need, which are the first in the order of training. With
     `--keep correct` nobody knows beforehand how many these are, so it goes on until the responses are enough.
@@ -162,7 +160,13 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
         while order and found < enough:
             part, order = order[:at_a_time], order[at_a_time:]
             if missing := [problem for problem in part if problem.id not in cache.rows]:
-                engine = engine or teacher_engine(tokenizer, cfg)
+                if cfg.validate and chosen_engine(cfg.engine) == "vllm":  # which has room for one engine in a process
+                    raise InputError(
+                        f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the "
+                        "teacher's missing rollouts; make those first, by this command with --rollouts DIR and another "
+                        "--out, and with --exclude in the place of --validate, which can be stopped when its training begins"
+                    )
+                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, alone=True)
                 rollouts = sample_rollouts(
                     engine, missing, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
                 )
@@ -172,17 +176,6 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
             bar.update(len(part))
     if engine:
         engine.sleep()
-
-
-def teacher_engine(tokenizer, cfg: Config):
-    """The engine that samples from the teacher. InputError if vLLM, of which a process has room for one, is needed twice."""
-    if cfg.validate and chosen_engine(cfg.engine) == "vllm":
-        raise InputError(
-            f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the teacher's "
-            "missing rollouts; make those first, by this command with --rollouts DIR and another --out, and with --exclude "
-            "in the place of --validate, which can be stopped when its training begins"
-        )
-    return make_engine(cfg, cfg.teacher, tokenizer, alone=True)
 
 
 def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) -> list[int]:
@@ -206,7 +199,7 @@ def main(cfg: Config) -> None:
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
 
-        # 1. Sample from the teacher, once; or read what another model has written.
+        # 1. Sample from the teacher, once; or read texts that another model has written.
         identity = rollout_identity(cfg, run.record["parents"][role]["sha256"], problems, prompts, tokenizer)
         shared = cfg.rollouts and role == "teacher"
         directory = Path(cfg.rollouts) if shared else run.partial / "teacher_rollouts"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -31,11 +30,11 @@ HUB_SETS = {  # short name -> owner/name[@configuration]:split
     "gsm8k": "openai/gsm8k@main:test",
     "gsm8k-train": "openai/gsm8k@main:train",
 }
-FILES = (".jsonl", ".json", ".csv", ".parquet")
+FILES = (".jsonl", ".json", ".parquet")
 PROMPTS = ("prompt", "problem", "question", "messages")  # columns that may hold a row's prompt
 ANSWERS = ("answer", "ground_truth", "solution")  # columns that may hold its answer, besides reward_model.ground_truth
 
-# What DAPO-Math-17k and verl's data sets put around a problem. --prompt replaces it, and it must not be part of the id.
+# DAPO-Math-17k and verl's data sets put this around a problem. --prompt replaces it, and it must not be part of the id.
 DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
@@ -47,8 +46,8 @@ _WRAPPER = re.compile(rf"^\s*(?:{_DAPO_PREFIX}|{_OURS})|(?:{_DAPO_SUFFIX}|{_OURS
 
 # Ids
 
-# What is typed or typeset in several ways, after `problem_id` has put it into lower case, and the one spelling of each.
-# The last two lines drop delimiters of formulas, spacing, and commands that change only the look of what follows.
+# Signs and commands with several spellings, in lower case, and the one spelling that `problem_id` gives to each. The last
+# two lines drop delimiters of formulas, spacing, and commands that change only the look of the text after them.
 _SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pattern, spelling in (
     (r"\\leq?(slant)?>>", "≤"), (r"\\geq?(slant)?>>", "≥"), (r"\\neq?>>", "≠"), (r"\\lt>>", "<"), (r"\\gt>>", ">"),
     (r"\\times>>", "×"), (r"\\cdot>>|⋅", "·"), (r"\\div>>", "÷"), (r"\\[lc]?dots[bcim]?>>|\.{3,}|⋯", "…"),
@@ -83,11 +82,10 @@ def problem_id(text: str) -> str:
 
 
 def read_rows(source: str, argument: str = "--data") -> Iterator[dict]:
-    """The rows of a problem set: a .jsonl, .json, .csv or .parquet file, a short name (`HUB_SETS`), or
+    """The rows of a problem set: a .jsonl, .json or .parquet file, a short name (`HUB_SETS`), or
     owner/name[@configuration][:split] on the hub. `argument` is the setting that names it.
 
-    Every value of a CSV file is text, because guessing types would make 7 of the answer 007. A .json file is a list of
-    objects, or has one object in each line.
+    A .json file is a list of objects, or has one object in each line.
     """
     path = Path(source)
     if path.suffix in FILES:
@@ -117,22 +115,17 @@ def _rows_of_file(path: Path) -> Iterator[dict]:
 
         yield from pyarrow.parquet.read_table(path).to_pylist()
         return
-    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".json" else ""
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.DictReader(file) if path.suffix == ".csv" else file
-        for number, line in enumerate(lines, start=1):
+    with path.open(encoding="utf-8-sig") as file:
+        begins_a_list = file.read(1) == "["
+        file.seek(0)
+        if begins_a_list:
+            yield from json.load(file)
+            return
+        for number, line in enumerate(file, start=1):
             try:
-                if isinstance(line, dict):
-                    if None in line:  # the fields for which the header has no name
-                        raise ValueError("more fields than the header: quote texts with commas")
-                    yield line
-                elif line.strip():
+                if line.strip():
                     yield json.loads(line)
             except ValueError as error:
-                number = getattr(lines, "line_num", number)
                 raise InputError(f"line {number} of '{path}' cannot be read ({error}); correct or delete it") from None
 
 
@@ -309,10 +302,10 @@ def problem_batches(
 ) -> list[list[Problem]]:
     """Shuffled epochs over the problems, cut into batches of `size`: `limit` batches, or without it `epochs` epochs.
 
-    The order depends on `stage` as well as on the seed. Otherwise a run of OPD with a step limit would see the problems
-    that the warmup before it has seen, and the whole bridge fewer problems than what it is compared with.
-    The tail of an epoch is filled from the next one, so every batch is full; without `limit` the last one may be cut short.
-    A batch can therefore hold a problem more than once.
+    The order depends on `stage` as well as on the seed. Otherwise OPD with a step limit would see the problems that the
+    warmup before it has seen, and the whole bridge fewer problems than the runs that it is compared with. The next epoch
+    fills the last batch of one, so that every batch is full, and may hold a problem twice; without `limit` the very last
+    one may be cut short.
     """
     if limit is not None:
         epochs = math.ceil(limit * size / len(problems))

@@ -74,8 +74,8 @@ def open_cache(
     """The RolloutCache in `directory`. Another run that opens the directory waits until the block ends. Collective.
 
     Without the lock two runs would sample the same problems, and each problem would have twice its responses.
-    `identity` says what the rollouts follow from, in values that JSON keeps. InputError if the directory holds rollouts
-    of another identity, or other files.
+    `identity` has all that decides the rollouts, in values that JSON keeps. InputError if the directory holds rollouts of
+    another identity, or other files.
     """
 
     def claim() -> None:
@@ -100,8 +100,8 @@ class RolloutCache:
     """Graded rollouts in a directory, read from disk as they are needed, because at the paper's scale they fill memory.
 
     Every `shard-NNNNNN.jsonl` has a rollout a line and is written whole, so an interrupted run goes on with what is
-    missing. A shard of sampled rollouts has all rollouts of some problems. Its number is the place of its first problem
-    among `problems`, which no other shard has, in whichever order a run needs them. Rank 0 writes, all ranks read.
+    missing. A shard has all rollouts of some problems. Its number is the place of its first problem among `problems`,
+    which no other shard has, in whichever order a run needs them. Rank 0 writes, all ranks read.
 
     Rollouts are numbered from 0 over all shards. `rows` has the numbers of each problem's rollouts by its id, and no
     entry for a problem that is missing. `right` says of each rollout whether it is right and finished. `tokens` counts
@@ -114,17 +114,15 @@ class RolloutCache:
         self.rows: dict[str, list[int]] = {}
         self.right: list[bool] = []
         self.tokens = 0
-        self.last_shard = -1  # the largest number of a shard
         self._places: list[tuple[Path, int]] = []  # of each rollout: its shard, and at which byte its line begins
         for path in sorted(directory.glob("shard-??????.jsonl")):
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        self.last_shard = max(self.last_shard, int(path.stem.removeprefix("shard-")))
         start = 0
         with path.open("rb") as file:
             for line in file:
-                # What the cache keeps in memory comes first in a line, so that the long rest need not be parsed.
+                # The entries that the cache keeps in memory come first, so that the long rest need not be parsed.
                 row = json.loads(line.partition(b', "response_ids"')[0] + b"}")
                 self.rows.setdefault(row["id"], []).append(len(self))
                 self.right.append(row["correct"] and row["finish_reason"] == "stop")
@@ -132,10 +130,9 @@ class RolloutCache:
                 self._places.append((path, start))
                 start += len(line)
 
-    def append(self, rollouts: Sequence[Rollout], number: int | None = None) -> None:
-        """Writes a shard, by default with the number that all rollouts of some missing problems have. Collective."""
-        if number is None:
-            number = list(self.problems).index(rollouts[0].problem.id)
+    def append(self, rollouts: Sequence[Rollout]) -> None:
+        """Writes a shard with all rollouts of some missing problems. Collective."""
+        number = list(self.problems).index(rollouts[0].problem.id)
         path = self.directory / f"shard-{number:06d}.jsonl"
 
         def write() -> None:
@@ -164,7 +161,7 @@ class RolloutCache:
 
 # Texts: responses that any model has written, whatever tokenizer it had
 
-LINES_AT_A_TIME = 1024  # of the file; the responses in them become one shard, with the number of the part
+PROBLEMS_AT_A_TIME = 128  # whose responses are graded together and become one shard
 
 
 def read_texts(
@@ -174,7 +171,7 @@ def read_texts(
     max_response_tokens: int,
     grader: Verifier | Reward,
 ) -> None:
-    """Appends the responses in a .jsonl file to the cache, graded (App. B). Parts that it has are skipped. Collective.
+    """Adds the responses in a .jsonl file to the cache, graded (App. B). Problems that it has are skipped. Collective.
 
     A line has a prompt, as in a data set, and a `response`; or `messages`, of which the last assistant's turn is the
     response. A response is tokenised as what follows the prompt, and ends with the end-of-sequence token. One that is
@@ -182,52 +179,45 @@ def read_texts(
     Responses to other problems and malformed lines are skipped, too; one printed sentence has all the counts. The
     sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
     """
+    texts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # number of the line and response, by problem id
+    unreadable = []
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    name, text = _response_in(json.loads(line))
+                    texts[name].append((number, text.removesuffix(tokenizer.eos_token)))
+            except Exception as error:  # what a malformed line raises depends on how it is malformed
+                unreadable.append(f"line {number}: {error}")
 
-    def tokenised(texts: Sequence[str]) -> list[list[int]]:
-        # What looks like a special token in the text of another model is text, and must not end a turn here.
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    def tokenised(responses: Sequence[tuple[Problem, int, str]]) -> list[list[int]]:
+        # A special token's name in the text of another model is text, and must not end a turn here.
+        plain = [text for _, _, text in responses]
+        encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"] if plain else []
         return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
-    known, others, unreadable, first, done = 0, 0, 0, "", cache.last_shard
-    with Path(path).open("rb") as file:
-        numbered = enumerate(file, start=1)
-        for part in itertools.count():
-            lines = list(itertools.islice(numbered, LINES_AT_A_TIME))
-            if not lines:
-                break
-            responses = []  # (number of the line, problem, text)
-            for number, line in lines:
-                if not line.strip():
-                    continue
-                try:
-                    name, text = _response_in(json.loads(line))
-                except Exception as error:  # what a malformed line raises depends on how it is malformed
-                    unreadable, first = unreadable + 1, first or f" (the first is line {number}: {error})"
-                    continue
-                if name in cache.problems:
-                    responses.append((number, cache.problems[name], text.removesuffix(tokenizer.eos_token)))
-                else:
-                    others += 1
-            known += len(responses)
-            if part <= done:
-                continue
-            tokens = map_over_ranks(tokenised, [text for _, _, text in responses])
-            rollouts = [
-                Rollout(problem, number, cache.prompts[problem.id], ids, [math.nan] * len(ids), "stop", text)
-                for (number, problem, text), ids in zip(responses, tokens)
-                if len(ids) <= max_response_tokens
-            ]
-            if rollouts:
-                grade(rollouts, grader)
-                cache.append(rollouts, part)
-    found = (
+    missing = [problem for name, problem in cache.problems.items() if name in texts and name not in cache.rows]
+    for start in range(0, len(missing), PROBLEMS_AT_A_TIME):
+        part = missing[start : start + PROBLEMS_AT_A_TIME]
+        responses = [(problem, number, text) for problem in part for number, text in texts[problem.id]]
+        rollouts = [
+            Rollout(problem, number, cache.prompts[problem.id], ids, [math.nan] * len(ids), "stop", text)
+            for (problem, number, text), ids in zip(responses, map_over_ranks(tokenised, responses))
+            if len(ids) <= max_response_tokens
+        ]
+        if rollouts:
+            grade(rollouts, grader)
+            cache.append(rollouts)
+    known = sum(len(found) for name, found in texts.items() if name in cache.problems)
+    said = (
         f"{path}: {len(cache)} responses to {len(cache.rows)} of the {len(cache.problems)} training problems; left out are "
-        f"{others} to other problems, {known - len(cache)} longer than --max-response-tokens {max_response_tokens}, and "
-        f"{unreadable} lines without a prompt and a response{first}"
+        f"{sum(map(len, texts.values())) - known} to other problems, {known - len(cache)} longer than "
+        f"--max-response-tokens {max_response_tokens}, and {len(unreadable)} lines without a prompt and a response"
+        + (f" (the first is {unreadable[0]})" if unreadable else "")
     )
     if not len(cache):
-        raise InputError(f"--rollouts {found}; check the file, --data and --half")
-    print0(found)
+        raise InputError(f"--rollouts {said}; check the file, --data and --half")
+    print0(said)
 
 
 def _response_in(row: dict) -> tuple[str, str]:

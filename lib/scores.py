@@ -17,9 +17,9 @@ from common import InputError, Problem, Rollout, SamplerConfig, TrainingConfig, 
 from lib import verifier
 from lib.data import tokenize_prompts
 from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
-from lib.files import json_lines, whole
+from lib.files import file_sha256, json_lines, whole
 from lib.policy import Policy
-from lib.rewards import Reward, grade
+from lib.rewards import Reward, grade, reward_sha256
 from lib.rollouts import sample_rollouts
 from lib.verifier import Verifier
 
@@ -71,15 +71,13 @@ def sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def grader_sha256(reward: str | None, problems: Sequence[Problem]) -> str:
-    """The hash of what grades responses: the verifier's sources and the versions of the packages behind it; or the
-    file of `--reward` and the rows of the data set, which that function may read.
+def grader_sha256(cfg, problems: Sequence[Problem]) -> str:
+    """The hash of the grader: the verifier's sources and the versions of the packages behind it; or the file of
+    `--reward` and the rows of the data set, which that function may read.
     """
-    if reward:
-        source = Path(reward.rpartition(":")[0]).read_text(encoding="utf-8")
-        return sha256([reward, source, [problem.row for problem in problems]])
-    source = Path(verifier.__file__)
-    sources = [path.read_text(encoding="utf-8") for path in (source, source.with_name("verifier_worker.py"))]
+    if cfg.reward:
+        return sha256([cfg.reward, reward_sha256(cfg), [problem.row for problem in problems]])
+    sources = [file_sha256(Path(verifier.__file__).with_name(name)) for name in ("verifier.py", "verifier_worker.py")]
     return sha256([*sources, *map(metadata.version, ("math-verify", "latex2sympy2-extended", "sympy"))])
 
 
@@ -95,12 +93,12 @@ def as_sample(rollout: Rollout) -> dict:
 class SampleFile:
     """One checkpoint's graded samples on one data set: DIRECTORY/NAME-HASH.jsonl, with one sample a line.
 
-    HASH is that of `settings`, everything that decides what is sampled, which the first line holds. Samples of other
-    settings are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part
-    that it was sampling, and the same evaluation continues from the file.
+    HASH is that of `settings`, everything that decides the samples, which the first line holds. Samples of other settings
+    are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part that it
+    was sampling, and the same evaluation continues from the file.
 
-    Each line carries `grader`, the hash of what graded it. `grade_again` grades those that another grader has graded, or
-    against another answer, so that they need not be sampled again.
+    Each line carries `grader`, its grader's hash. `grade_again` grades the samples that another grader has graded, or that
+    were graded against another answer, so that they need not be sampled again.
 
     Rank 0 reads and writes; the methods are collective.
     """

@@ -1,6 +1,5 @@
 """Problem sets: every known format is read, repeats and conflicts are dropped, halves are fixed and disjoint; prompts."""
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -72,20 +71,14 @@ def test_every_known_format(tmp_path):
             assert (problem.prompt, problem.answer) == expected and problem.row == row
 
 
-@pytest.mark.parametrize("name", ["list.json", "lines.json", "rows.csv"])
-def test_no_format_changes_an_answer(tmp_path, name):
+def test_no_format_changes_an_answer(tmp_path):
     """A guess at types would make 7 of 007, 12.0 of 12 beside a gap, and nothing of NA."""
     answers = ["007", "NA", "1,000", "12", "1e5", "null", "\\frac{1}{2}", "1.50"]
-    rows = [{"problem": f"Is it\n{i}, or not?", "answer": answer} for i, answer in enumerate(answers)]
-    with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
-        if name == "rows.csv":
-            writer = csv.DictWriter(file, ["problem", "answer"])
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.write(json.dumps(rows, indent=1) if name == "list.json" else "\n".join(map(json.dumps, rows)))
-    problems = load_problems(str(tmp_path / name))
-    assert [problem.answer for problem in problems] == answers and problems[0].prompt == "Is it\n0, or not?"
+    rows = [{"problem": f"Is it\n{i},\u2028or not?", "answer": answer} for i, answer in enumerate(answers)]
+    for text in (json.dumps(rows, indent=1), "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)):
+        (tmp_path / "data.json").write_text(text, encoding="utf-8-sig")
+        problems = load_problems(str(tmp_path / "data.json"))
+        assert [problem.answer for problem in problems] == answers and problems[0].prompt == "Is it\n0,\u2028or not?"
 
 
 def test_repeats_and_conflicts_are_dropped_and_counted(tmp_path, capsys):
@@ -121,15 +114,10 @@ def test_a_text_that_most_prompts_share_is_said(tmp_path, capsys):
         assert (said in capsys.readouterr().out) == bool(shared)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("data.csv", "problem,answer\nFind x,1\nFind x, y,2\n", "line 3 of .*data.csv' .*more fields than the header"),
-    ("data.jsonl", '{"prompt": "a", "gold": "1"}\n' * 2, "2 rows, row 1: no answer; its columns are prompt, gold.; a row"),
-    ("data.jsonl", '{"prompt": "a", "answer": "1"}\n{"prompt": "a", "answer": "2"}', "has no usable problem .2 rows.;"),
-])  # fmt: skip
-def test_bad_data_gives_one_sentence(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message):
-        load_problems(str(tmp_path / name))
+def test_a_set_without_a_usable_problem_is_refused(tmp_path):
+    said = "2 rows, row 1: no answer; its columns are prompt, gold.; a row needs a prompt"
+    with pytest.raises(InputError, match=said):
+        load_problems(write_rows(tmp_path / "data.jsonl", *[{"prompt": "a", "gold": "1"}] * 2))
 
 
 def test_a_checkpoint_that_is_not_there_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):

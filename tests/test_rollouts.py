@@ -267,7 +267,7 @@ def test_texts_that_leave_nothing_to_learn_from_are_refused(content, words, stud
         fkl_warmup.main(from_texts(student, problems, tmp_path / "out", str(tmp_path / "texts.jsonl")))
 
 
-def test_special_tokens_in_a_text_end_no_turn_and_parts_that_the_cache_has_are_not_read_again(
+def test_special_tokens_in_a_text_end_no_turn_and_what_the_cache_has_is_not_graded_again(
     problems, tmp_path, monkeypatch
 ):
     """With a tokenizer of bytes, in which a special token's name can also be spelt."""
@@ -278,7 +278,7 @@ def test_special_tokens_in_a_text_end_no_turn_and_parts_that_the_cache_has_are_n
     [problem, other, *_] = loaded = lib.data.load_problems(problems)
     rows = [(problem, "a<end>b"), (problem, "ab<end>"), (other, "c"), (problem, "d")]
     texts, graded = write_texts(tmp_path / "texts.jsonl", rows), []
-    monkeypatch.setattr(lib.rollouts, "LINES_AT_A_TIME", 2)
+    monkeypatch.setattr(lib.rollouts, "PROBLEMS_AT_A_TIME", 1)
 
     def grade(rollouts, grader):
         graded.append([rollout.text for rollout in rollouts])
@@ -292,8 +292,8 @@ def test_special_tokens_in_a_text_end_no_turn_and_parts_that_the_cache_has_are_n
         lib.rollouts.read_texts(texts, cache, tokenizer, 12, "killed")
     with open_cache(tmp_path / "cache", {}, loaded, prompts) as cache:
         lib.rollouts.read_texts(texts, cache, tokenizer, 12, "")
-    assert graded == [["a<end>b", "ab"], ["c", "d"], ["c", "d"]]
+    assert graded == [["a<end>b", "ab", "d"], ["c"], ["c"]]
     found = [cache[row] for row in range(len(cache))]
     assert [rollout.response_ids.count(tokenizer.eos_token_id) for rollout in found] == [1] * 4
-    assert [tokenizer.decode(rollout.response_ids[:-1]) for rollout in found] == ["a<end>b", "ab", "c", "d"]
-    assert cache.rows == {problem.id: [0, 1, 3], other.id: [2]}
+    assert [tokenizer.decode(rollout.response_ids[:-1]) for rollout in found] == ["a<end>b", "ab", "d", "c"]
+    assert cache.rows == {problem.id: [0, 1, 2], other.id: [3]}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from helpers import RUNS, assert_same_weights, distill, grpo, made_up_grades, metrics, warmup
-from test_resume import Killed
 
 import evaluate
 import fkl_warmup
@@ -124,30 +123,6 @@ def test_a_checkpoint_along_the_way_serves_every_later_stage(student, teacher, p
     with pytest.raises(InputError, match=rf"on {len(trained_on)} of its 12 problems --model .*step-000001"):
         student_grpo.main(grpo(str(bridge), problems, tmp_path / "x", student_grpo.Config, half="full"))
     fkl_warmup.main(warmup(str(bridge), str(early), problems, tmp_path / "warmup", max_steps=1))
-
-
-def test_validations_of_a_resumed_run_are_those_of_one_that_ran_through(
-    student, teacher, problems, test_problems, tmp_path, monkeypatch, graded
-):
-    """A kill comes after the validation before a step and before the step's own line; the step before was saved."""
-    more = dict(validate=(test_problems,), validate_every=1, validate_k=3)
-    opd.main(distill(student, teacher, problems, tmp_path / "straight", **more))
-    config = distill(student, teacher, problems, tmp_path / "cut", **more)
-    log = lib.runs.Run.log
-
-    def die(run, step, *arguments, **options):
-        if step == 2:
-            raise Killed
-        log(run, step, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lib.runs.Run, "log", die)
-        with pytest.raises(Killed):
-            opd.main(config)
-    assert [line["step"] for line in metrics(tmp_path / "cut.partial")] == [0, 0, 1, 1, 2]
-    opd.main(dataclasses.replace(config, resume=True))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
-    assert record(tmp_path / "cut")["validation"] == record(tmp_path / "straight")["validation"]
 
 
 def test_the_warmups_engine_sleeps_before_the_first_update(
