@@ -12,6 +12,7 @@ order, or on the number of processes. On a GPU rounding depends on the shape of 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from common import InputError, barrier, start_process, this_device, world_size
 from lib.data import end_tokens
 from lib.policy import (
+    FAMILIES,
     Policy,
     checkpoint_weights,
     compute_dtype,
@@ -35,9 +37,11 @@ from lib.policy import (
     load_causal_lm,
     load_config,
     load_generation_config,
+    meta_causal_lm,
 )
 
 GIB = 2**30
+RESERVE_GIB = 6  # beside weights and cache: activations, CUDA graphs, NCCL
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ def chosen_engine(engine: str) -> str:
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
 
 
-def number_of_positions(model: str) -> int | None:
-    """How many tokens, of prompt and response together, a checkpoint is made for; None if its config does not say."""
-    return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
+def number_of_positions(model: str) -> float:
+    """How many tokens, of prompt and response together, a checkpoint is made for; infinite if its config does not say."""
+    return getattr(load_config(model).get_text_config(), "max_position_embeddings", math.inf)
 
 
 def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
@@ -73,7 +77,7 @@ def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
     Beyond its position limit a model silently produces noise.
     """
     longest, limit = max(map(len, prompts)), number_of_positions(model)
-    if limit is not None and longest + cfg.max_response_tokens > limit:
+    if longest + cfg.max_response_tokens > limit:
         raise InputError(
             f"the longest prompt, of {longest} tokens, and --max-response-tokens {cfg.max_response_tokens} make "
             f"{longest + cfg.max_response_tokens}, and {model!r} has {limit} positions; lower --max-response-tokens"
@@ -90,18 +94,50 @@ def check_engine(cfg, model: str) -> None:
     elif world_size() % cfg.tensor_parallel:
         ranks = f"the number of processes ({world_size()})"
         raise InputError(f"--tensor-parallel {cfg.tensor_parallel} must divide {ranks}; give one that does")
+    elif cfg.kv_cache_gib and (needed := gib_of_a_sequence(cfg, model)) > cfg.kv_cache_gib:
+        raise InputError(
+            f"--kv-cache-gib {cfg.kv_cache_gib:g} is less than one sequence of {model!r} takes, which is {needed:.2g} GiB; "
+            "give more, or lower --max-response-tokens"
+        )
+
+
+def gib_of_a_sequence(cfg, model: str) -> float:
+    """GiB that vLLM's cache takes on each GPU for one prompt and response of full length, in bfloat16.
+
+    0 for the architectures of which we do not know it.
+    """
+    config = load_config(model).get_text_config()
+    if config.model_type not in FAMILIES:
+        return 0.0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = max(1, config.num_key_value_heads // cfg.tensor_parallel)  # each with keys and values of 2 bytes a number
+    tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
+    return config.num_hidden_layers * 2 * heads * head_dim * 2 * tokens / GIB
+
+
+def shared_cache_gib(cfg, models: Sequence[str]) -> float | None:
+    """GiB of cache for the engine of each of several models that are alone on a GPU; None for one, which vLLM measures."""
+    if len(models) == 1 or not torch.cuda.is_available():
+        return None
+    weights = sum(
+        parameter.nbytes for model in models for parameter in meta_causal_lm(model, torch.bfloat16).parameters()
+    )
+    return (torch.cuda.mem_get_info()[0] - weights / cfg.tensor_parallel) / GIB / len(models) - RESERVE_GIB
 
 
 def make_engine(
-    cfg, model: str, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None, sleeps=True, alone=False
+    cfg, model: str, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None, sleeps=True, cache_gib=16.0
 ) -> TorchEngine | VLLMEngine:
     """The engine that a Config asks for, with the weights of checkpoint `model`.
 
-    `policy` is the same checkpoint if it is loaded already; if it is not sharded, the embedded sampler uses it in
-    place. For `sleeps` and `alone` see VLLMEngine.
+    `policy` is the same checkpoint in training. If it is not sharded, the embedded sampler uses it in place; vLLM sleeps
+    until the first `sync`. For `sleeps` and `cache_gib` see VLLMEngine.
     """
     if chosen_engine(cfg.engine) == "vllm":
-        return VLLMEngine(model, tokenizer, cfg, sleeps, alone)
+        engine = VLLMEngine(model, tokenizer, cfg, sleeps, cache_gib)
+        if policy is not None:
+            engine.sleep()
+        return engine
     shared = policy is not None and not is_sharded(policy)
     replica = policy.model if shared else load_causal_lm(model, compute_dtype(cfg), this_device())
     return TorchEngine(replica, tokenizer, cfg.max_num_seqs, cfg.stop)
@@ -261,17 +297,20 @@ class VLLMEngine:
 
     With several ranks each has an engine of its own, or `tensor_parallel` successive ranks share one (vLLM's external
     launcher). `sleeps`: on a GPU, `sleep` frees the engine's memory, which vLLM allows to only one engine in a process.
-    `alone`: nothing else needs the GPU while the engine samples, so its cache may take nearly all of it. Facts about
-    vLLM 0.32 that this relies on are beside the lines that use them.
+    `cache_gib` is the size of its cache without --kv-cache-gib; None lets vLLM take nearly all of the GPU that is free.
+    Facts about vLLM 0.32 that this relies on are beside the lines that use them.
     """
 
     _alive: ClassVar[list] = []  # deleting a vLLM engine destroys the process group, so engines are kept here
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, cfg, sleeps: bool = True, alone: bool = False):
+    def __init__(
+        self, model: str, tokenizer: PreTrainedTokenizerBase, cfg, sleeps=True, cache_gib: float | None = 16.0
+    ):
         start_process()
         on_gpu = torch.cuda.is_available()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # otherwise rank 0 of every engine reports its use over the network
         if not on_gpu:
             # Compiling vLLM's samplers takes half a minute. torch may have read the variable already, so both are set.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -283,11 +322,10 @@ class VLLMEngine:
         self._sleeps, self._asleep = sleeps and on_gpu, False
         self.stop_ids = end_tokens(load_generation_config(model), tokenizer, cfg.stop)
         # vLLM refuses more tokens than the model has positions. Longer prompts are refused by `check_lengths`.
-        wanted = cfg.max_prompt_tokens + cfg.max_response_tokens
-        max_tokens = min(wanted, number_of_positions(model) or wanted)
-        cache = cfg.kv_cache_gib or (None if alone and on_gpu else 16)  # GiB; None: vLLM measures what is free
+        max_tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
+        cache = cfg.kv_cache_gib or cache_gib
         if not on_gpu:
-            cache = min(cache, 0.25)
+            cache = min(cache or 0.25, 0.25)
         self.llm = LLM(
             model,
             dtype=self.dtype,
@@ -353,6 +391,7 @@ class VLLMEngine:
                 max_tokens=sampling.max_response_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
                 top_k=sampling.top_k, seed=seed, stop_token_ids=self.stop_ids, detokenize=False,
                 logprobs=0,  # of the sampled token only
+                flat_logprobs=True,  # as two lists of numbers; by default there are three objects for each token
                 ignore_eos=True,  # otherwise vLLM adds the end tokens of the checkpoint that it was started with
             )
             for _, seed in requests
@@ -360,8 +399,5 @@ class VLLMEngine:
         inputs = [{"prompt_token_ids": prompt} for prompt, _ in requests]
         outputs = self.llm.generate(inputs, params, use_tqdm=False) if requests else []
         found = (output.outputs[0] for output in outputs)
-        completions = (
-            Completion(list(o.token_ids), [c[t].logprob for t, c in zip(o.token_ids, o.logprobs)], o.finish_reason)
-            for o in found
-        )
+        completions = (Completion(list(o.token_ids), o.logprobs.logprobs, o.finish_reason) for o in found)
         return [[next(completions) for _ in group] for group in seeds]

@@ -23,14 +23,16 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 from common import Batch, InputError, Rollout, Span, rank, world_size  # noqa: E402
 
+# Positions of a micro-batch by default, by type of device. On a CPU real models keep several megabytes for each.
+MICRO_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+
 
 def make_batches(
     rollouts: Sequence[Rollout], max_tokens: int | None, device: torch.device, share_prompts: bool | None = None
 ) -> list[Batch]:
     """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions.
 
-    `max_tokens` is by default 16,384 on a GPU and 2,048 on a CPU, where real models keep several megabytes for each
-    position. A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to
+    `max_tokens` is by default that of MICRO_BATCH_TOKENS. A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to
     exactly one micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of
     micro-batches, at least one and some perhaps empty, because every forward and backward pass of a sharded model needs
     all ranks. With `share_prompts`, which is the default on a CPU, responses to one prompt that are in one micro-batch
@@ -39,7 +41,7 @@ def make_batches(
     """
     if share_prompts is None:
         share_prompts = device.type == "cpu"
-    max_tokens = max_tokens or (16384 if device.type == "cuda" else 2048)
+    max_tokens = max_tokens or MICRO_BATCH_TOKENS[device.type]
     shares = balance_groups(rollouts, world_size(), share_prompts)
     shares = [split_micro_batches(rollouts, share, max_tokens) for share in shares]
     micro_batches = shares[rank()]
@@ -285,7 +287,10 @@ def attend_in_blocks(query, key, value, packing: Packing, scaling) -> Tensor:
 
 
 def attend_varlen(query, key, value, packing: Packing, scaling) -> Tensor:
-    """(T, H, d) with PyTorch's kernel for bfloat16 on a GPU."""
+    """(T, H, d) with PyTorch's kernel for a GPU, which takes bfloat16 and refuses float32."""
+    dtype = query.dtype
+    if dtype == torch.float32:
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     grouped = {"enable_gqa": True}
     if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 wants as many heads as the query has
         grouped, heads = {}, query.shape[1] // key.shape[1]
@@ -294,7 +299,7 @@ def attend_varlen(query, key, value, packing: Packing, scaling) -> Tensor:
         key, value = key.index_select(0, packing.keys), value.index_select(0, packing.keys)
     bounds = packing.query_bounds, packing.key_bounds, packing.longest_query, packing.longest_key
     # The window is causal. Where a span has more keys than queries, its last query is aligned to the last key.
-    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **grouped)
+    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **grouped).to(dtype)
 
 
 def packed_mask(*arguments, attention_mask=None, **options):

@@ -20,8 +20,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from common import Batch, InputError, first_line, rank, start_process, this_device, world_size
-from lib.packing import Packing  # before the next lines, because it keeps transformers from importing our kernels.py
+from common import Batch, InputError, Rollout, first_line, rank, start_process, this_device, world_size
+
+# Before transformers' models, because lib.packing keeps transformers from importing our kernels.py.
+from lib.packing import MICRO_BATCH_TOKENS, Packing, make_batches
 
 # isort: split
 
@@ -245,3 +247,39 @@ def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.M
             "anew"
         )
     return causal_lm.to(device).eval()
+
+
+def try_longest(
+    cfg,
+    prompts: dict[str, list[int]],
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable,
+    frozen: Policy | None = None,
+) -> None:
+    """On a GPU, computes the loss of a full micro-batch of the longest allowed sequences and its gradient, and drops it.
+
+    So a run that does not fit into memory ends in its first minute, and not after its first long rollout. `prompts` are
+    token ids by problem id. `loss_of(batch)` is the stage's loss, and the `frozen` model that it may use is released in
+    the end. Room is taken for AdamW's two states, which come with the first step. Collective. Raises InputError if
+    memory runs out.
+    """
+    if not torch.cuda.is_available():
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    prompt = max(prompts.values(), key=len)
+    response = prompt[-1:] * cfg.max_response_tokens
+    longest = Rollout(None, 0, prompt, response, [0.0] * len(response), "length", "")
+    max_tokens = cfg.micro_batch_tokens or MICRO_BATCH_TOKENS["cuda"]
+    copies = max(1, max_tokens // (len(prompt) + len(response))) * world_size()
+    try:
+        states = [] if optimizer.state else [torch.empty_like(parameter) for parameter in 2 * parameters]
+        loss_of(make_batches([longest] * copies, max_tokens, parameters[0].device, share_prompts=False)[0]).backward()
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"a micro-batch of {max_tokens} positions, or one sequence of {len(prompt)} + {len(response)} tokens, does not "
+            "fit into the GPU's memory; give --activation-checkpointing, a lower "
+            "--micro-batch-tokens or --max-response-tokens, or more GPUs"
+        ) from None
+    del states
+    optimizer.zero_grad(set_to_none=True)
+    release(frozen)

@@ -463,7 +463,7 @@ def test_a_rank_that_fails_ends_the_others_that_wait_for_it(tmp_path):
 
 @pytest.mark.rest
 def test_ranks_that_have_finished_exit_with_status_0_on_a_busy_machine(tmp_path):
-    """At the interpreter's own shutdown a thread of the process group sometimes aborted; results/faults has fifty runs."""
+    """At the interpreter's own shutdown a thread of the process group sometimes aborted."""
     load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         for _ in range(3):

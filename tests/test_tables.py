@@ -24,11 +24,12 @@ def write_runs(directory: Path, averages: dict[str, float], seeds: int, shift: f
         for checkpoint, average in averages.items():
             scores = average + shift * seed + hardness + rng.normal(0, 0.01, 40)
             mean, error = mean_and_error(scores)
-            row = {"avg": mean, "se": error, "scores": dict(zip(map(str, range(40)), scores.tolist()))}
+            scores = dict(zip(map(str, range(40)), scores.tolist()))
+            row = {"avg": mean, "se": error, "scores": scores, "problems": 40}
             results[checkpoint] = {"test": row}
         path = directory / f"seed{seed}" / "report-test" / "all" / "results.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"results": results}))
+        path.write_text(json.dumps({"results": results, "settings": {"k": 16}}))
     return tuple(str(directory / f"seed{seed}") for seed in range(seeds))
 
 
@@ -134,7 +135,7 @@ def write_checkpoint(run: str, name: str, seed: int, stage: str, model: dict, **
 
 
 def write_chain(run: str, seed: int) -> None:
-    """Two teachers, a bridge from each and Stage 3 after one, with costs of which no two sums are the same by chance."""
+    """Two teachers, a bridge from one and Stage 3 after it, with costs of which no two sums are the same by chance."""
     raw = {"path": "raw_student", "sha256": "raw"}, {"path": "raw_teacher", "sha256": "large"}
 
     def write(name, stage, model, **record):
@@ -148,9 +149,8 @@ def write_chain(run: str, seed: int) -> None:
         "1H/rl/bridge", "opd", warmup, teacher=teacher, trained_on="a", trained_tokens=8_000, cpu_seconds=240
     )
     write("1H/rl/bridge-2H", "student_grpo", bridge, trained_on="c", trained_tokens=16_000, cpu_seconds=480)
-    sft = write("1H/sft/teacher", "fkl_warmup", raw[1], teacher=raw[1], trained_on="a", sampled_tokens=100_000,
-                trained_tokens=200_000, cpu_seconds=6)  # fmt: skip
-    write("1H/sft/bridge", "opd", raw[0], teacher=sft, trained_on="a b", trained_tokens=400_000, cpu_seconds=12)
+    write("1H/sft/teacher", "fkl_warmup", raw[1], teacher=raw[1], trained_on="a", sampled_tokens=100_000,
+          trained_tokens=200_000, cpu_seconds=6)  # fmt: skip
 
 
 COSTS = {  # labels, tokens that the student sampled and trained on, the same of the teacher, CPU minutes; of seed 0
@@ -159,12 +159,11 @@ COSTS = {  # labels, tokens that the student sampled and trained on, the same of
     "1H/rl/bridge": (2, 8_000, 12_000, 3_000, 1_000, 7),
     "1H/rl/bridge-2H": (3, 24_000, 28_000, 3_000, 1_000, 15),
     "1H/sft/teacher": (1, 0, 0, 100_000, 200_000, 0.1),
-    "1H/sft/bridge": (2, 400_000, 400_000, 100_000, 200_000, 0.3),
 }
 
 
 def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path):
-    """The RL'd teacher stands behind the warmup and behind OPD, and is paid for once; seed 1 pays twice as much."""
+    """The RL'd teacher is behind the warmup and behind OPD, and is paid for once; seed 1 pays twice as much."""
     evaluated = [*COSTS, "student", "teacher", "full/rl/bridge"]  # no stage makes a raw model
     runs = write_runs(tmp_path, dict.fromkeys(evaluated, 0.5), seeds=2)
     for seed, run in enumerate(runs):
@@ -185,7 +184,7 @@ def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path):
     assert written(tmp_path / "unknown", runs)[0]["costs"].keys() == COSTS.keys() - {"1H/rl/bridge-2H"}
 
 
-def test_every_figure_of_the_paper_stands_beside_a_row_and_the_papers_differences_follow():
+def test_every_figure_of_the_paper_has_a_row_and_the_papers_differences_follow():
     number = r"\d+\.\d(±\d\.\d)?"
     for checkpoint, figures in tables.PAPER.items():
         assert checkpoint in CHECKPOINTS and 2 <= len(figures) <= len(tables.PAIRS)
@@ -193,10 +192,8 @@ def test_every_figure_of_the_paper_stands_beside_a_row_and_the_papers_difference
     assert "+0.8 with the 8B teacher and -0.1 with the 14B teacher" in tables.PREDICTIONS["App. C"]
     claims = [claim.split() for claims in tables.CLAIMS.values() for claim in claims]
     found = [tables.paper_difference(first, second, "qwen3-8b") for first, _, second, *ours in claims if not ours]
-    assert found == [
-        "-",
-        *"+4.4 +3.4 +5.4 +2.4 +2.8 +1.3 +1.7 +3.3 +1.6 +0.7 +0.5 +3.1 +2.8 +0.3 +2.9 +3.2 -0.3 +0.8".split(),
-    ]
+    expected = "- +4.4 +3.4 +5.4 +2.4 +2.8 +1.3 +1.7 +3.3 +1.6 +0.7 +0.5 +3.1 +2.8 +0.3 +2.9 +3.2 -0.3 +0.8"
+    assert found == expected.split()
     assert {name for first, _, second, *_ in claims for name in (first, second)} <= CHECKPOINTS
 
 
@@ -214,7 +211,7 @@ def test_checkpoints_in_words():
 
 @pytest.mark.parametrize("pair", [*tables.PAIRS, "1H"])
 def test_each_pair_has_the_papers_tables_with_its_own_figures(pair, tmp_path):
-    """And the pretrained model of SCALE=real its own table on 1H, where the paper's figures on all labels do not stand."""
+    """The pretrained model of SCALE=real has its own table on 1H, without the paper's figures on all labels."""
     rows = set().union(*tables.TABLES_1H.values()) if pair == "1H" else CHECKPOINTS
     runs = write_runs(tmp_path, dict.fromkeys(rows, 0.5), seeds=2)
     results, text = written(tmp_path / "out", runs, **({} if pair == "1H" else {"pair": pair}))
@@ -239,27 +236,23 @@ def test_the_demo_is_explained(tmp_path, capsys, monkeypatch):
         "1H/rl/bridge-2H": {"reward": 0.6},
     }.items():
         Path(run, checkpoint, "metrics.jsonl").write_text(json.dumps({"step": 0, **metrics}) + "\n")
-    out = Path(run, "report-test/all")
-    report = json.loads((out / "results.json").read_text())
-    for row in report["results"].values():
-        row["test"]["problems"] = 40
-    (out / "results.json").write_text(json.dumps({**report, "settings": {"k": 16}}))
-    drawn = []
+    out, drawn = Path(run, "report-test/all"), []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     tables.main(tables.Config(out=str(out), runs=(run,), demo=True))
     said = capsys.readouterr().out
-    scored = report["results"]
-    for checkpoint, labels in {"student": 0, "full/direct": 3, "1H/rl/bridge-2H": 3}.items():
-        row = scored[checkpoint]["test"]
-        assert re.search(
-            rf"  {re.escape(tables.in_words(checkpoint))} +{tables.percent(row['avg'], row['se'])} +{labels}\n", said
-        )
-    assert (
-        re.search(r"Stage 3: .* \+10\.\d ± 0\.\d\n", said)
-        and "minus direct GRPO" in said
-        and "Stage 1:" not in said.split("points")[-1]
-    )
-    _, rewards, kls = drawn[0].axes
+    assert "answered 40 test problems 16 times" in said
+    for words, labels in {
+        "raw student": 0,
+        "direct GRPO": 3,
+        r"bridge on 1H \+ Stage 3 on 2H \(RL'd teacher\)": 3,
+    }.items():
+        assert re.search(rf"  {words} +\d+\.\d ± \d\.\d +{labels}\n", said)
+    steps = said[said.index("In\npoints") :]
+    assert re.search(r"Stage 3: .* \+10\.\d ± 0\.\d\n", steps) and "Stage 1: " not in steps  # no teacher was evaluated
+    bars, rewards, kls = drawn[0].axes
+    _, _, [whiskers] = next(box.errorbar for box in bars.containers if hasattr(box, "patches")).lines
+    shown = float(re.search(r"raw student +\S+ ± (\S+)", said)[1])
+    assert np.diff(whiskers.get_segments()[0], axis=0)[0, 0] / 2 == pytest.approx(shown, abs=0.051)
     assert {line.get_label(): line.get_ydata()[0] for line in rewards.lines} == {
         "direct GRPO": -0.4, "bridge on 1H (RL'd teacher)": 0.9, "bridge on 1H + Stage 3 on 2H (RL'd teacher)": 0.6,
     }  # fmt: skip

@@ -195,13 +195,6 @@ def gradient_errors(device, n, ds, v):
     return lines
 
 
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="against the formulas on a CPU only")
@@ -214,7 +207,8 @@ def main():
     if not cuda:
         torch.set_num_threads(1)
     device, name = "cuda" if cuda else "cpu", torch.cuda.get_device_name() if cuda else platform.machine()
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "triton", "liger-kernel"))
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    versions = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in ("torch", "triton", "liger-kernel"))
     lines = [f"# Fused losses on {name}", "", f"{versions}; {datetime.date.today()}; `python -m tests.tools.bench_kernels`"]
     print(lines[-1])
     for size, shape in (CPU if on_cpu else TINY if options.tiny else SIZES).items():
