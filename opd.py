@@ -123,7 +123,7 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
 
 def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
-    """What is logged of one micro-batch, before the step's update: sums over its tokens, and maxima.
+    """The logged statistics of one micro-batch, before the step's update: sums over its tokens, and maxima.
 
     Log-probabilities, KL and entropy are in nats, at temperature 1. Outliers are logged as a fraction of tokens.
     The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is a

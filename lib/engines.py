@@ -1,4 +1,4 @@
-"""What samples responses: vLLM or an embedded PyTorch sampler, behind one interface.
+"""The engines that sample responses, vLLM and an embedded PyTorch sampler, behind one interface.
 
 `sync(policy)` gives an engine the policy's present weights. `generate(prompts, seeds, sampling)` returns completions with
 the log-probability of every sampled token under the distribution that it was sampled from (after temperature, top-k and
@@ -6,7 +6,8 @@ top-p), because importance ratios must be taken against that one. `sleep()` leav
 the next `sync`. Every rank has an engine and samples its share, or `tensor_parallel` successive ranks share one.
 
 Each request has its own seed, so that on a CPU a response does not depend on the other prompts in its batch, on their
-order, or on the number of processes. On a GPU rounding depends on the shape of the batch, so there a response can change with its batch.
+order, or on the number of processes. On a GPU rounding depends on the shape of the batch, so there a response can
+change with its batch.
 """
 
 from __future__ import annotations
@@ -72,10 +73,7 @@ def number_of_positions(model: str) -> float:
 
 
 def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
-    """Raises InputError if the longest of the prompts, with a response of full length, is too long for a checkpoint.
-
-    Beyond its position limit a model silently produces noise.
-    """
+    """Raises InputError if a prompt and a full response go beyond a checkpoint's positions, where it samples noise."""
     longest, limit = max(map(len, prompts)), number_of_positions(model)
     if longest + cfg.max_response_tokens > limit:
         raise InputError(
@@ -102,10 +100,7 @@ def check_engine(cfg, model: str) -> None:
 
 
 def gib_of_a_sequence(cfg, model: str) -> float:
-    """GiB that vLLM's cache takes on each GPU for one prompt and response of full length, in bfloat16.
-
-    0 for the architectures of which we do not know it.
-    """
+    """GiB of vLLM's cache for one prompt and response of full length in bfloat16; 0 for architectures we do not know."""
     config = load_config(model).get_text_config()
     if config.model_type not in FAMILIES:
         return 0.0
@@ -146,11 +141,9 @@ def make_engine(
 class TorchEngine:
     """Batched sampling with a key/value cache from any causal LM that transformers loads. Needs nothing but PyTorch.
 
-    A prompt is computed once and its cache is repeated for its samples. Finished rows are removed from the batch as
-    soon as they are a quarter of it. `max_num_seqs` limits the rows of one batch, and so the size of the cache.
-
-    The model's own forward and transformers' dynamic cache serve any architecture. A static cache was slower on a CPU,
-    because every token attends to all of its room (results/sampling/decoders.md).
+    The model's own forward and transformers' dynamic cache serve any architecture (a static cache was slower on a CPU,
+    results/sampling/decoders.md). A prompt is computed once and its cache is repeated for its samples. Finished rows are
+    removed from the batch as soon as they are a quarter of it. `max_num_seqs` limits the rows of one batch.
     """
 
     tensor_parallel = 1
@@ -321,7 +314,7 @@ class VLLMEngine:
         self.dtype, self.tensor_parallel = compute_dtype(cfg), cfg.tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
         self.stop_ids = end_tokens(load_generation_config(model), tokenizer, cfg.stop)
-        # vLLM refuses more tokens than the model has positions. Longer prompts are refused by `check_lengths`.
+        # vLLM refuses a limit beyond the model's positions. `check_lengths` has refused prompts that would need it.
         max_tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
         cache = cfg.kv_cache_gib or cache_gib
         if not on_gpu:
@@ -343,8 +336,7 @@ class VLLMEngine:
             tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher" if world_size() > 1 else None,
             disable_log_stats=True,
-            # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces, so it is computed at
-            # once.
+            # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces.
             **({} if on_gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
         )
         self._alive.append(self.llm)

@@ -26,7 +26,7 @@ def test_gpu_check_runs_its_parts_at_small_sizes():
 
 def test_a_part_that_overruns_keeps_what_it_printed_and_leaves_no_process():
     child = "import subprocess, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
-    status, printed = gpu_check.run_limited([sys.executable, "-c", child], 2)
+    printed, status = gpu_check.run_limited([sys.executable, "-c", child], 2)
     assert status is None
     for _ in range(50):  # a dead child stays in the table until init has read its status
         try:
@@ -41,7 +41,7 @@ def test_a_part_that_overruns_keeps_what_it_printed_and_leaves_no_process():
 
 
 def test_a_part_that_fails_is_said_with_its_last_line(monkeypatch):
-    monkeypatch.setattr(gpu_check, "run_limited", lambda words, seconds: (1, "a\nRuntimeError: b\n"))
+    monkeypatch.setattr(gpu_check, "run_limited", lambda words, seconds: ("a\nRuntimeError: b\n", 1))
     assert gpu_check.run_part("attention", 1)[:2] == ("FAILED", "RuntimeError: b")
 
 

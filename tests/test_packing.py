@@ -19,7 +19,6 @@ from lib import packing
 from lib.packing import make_batches, pack
 from lib.policy import Policy
 from tests.tools.rehearsal import MODELS as MODEL_CONFIGS
-from tests.tools.trace_gpu import make_policy, two_rollouts
 
 CPU = torch.device("cpu")
 MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # families that are trained, and their classes
@@ -139,11 +138,14 @@ def test_the_longest_sequence_is_tried_and_forgotten(monkeypatch):
 def test_activations_take_what_the_docs_say(name, monkeypatch):
     """What autograd keeps of one layer more, on tensors without memory that say they are on a GPU."""
     config, kept = MODEL_CONFIGS[name], []
-    [batch] = make_batches(two_rollouts(), 32768, torch.device("meta"), False)
+    [batch] = make_batches(make_rollouts(), 1000, torch.device("meta"), False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
     for layers in (1, 2):
-        policy, saved = make_policy(name, "meta", layers), {}
+        shape = {**config.to_dict(), "num_hidden_layers": layers, "layer_types": None}
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(type(config)(**shape), dtype=torch.bfloat16)
+        policy, saved = Policy(model), {}
         weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
 
         def save(tensor, weights=weights, saved=saved):

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,33 +233,27 @@ PARTS = {
 }  # fmt: skip
 
 
-def run_limited(words: list[str], seconds: float) -> tuple[int | None, str]:
-    """Runs a command: (its exit status, or None if it took longer, what it printed). Then none of its children is left."""
+def run_limited(words: list[str], seconds: float) -> tuple[str, int | None]:
+    """Runs a command: (what it printed, its exit status). If it takes longer, it is ended with its children: None."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
-    status = None
     try:
-        printed, _ = process.communicate(timeout=seconds)
-        status = process.returncode
+        return process.communicate(timeout=seconds)[0].decode(errors="replace"), process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # on which torchrun ends its workers, which are in sessions of their own
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # nobody is left
-            pass
-        printed, _ = process.communicate()
-    return status, printed.decode(errors="replace")
+        # On SIGTERM torchrun ends its workers, which are in sessions of their own.
+        for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+        return process.communicate()[0].decode(errors="replace"), None
 
 
 def run_part(name: str, seconds: float) -> tuple[str, str, str, str]:
     """Runs one part in a process of its own: (verdict, figure, bar, what it printed)."""
-    status, printed = run_limited([sys.executable, "-m", "tests.tools.gpu_check", "--part", name], seconds)
+    printed, status = run_limited([sys.executable, "-m", "tests.tools.gpu_check", "--part", name], seconds)
     lines = printed.strip().splitlines() or ["no message"]
     if status is None:
         return "FAILED", f"not finished after {seconds:.0f} s", "", printed
