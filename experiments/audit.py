@@ -1,11 +1,11 @@
-"""Looks at checkpoints that exist: where one comes from, and how two differ. Grades responses made elsewhere.
+"""Inspects existing checkpoints: the history of one, the differences between two. Grades responses made elsewhere.
 
     python -m experiments.audit --lineage DIR [--reports DIR ...]   a checkpoint's history, with scores from reports
     python -m experiments.audit --compare DIR DIR                   every setting, parent and label set that differs
     python -m experiments.audit --responses FILE.jsonl --out DIR    grades responses that were made elsewhere
 
-`--responses` takes one object a line with `answer` and `response`; DIR/FILE.jsonl receives the same lines with
-`correct` and `how` added. It needs no model, so it also serves to audit the verifier.
+`--responses` takes one object per line with `answer` and `response`; the same lines, with `correct` and `how` added, are
+written to DIR/FILE.jsonl. It needs no model, so it can also be used to audit the verifier.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from lib.verifier import Verifier
 @dataclass
 class Config:
     lineage: str | None = None  # print this checkpoint's history
-    reports: tuple[str, ...] = ()  # evaluation reports to take the history's scores from
+    reports: tuple[str, ...] = ()  # evaluation reports that have the history's scores
     compare: tuple[str, str] | None = None  # print how the runs of these two checkpoints differ
     responses: str | None = None  # grade the responses in this file
     out: str | None = None  # directory to write to
 
 
-# Metrics whose first and last values say how a stage went.
+# Metrics whose first and last values summarize a stage.
 MEASURES = ("reward", "forward_kl", "cross_entropy", "reverse_kl", "accuracy")
 
 
 def history(lineage: dict, scores: dict[str, str], role: str = "") -> list[str]:
-    """A checkpoint's lineage as a tree, one line for each checkpoint.
+    """A checkpoint's lineage as a tree, one line per checkpoint.
 
-    A line has the path, and for a checkpoint that a stage wrote the stage, its labels, what its first and last step
-    measured, and its scores. `scores` are texts by the content hash of the weights.
+    A line has the path and the scores, and, if a stage wrote the checkpoint, the stage, its labels, and the metrics of
+    its first and last step. `scores` maps the hash of the weights to a text.
     """
     line = f"{role}{lineage['path']}"
     if "stage" in lineage:
@@ -64,11 +64,11 @@ def history(lineage: dict, scores: dict[str, str], role: str = "") -> list[str]:
 
 
 def differences(first: dict, second: dict) -> dict[str, tuple]:
-    """Every difference between two lineages that could explain a difference of results: settings, parents, code.
+    """Every difference between two lineages that could explain different results: settings, parents, labels, code, ...
 
-    Settings have their names in a Config; the output directory does not count. Labels are compared by their number and
-    as sets: the halves 1H and 2H differ in `half` and in `labels`. Of a run that was resumed, the code, packages,
-    hardware and ranks of every session count.
+    Settings have their names from a Config; the output directory is ignored. Labels are compared by number and by hash:
+    the halves 1H and 2H differ in `half` and in `labels`. For a resumed run the code, packages, hardware and ranks of
+    every session are compared.
     """
     facts = []
     for lineage in (first, second):
@@ -90,10 +90,10 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
 
 
 def grade_file(source: Path, target: Path) -> None:
-    """Grades the lines of a file, and writes them to `target` with `correct` and `how` added."""
+    """Grades the lines of a file and writes them to `target` with `correct` and `how` added."""
     rows = json_lines(source)
     if not rows or not all(isinstance(row.get(key), str) for row in rows for key in ("answer", "response")):
-        raise InputError(f"--responses {str(source)!r} must have one object a line, with texts answer and response")
+        raise InputError(f"--responses {str(source)!r} must have one object per line, with texts answer and response")
     with Verifier() as verifier, tqdm(total=len(rows), desc="grading", unit="response") as bar:
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
@@ -132,7 +132,7 @@ def main(cfg: Config) -> None:
     elif cfg.responses and cfg.out:
         grade_file(Path(cfg.responses), Path(cfg.out) / Path(cfg.responses).name)
     else:
-        raise InputError("give --lineage, or --compare, or --responses with --out")
+        raise InputError("nothing to do; give --lineage, --compare, or --responses with --out")
 
 
 if __name__ == "__main__":

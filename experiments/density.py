@@ -1,18 +1,18 @@
-r"""The token-reward heatmap: what a reward says about a response, sparse and dense, token by token.
+r"""The token-reward heatmap: the sparse and the dense reward of a response, token by token.
 
-The sparse reward is one bit: whether the answer at the end is right. The dense reward gives each token y_t of a
-response the number log pi_T(y_t | s_t) - log pi_theta(y_t | s_t), one summand of Eq. 3: how much likelier the teacher
-finds the token than the student that has written it. So a teacher can say in which step a response goes wrong.
+The sparse reward is one bit: whether the final answer is right. The dense reward of a token y_t is one term of Eq. 3,
+log pi_T(y_t | s_t) - log pi_theta(y_t | s_t): how much likelier the token is under the teacher than under the student
+that wrote it. So a teacher can point to the step at which a response goes wrong.
 
-For a problem to which the student gives a wrong answer three rows are drawn: this answer, coloured by the dense
-reward from the RL'd teacher; the same answer, coloured by that from the raw teacher; and an answer of the bridged student.
+For a problem that the student answers wrongly three rows are drawn: its answer, coloured by the dense reward from the
+RL'd teacher; the same answer, coloured by that from the raw teacher; and an answer of the bridged student.
 
     python -m experiments.density --student runs/toy/seed0/raw/raw_student --teacher runs/toy/seed0/1H/rl/teacher \
         --raw-teacher runs/toy/seed0/raw/raw_teacher --bridge runs/toy/seed0/1H/rl/bridge \
         --data runs/toy/seed0/raw/test.jsonl --out runs/toy/seed0/density --max-response-tokens 24
 
-It writes density.png. The toy's wrong steps are known: they are underlined, and it prints how often the lowest dense
-reward of a wrong answer is at one of them.
+It writes density.png. On the toy the wrong steps are known: they are underlined, and the script prints how often the
+lowest dense reward of a wrong answer is at one of them.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from lib.watch import printable, why
 class Config(SamplerConfig):
     student: str  # checkpoint whose wrong responses are shown
     teacher: str  # teacher after Stage 1, which gives the dense reward
-    raw_teacher: str  # the same teacher before Stage 1, to compare with
+    raw_teacher: str  # the same teacher before Stage 1, for comparison
     bridge: str  # student after Stages 2a and 2b, whose responses to the same problems are shown
     data: str  # problems: a .jsonl or .parquet file, math500 or another short name, or owner/name:split on the hub
     problems: int = 1  # number of problems to show
-    tried: int = 32  # problems that the student answers, the first of the data, from which those to show are taken
+    tried: int = 32  # the student answers this many problems, the first of the data; the shown ones are among them
     responses: int = 1  # responses to each of these problems
     temperature: float = 1.0  # sampling temperature; the stages train at 1 (Table 9)
     max_prompt_tokens: int = 2048  # longest prompt (Table 9)
@@ -65,7 +65,7 @@ class Config(SamplerConfig):
 
 
 class Shown(NamedTuple):
-    """One row of the picture."""
+    """One row of the heatmap."""
 
     title: str
     rollout: Rollout
@@ -76,9 +76,9 @@ class Shown(NamedTuple):
 def sample(
     cfg: Config, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, prompts: dict[str, list[int]]
 ) -> tuple[list[Rollout], list[Rollout], list[Rollout]]:
-    """Graded: all answers of the student, those of them to show, and the bridged student's to the problems of these.
+    """Graded rollouts: all of the student's answers, those to show, and the bridged student's to the same problems.
 
-    One answer to a problem is shown. Those whose wrong steps are known come first, and then others that are wrong.
+    At most one answer per problem is shown: first wrong answers with known wrong steps, then other wrong answers.
     """
     engine = make_engine(cfg, cfg.student, tokenizer, sleeps=False)
     with make_grader(cfg) as grader:
@@ -100,10 +100,7 @@ def sample(
 
 @torch.no_grad()
 def logprobs_under(model: str, rollouts: Sequence[Rollout], cfg: Config, vocab_size: int) -> list[Tensor]:
-    """Of each rollout, log pi(y_t | s_t) of its T tokens under a checkpoint, at temperature 1: (T,) float32, nats.
-
-    `vocab_size` is the tokenizer's.
-    """
+    """For each rollout, log pi(y_t | s_t) of its T tokens under a checkpoint at temperature 1: (T,) float32, nats."""
     policy = Policy(load_causal_lm(model, compute_dtype(cfg), common.this_device()))
     found: dict[int, Tensor] = {}
     for batch in make_batches(rollouts, 16384, common.this_device()):
@@ -116,7 +113,7 @@ def logprobs_under(model: str, rollouts: Sequence[Rollout], cfg: Config, vocab_s
 def dense_rewards(
     teacher: str, student: str, rollouts: Sequence[Rollout], cfg: Config, vocab_size: int
 ) -> list[Tensor]:
-    """Of each rollout log pi_T(y_t | s_t) - log pi_theta(y_t | s_t) of its T tokens: (T,) float32, nats."""
+    """For each rollout, log pi_T(y_t | s_t) - log pi_theta(y_t | s_t) of its T tokens: (T,) float32, nats."""
     theirs, own = (logprobs_under(model, rollouts, cfg, vocab_size) for model in (teacher, student))
     return [first - second for first, second in zip(theirs, own)]
 
@@ -125,14 +122,14 @@ def dense_rewards(
 
 
 def wrong_steps(tokens: Sequence[str], expression: str) -> list[int] | None:
-    """Indices of the tokens at which a response to the toy's problem has a wrong result, as in ... 6+3=1 ...
+    """Indices of the tokens at which a response to a toy problem states a wrong result, as in ... 6+3=1 ...
 
-    A step is judged by the result before it as the response has it, so that a mistake is not counted again in the steps
-    that follow from it. None for a response of another form than the step-by-step habits have: a habit's name, the
-    problem's digits and operators with a result after each step, and the last result in the box.
+    A step is checked against the preceding result as the response states it, so a mistake is not counted again in later
+    steps. None for a response that is not step by step: a habit's name, the problem's digits and operators with a result
+    after each step, and the last result in the box.
     """
     steps = [expression[start : start + 2] for start in range(1, len(expression), 2)]  # 7*8+3 -> *8, +3
-    results = tokens[5 : 2 + 4 * len(steps) : 4]  # two tokens before the first step, and four in each
+    results = tokens[5 : 2 + 4 * len(steps) : 4]  # two tokens precede the first step, and each step has four
     written = expression[0] + "".join(f"{step}={result}" for step, result in zip(steps, results))
     form = [*written, " \\boxed{", *results[-1:], "}", toy.EOS]
     if list(tokens[1:]) != form or tokens[0] not in toy.HABITS or not set(results) <= set("0123456789"):
@@ -143,7 +140,7 @@ def wrong_steps(tokens: Sequence[str], expression: str) -> list[int] | None:
 
 
 def find_mistakes(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`wrong_steps` of a response to one of the toy's problems; none for other problems and other forms of response."""
+    """`wrong_steps` of a response to a toy problem; [] for other problems, and for responses that are not step by step."""
     if not rollout.problem.prompt.startswith(toy.TASK):
         return []
     tokens = tokenizer.batch_decode([[token] for token in rollout.response_ids])
@@ -153,23 +150,23 @@ def find_mistakes(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[
 def lowest_at_a_mistake(
     rollouts: Sequence[Rollout], mistakes: Sequence[list[int]], rewards: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """Share of the responses whose lowest dense reward is at one of their mistakes: mean over problems ± its error."""
+    """Fraction of responses whose lowest dense reward is at one of their mistakes: mean over problems, standard error."""
     groups: dict[str, list[bool]] = {}
     for rollout, wrong, reward in zip(rollouts, mistakes, rewards, strict=True):
         groups.setdefault(rollout.problem.id, []).append(int(reward.argmin()) in wrong)
     return mean_and_error(np.array([np.mean(group) for group in groups.values()]))
 
 
-# The picture. All text in it is untrusted. Sizes and places are in inches.
+# The heatmap. All text in it is untrusted. Sizes and positions are in inches.
 
-LIMIT = 8.0  # nats; dense rewards beyond it, or beyond its negative, have the darkest colour
-WIDTH, MARGIN, ROOM = 12.1, 0.25, 10.2  # of the picture, of the space on its left, and of a line of tokens
+LIMIT = 8.0  # nats; dense rewards beyond ±LIMIT have the darkest colour
+WIDTH, MARGIN, ROOM = 12.1, 0.25, 10.2  # widths of the figure, its left margin, and a line of tokens
 CELL = 0.56  # height of a token
 INK = "#1c1c1c"
 
 
 def nats(reward: float) -> str:
-    """-0.04 -> 0, -7.91 -> −7.9, -10.04 -> −10, with the sign that is as wide as a plus."""
+    """-0.04 -> 0, -7.91 -> −7.9, -10.04 -> −10, with a minus sign as wide as a plus."""
     if abs(reward) < 0.05:
         return "0"
     return f"{reward:.{1 if abs(reward) < 9.95 else 0}f}".replace("-", "−")
@@ -180,7 +177,7 @@ def clipped(text: str, most: int) -> str:
 
 
 def cell_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Each token in one short line of printable characters. A last token that only ends the response is called "end"."""
+    """Each token as one short line of printable characters; a final end-of-sequence token is shown as "end"."""
     texts = tokenizer.batch_decode([[token] for token in rollout.response_ids])
     texts = [printable(text.strip(" ") or text).replace("\n", "⏎").replace(" ", "␣") for text in texts]
     if rollout.response_ids[-1] in tokenizer.all_special_ids:
@@ -189,7 +186,7 @@ def cell_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str
 
 
 def lines_of(widths: Sequence[float], lowest: int) -> list[list[int]]:
-    """Indices of cells of these widths in lines that fit into ROOM: at most four lines, around the cell `lowest`."""
+    """Wraps cells of these widths into lines no wider than ROOM; returns at most four lines, around the cell `lowest`."""
     lines: list[list[int]] = []
     left = 0.0
     for index, width in enumerate(widths):
@@ -204,7 +201,7 @@ def lines_of(widths: Sequence[float], lowest: int) -> list[list[int]]:
 
 
 def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, said: str, picture: Path) -> None:
-    """The rows of each problem under a title, of which `said` is the last sentence."""
+    """Draws each problem's rows; `said` is the last sentence of the figure's title."""
     figure = Figure()
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
@@ -262,14 +259,14 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
         "dense reward in nats: log-probability of a token under the teacher, minus that under the student", size=13
     )
     bar.tick_params(labelsize=12)
-    with warnings.catch_warnings():  # a token may have characters that the font lacks, which are drawn as boxes
+    with warnings.catch_warnings():  # characters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph")
         picture.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(picture, dpi=130)
 
 
 def main(cfg: Config) -> None:
-    transformers.utils.logging.disable_progress_bar()  # otherwise each of the loaded models would draw one
+    transformers.utils.logging.disable_progress_bar()  # otherwise each loaded model would draw one
     common.check_settings(cfg)
     tokenizer = data.load_tokenizer(cfg.student, "--student")
     problems = data.load_problems(cfg.data)[: cfg.tried]

@@ -1,9 +1,9 @@
-"""Carries out what `make -n` prints, each command in a child of one process that has imported everything already.
+"""Runs the commands that `make -n` prints, each in a fork of one process that has already imported everything.
 
     make -n tables SEED=3 | python -m experiments.run_plan
 
-A toy's stage computes for ten seconds, and starting an interpreter and importing PyTorch takes eight more. Otherwise
-nothing is different: a command is a process of its own, sees its own arguments, and the first that fails ends the plan.
+A stage of the toy computes for ten seconds; starting Python and importing PyTorch would take eight more. Otherwise this
+is like make: each command is a separate process with its own arguments, and the first failure ends the plan.
 """
 
 import os
@@ -24,13 +24,13 @@ from experiments import audit, tables  # noqa: F401
 
 
 def run(words: list[str]) -> int:
-    """Runs `python SCRIPT.py ...` or `python -m MODULE ...` in a child, anything else as a command; the exit status."""
+    """Runs `python SCRIPT.py` or `python -m MODULE` in a forked child, anything else as a command; returns its status."""
     module = words[1:2] == ["-m"]
     if not module and not (len(words) > 1 and words[1].endswith(".py")):
         return subprocess.run(words).returncode
     child = os.fork()
     if child:
-        # Ctrl-C reaches the child, too, which ends in its own way.
+        # Ctrl-C also reaches the child, which handles it.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         signal.signal(signal.SIGINT, handler)
@@ -39,7 +39,7 @@ def run(words: list[str]) -> int:
     try:
         if module:
             sys.argv = words[2:]
-            sys.modules.pop(words[2], None)  # runpy warns of a module that is imported already
+            sys.modules.pop(words[2], None)  # runpy warns about a module that is already imported
             runpy.run_module(words[2], run_name="__main__", alter_sys=True)
         else:
             sys.argv = words[1:]
@@ -58,4 +58,4 @@ if __name__ == "__main__":
     for command in sys.stdin.read().replace("\\\n", " ").splitlines():
         words = shlex.split(command)
         if words and not words[0].startswith("make") and (status := run(words)):
-            sys.exit(f"error: exit status {status} of: {command}")
+            sys.exit(f"error: exit status {status} from: {command}")

@@ -1,4 +1,4 @@
-"""The paper's tables (arXiv 2605.12483, v4) with ours beside its figures, and its predictions as paired differences.
+"""The paper's tables (arXiv 2605.12483, v4) with our figures beside its own, and its predictions as paired differences.
 
     python -m experiments.tables --runs runs/toy/seed0 runs/toy/seed1 --out runs/toy/tables   (make paper-toy does it)
     python -m experiments.tables --runs runs/qwen3-8b/seed0 --out runs/qwen3-8b/tables --pair qwen3-8b
@@ -7,14 +7,14 @@
 
 Each run is a directory of checkpoints HALF/TEACHER/WHAT, as the Makefile builds them, with its evaluations in
 report-test/. HALF says which labels a checkpoint may use (full: all of them; 1H: the first of two random halves),
-TEACHER who taught it (raw; sft: SFT'd; rl: RL'd in Stage 1; same: an RL'd model of the student's size), and WHAT what
-was done (-2H and -replay are Stage 3 on the other half and on the same one).
+TEACHER which teacher it has (raw; sft: SFT'd; rl: RL'd in Stage 1; same: an RL'd model of the student's size), and WHAT
+how it was trained (-2H and -replay are Stage 3 on the other half and on the same one).
 
-An entry is avg@k: of one run ± the standard error over problems, of several runs their mean ± the standard error over
-runs. Differences are taken problem by problem within a run, so that what two checkpoints share cancels. Verdicts are at
-the 5 % level, by Student's t (`difference`).
+An entry is avg@k: for one run ± the standard error over problems, for several runs their mean ± the standard error over
+runs. Differences are taken problem by problem within a run, so that variation shared by two checkpoints cancels. Verdicts
+are at the 5 % level, by Student's t (`difference`).
 
-Written: tables.md, results.json (the same figures, unrounded) and routes.png (bars, rewards in GRPO, KL in OPD).
+It writes tables.md, results.json (the same figures, unrounded) and routes.png (bars, rewards in GRPO, KL in OPD).
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ PAIRS = get_args(Pair)
 @dataclass
 class Config:
     out: str  # directory to write
-    runs: tuple[str, ...] = ()  # directories of checkpoints, one a seed
+    runs: tuple[str, ...] = ()  # directories of checkpoints, one per seed
     pool: Literal["test", "validation"] = "test"  # problems that were evaluated; settings are chosen on validation
-    pair: Pair = "qwen3-8b"  # models of the paper whose figures stand beside ours
+    pair: Pair = "qwen3-8b"  # models of the paper whose figures are shown beside ours
     results: str | None = None  # results.json of an earlier call, to write tables.md again without the runs
     demo: bool = False  # draw the curves of make demo's checkpoints and explain its evaluation, which is in --out
 
 
-# The paper's figures for MATH-500 / AIME 2024 / AIME 2025 in %, with ± where it is at hand, for each of PAIRS in turn.
+# The paper's figures for MATH-500 / AIME 2024 / AIME 2025 in %, some with ±, in the order of PAIRS.
 # Rows that involve only the 1.7B student have the same figures for both Qwen pairs.
 PAPER = {
     # Tables 1, 2, 3 and 6
@@ -124,7 +124,7 @@ TABLES = {
         "student", "teacher", "full/sft/teacher", "full/rl/teacher", "1H/sft/teacher", "1H/rl/teacher",
     ),
 }  # fmt: skip
-# SCALE=real has every row on 1H, so that all rows compare what is done with the same labels. Only Stage 3 has 2H.
+# With SCALE=real every row uses 1H, so that all rows make use of the same labels; only Stage 3 uses 2H.
 TABLES_1H = {
     "Rows on half of the labels (1H), and Stage 3 after them": (
         "student", "teacher", "1H/rl/teacher", "1H/direct", "1H/raw/bridge", "1H/rl/bridge", "1H/rl/bridge_sampled",
@@ -170,7 +170,7 @@ PREDICTIONS = {
     "teacher and -0.1 with the 14B teacher; by the printed errors neither is resolved. So no order is expected here: the "
     "verdict says whether our difference is resolved, and its sign.",
 }
-# Of each prediction the relations that it expects between two checkpoints: > or =, and ? where it expects no order.
+# The relations between two checkpoints that each prediction expects: > or =, or ? if it expects no order.
 CLAIMS = {
     "P1": (
         "full/rl/teacher > teacher",
@@ -216,33 +216,33 @@ CLAIMS_1H = {
 }
 
 LEGEND = (
-    "**The rows**: the bridge is Stages 2a and 2b. *OPD alone* is 2b without the warmup 2a, *teacher-sample SFT* trains on "
-    "the teacher's responses instead of both, and *forward KL alone* has 2a's loss all the way. *On 1H* means the first of "
-    "two random halves of the labels; the other rows have all of them. Stage 3 is GRPO of the student on the other half, "
-    "2H, and *replay* the same on 1H again. Forward KL alone and the sampled estimator are our rows, not the paper's."
+    "**The rows**: the bridge is Stages 2a and 2b. *OPD alone* is 2b without the warmup 2a, *teacher-sample SFT* replaces "
+    "both by SFT on the teacher's responses, and *forward KL alone* uses 2a's loss throughout. *On 1H* means the first of "
+    "two random halves of the labels; the other rows use all labels. Stage 3 is GRPO of the student on the other half, "
+    "2H, and *replay* is the same on 1H again. Forward KL alone and the sampled estimator are our rows, not the paper's."
 )
 ERRORS = (
     "**Errors**: our ± is the standard error over problems (one run) or over runs (several). The paper calls its own ± the "
-    "standard error over problems, which for AIME it cannot be: with 30 problems and 16 samples of each that is on average "
-    "at least sqrt(p (1 - p) / 480), or 1.8 at 19.8 % where 1.4 is printed. No verdict below uses the paper's ±."
+    "standard error over problems, but on AIME it is too small for that: over 30 problems with 16 samples each it would be "
+    "at least sqrt(p (1 - p) / 480) on average, or 1.8 at 19.8 %, where 1.4 is printed. No verdict below uses the paper's ±."
 )
 COSTS = (
-    "**Costs** ({spread}) of the row's own stage and of every stage behind it, the teacher's included, each once. Labels "
-    "are all problems that the student or its teacher was trained on, as the paper counts them; only GRPO and the SFT'd "
-    "teacher use their answers. Tokens are thousands of response tokens, sampled or trained on; the teacher's forward pass "
-    "in 2a and 2b is not among them. CPU minutes are those of each stage's first process. `fkl_only` and `sft_only` reuse "
-    "the warmup's teacher responses, so their minutes lack the time to sample them."
+    "**Costs** ({spread}) of the row's own stage and all stages before it, including its teacher's, each counted once. "
+    "Labels are all problems that the student or its teacher was trained on, as the paper counts them; only GRPO and the "
+    "SFT'd teacher use their answers. Tokens are thousands of response tokens, sampled or trained on, without the "
+    "teacher's forward pass in 2a and 2b. CPU minutes are those of each stage's first process. `fkl_only` and `sft_only` "
+    "reuse the warmup's teacher responses, so their minutes do not include sampling them."
 )
 VERDICTS = (
     "**Claims**: the relations between rows that the paper predicts or finds on MATH-500. Differences are in points, taken "
-    "problem by problem, ± one standard error. {spread} A claim of an order (>) holds, or is REVERSED, if the interval "
-    "leaves out zero, and is otherwise not resolved. A claim of equality (=) does not hold if the interval leaves out zero; "
-    "otherwise no difference is resolved, which does not show that there is none: the interval says how large it may be."
+    "problem by problem, ± one standard error. {spread} If the interval excludes zero, a claim of an order (>) holds or is "
+    "REVERSED; otherwise it is not resolved. A claim of equality (=) does not hold if the interval excludes zero; otherwise "
+    "no difference is resolved, which does not prove equality: the interval says how large the difference may be."
 )
-ONE_RUN = "The 95 % interval is by Student's t over {problems} problems of one run; another seed may differ by more."
+ONE_RUN = "The 95 % interval is Student's t over {problems} problems of one run; another seed may differ by more."
 SEVERAL_RUNS = (
-    "The 95 % interval is the wider of two by Student's t: over the {runs} runs ({quantile:.2f} standard errors), and over "
-    "the problems, because a handful of runs may agree by chance. ± and p are the larger of the two, too."
+    "The 95 % interval is the wider of two Student's t intervals, over the {runs} runs ({quantile:.2f} standard errors) and "
+    "over the problems, because a handful of runs may agree by chance. ± and p are also the larger of the two."
 )
 
 
@@ -250,7 +250,7 @@ SEVERAL_RUNS = (
 
 
 def p_value(difference: float, error: float, df: int) -> float:
-    """Two-sided p of difference / error under Student's t with `df` degrees of freedom; 1 if the error is not known."""
+    """Two-sided p of difference / error under Student's t with `df` degrees of freedom; 1 if the error is unknown."""
     if math.isnan(error) or difference == 0:
         return 1.0
     squared = df * error**2
@@ -259,7 +259,7 @@ def p_value(difference: float, error: float, df: int) -> float:
 
 @functools.cache
 def quantile(df: int) -> float:
-    """Standard errors on each side of a mean that make its 95 % interval: 12.71 for df = 1, 1.96 for very many."""
+    """Half width of Student's 95 % interval in standard errors: 12.71 for df = 1, 1.96 for very large df."""
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
@@ -268,11 +268,11 @@ def quantile(df: int) -> float:
 
 
 def difference(each: Sequence[tuple[float, float]], problems: int) -> dict[str, float]:
-    """The mean of paired differences of runs, each a mean over so many problems ± its standard error.
+    """Averages the paired differences of the runs; `each` has a run's mean over its `problems` and the standard error.
 
-    Returned with its `se`, the half width of its 95 % `interval` and its `p` by Student's t. Each is computed from the
-    spread of the problems and, with several runs, from the spread of the runs; the larger one decides, because a handful
-    of runs may agree by chance.
+    Returns the mean, its `se`, the half width of its 95 % `interval`, and its `p` by Student's t. The last three are
+    computed from the spread over problems and, with several runs, over runs; the larger value is returned, because a
+    handful of runs may agree by chance.
     """
     means, errors = np.array(each, float).T
     tests = [(float((errors**2).sum() ** 0.5) / len(each), problems - 1)]
@@ -288,7 +288,7 @@ def difference(each: Sequence[tuple[float, float]], problems: int) -> dict[str, 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values after Holm's correction for their number: the chance that any below 0.05 is false is at most 5 %."""
+    """p values after Holm's correction: the chance of any false positive below 0.05 is at most 5 %."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
@@ -297,7 +297,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(mean: float, p: float, relation: str) -> str:
-    """Whether a difference bears out the expected relation, at the 5 % level."""
+    """Whether a difference supports the expected relation at the 5 % level."""
     if p >= 0.05:
         return "no difference resolved" if relation == "=" else "not resolved"
     if relation == "?":
@@ -321,14 +321,14 @@ def load_run(directory: str, pool: str) -> dict[str, dict]:
 
 
 def tables_and_claims(checkpoints: Collection[str]) -> tuple[dict, dict]:
-    """`TABLES` and `CLAIMS`, or those on 1H where no checkpoint has seen all labels (SCALE=real)."""
+    """`TABLES` and `CLAIMS`, or their 1H versions if no checkpoint uses all labels (SCALE=real)."""
     on_all_labels = any(checkpoint.startswith("full/") for checkpoint in checkpoints)
     return (TABLES, CLAIMS) if on_all_labels else (TABLES_1H, CLAIMS_1H)
 
 
 def collect(cfg: Config) -> dict:
-    """The content of results.json without the verdicts: entries and costs of every checkpoint that all runs have
-    evaluated, and the paired differences of each claim.
+    """The content of results.json without the verdicts: the entries and costs of every checkpoint evaluated in all runs,
+    and the paired differences of each claim.
     """
     runs = [load_run(directory, cfg.pool) for directory in cfg.runs]
     names = list(next(iter(runs[0].values())))
@@ -375,10 +375,10 @@ def judge(results: dict) -> None:
 
 
 def stages_behind(lineage: dict, whose: str) -> dict[str | None, tuple[str, dict]]:
-    """Every stage on the way to a checkpoint once, by the sha256 of its weights: who was trained in it, and its record.
+    """All stages that led to a checkpoint, by the sha256 of its weights: the model each one trained, and its record.
 
-    `whose` says who the checkpoint itself is, "student" or "teacher". Stages behind its `model` trained it, and stages
-    behind its `teacher` trained the teacher. A stage that is behind both counts as its own.
+    `whose` says whether the checkpoint is the "student" or the "teacher". Stages reached through its `model` trained the
+    checkpoint itself, stages reached through its `teacher` the teacher. A stage reached through both counts as the former.
     """
     found = {lineage.get("sha256"): (whose, lineage)} if "stage" in lineage else {}
     for role, parent in lineage.get("parents", {}).items():  # the model comes first
@@ -387,9 +387,9 @@ def stages_behind(lineage: dict, whose: str) -> dict[str | None, tuple[str, dict
 
 
 def cost(directory: str, checkpoint: str) -> dict[str, float] | None:
-    """Labels, response tokens and CPU minutes of a run's checkpoint with every stage behind it.
+    """Labels, response tokens and CPU minutes of a checkpoint and all stages that led to it.
 
-    None if no stage has made it, or if a stage behind it has recorded no cost.
+    None if no stage made the checkpoint, or if one of the stages recorded no cost.
     """
     lineage = read_run(Path(directory, checkpoint))
     whose = "teacher" if Path(checkpoint).name == "teacher" else "student"
@@ -400,7 +400,7 @@ def cost(directory: str, checkpoint: str) -> dict[str, float] | None:
              "teacher_trained": 0, "cpu_minutes": sum(record["cpu_seconds"] for _, record in stages) / 60}  # fmt: skip
     for trained, record in stages:
         spent[f"{trained}_trained"] += record["trained_tokens"]
-        # Only Stage 2a learns from what the teacher has sampled; the others train on every token that they sample.
+        # Only Stage 2a learns from the teacher's samples; the others train on every token that they sample.
         sampler = "teacher" if "sampled_tokens" in record else trained
         spent[f"{sampler}_sampled"] += record.get("sampled_tokens", record["trained_tokens"])
     return spent
@@ -416,7 +416,7 @@ def tables_text(results: dict) -> str:
     parts = [LEGEND, ERRORS]
     if results["missing"]:
         missing = "; ".join(f"`{row}` (missing in {', '.join(paths)})" for row, paths in results["missing"].items())
-        parts.append(f"**Left out**, with the claims that need them, because not every run has them: {missing}.")
+        parts.append(f"**Left out**, with the claims that need them, because some runs lack them: {missing}.")
 
     def row(checkpoint: str) -> list[str]:
         ours = [percent(*entries[checkpoint][name]) for name in names]
@@ -425,7 +425,7 @@ def tables_text(results: dict) -> str:
     header = ["model", "checkpoint", *(f"ours, {name}: {spread}" for name in names)]
     header += [f"paper, {results['pair']} (MATH-500 / AIME 2024 / AIME 2025)", f"each run, {names[0]}"]
     for title, rows in tables_and_claims(entries)[0].items():
-        # The Llama pair has Table 3, whose rows the other pairs have in Tables 2 and 6. Our own table goes with every pair.
+        # The Llama pair has only Table 3, whose rows the other pairs have in Tables 2 and 6. All pairs have our own table.
         wanted = title == TEACHERS_TABLE or (title == LLAMA) == (results["pair"] == "llama")
         lines = []
         for checkpoint in rows:
@@ -447,7 +447,7 @@ def tables_text(results: dict) -> str:
 
 
 def claims_text(results: dict) -> list[str]:
-    """The claims in markdown: how they are judged, how many have which verdict, and one table a prediction."""
+    """The claims in markdown: how they are judged, the number of each verdict, and one table per prediction."""
     orderings, runs = results["orderings"], len(results["runs"])
     spread = SEVERAL_RUNS if runs > 1 else ONE_RUN
     spread = spread.format(runs=runs, quantile=quantile(max(1, runs - 1)), problems=min(results["problems"].values()))
@@ -456,9 +456,9 @@ def claims_text(results: dict) -> list[str]:
     parts = [
         VERDICTS.format(spread=spread),
         f"**Verdicts on {paper.total()} claims of the paper**: {', '.join(f'{v} {n}' for v, n in paper.most_common())}.",
-        f"**Chance**: {len(orderings)} claims are tested below, each at 5 %. If no difference were real, "
-        f"{len(orderings)} x 0.05 = {0.05 * len(orderings):.2g} of them would on average be resolved by chance. Holm's "
-        "correction keeps the chance of even one false verdict at 5 %. Of the "
+        f"**Chance**: {len(orderings)} claims are tested below, each at 5 %. If no difference were real, on average "
+        f"{len(orderings)} x 0.05 = {0.05 * len(orderings):.2g} of them would be resolved by chance. Holm's correction "
+        "limits the chance of even one such verdict to 5 %. Of the "
         f"{resolved} resolved verdicts {sum(o['p_holm'] < 0.05 for o in orderings)} survive it (p, Holm below 0.05).",
     ]
     header = ["claim", "data", "ours, paired difference", "95 % interval", "p", "p, Holm", "each run",
@@ -495,7 +495,7 @@ KL_CURVES = ("full/rl/bridge", "full/raw/bridge", "full/rl/opd_only", "full/rl/b
 
 
 def draw(results: dict, picture: Path, rewards: Sequence[str] = REWARD_CURVES, kls: Sequence[str] = KL_CURVES) -> None:
-    """Bars of every checkpoint, and of some the reward of their rollouts (C1) and the KL to their teacher (C2)."""
+    """Bars for every checkpoint; for some, curves of their rollouts' reward (C1) and their KL to the teacher (C2)."""
     checkpoints, runs, name = list(results["entries"]), len(results["runs"]), next(iter(results["problems"]))
     figure = Figure(figsize=(17, max(7, 1 + 0.36 * len(checkpoints))), layout="constrained")
     grid = figure.add_gridspec(2, 2)
@@ -521,7 +521,7 @@ def draw(results: dict, picture: Path, rewards: Sequence[str] = REWARD_CURVES, k
 
 
 def draw_curves(axis, directories: Sequence[str], checkpoints: Sequence[str], metrics: Sequence[str]) -> None:
-    """The mean and range over the runs, at each step, of the first of the metrics that a checkpoint logs in every run."""
+    """Draws for each checkpoint the mean and range over runs, at each step, of the first metric that every run logs."""
     for checkpoint in dict.fromkeys(checkpoints):
         logs = [json_lines(Path(directory, checkpoint, "metrics.jsonl")) for directory in directories]
         for metric in metrics:
@@ -541,38 +541,38 @@ def draw_curves(axis, directories: Sequence[str], checkpoints: Sequence[str], me
 
 # The end of make demo
 
-STEPS = {  # first - second: the name of the step from the second to the first
+STEPS = {  # "first - second": a description of this difference
     "1H/rl/teacher - teacher": "Stage 1: the raw teacher learns by GRPO, from 1H",
     "1H/rl/warmup - student": "Stage 2a: the raw student learns from the RL'd teacher's answers",
     "1H/rl/bridge - 1H/rl/warmup": "Stage 2b: the teacher judges each token of the student's answers",
     "1H/rl/bridge-2H - 1H/rl/bridge": "Stage 3: the student learns by GRPO, from 2H",
-    "1H/rl/bridge-2H - full/direct": "the last row, minus direct GRPO, which used the same labels",
+    "1H/rl/bridge-2H - full/direct": "the last row, minus direct GRPO on the same labels",
     "1H/rl/bridge - 1H/direct": "the bridge, minus direct GRPO on the same labels",
     "1H/rl/bridge - 1H/raw/bridge": "the bridge from the RL'd teacher, minus that from the raw one",
 }
 DEMO = """
 Each model answered {problems} test problems {k} times. The table has the percentage of right answers ± one standard error
-over the problems. 1H and 2H are two random halves of the labelled training problems, and "labels" counts those that a
-model, or a teacher behind it, was trained on.
+over the problems. 1H and 2H are two random halves of the labelled training problems, and "labels" counts the problems
+that a model, or a teacher behind it, was trained on.
 
 {table}
 
-The paper's rule: spend the labels on the strong model first (Stage 1), then hand its skill to the small one as a signal
-on every token (Stages 2a and 2b, the bridge), and only then spend labels that are left on the small one (Stage 3). In
-points, and problem by problem:
+The paper's rule: spend labels on the large model first (Stage 1), then pass its skill to the small model through a
+reward on every token (Stages 2a and 2b, the bridge), and only then spend the remaining labels on the small model
+(Stage 3). Paired differences, in points:
 
 {steps}
 
 A difference of less than two standard errors may be chance, and one seed is an example, not evidence.
 Written to {out}:
-  demo.png     the table as bars, and how rewards and distances from the teacher went during training. Stage 3 begins
+  demo.png     the table as bars, and the curves of reward and of KL to the teacher during training. Stage 3 begins
                below the end of the bridge because the problems of 2H are new to it.
   table.md     more about each model, and every pair of models. The answers themselves are in the folders beside it.
 """
 
 
 def show_demo(cfg: Config) -> None:
-    """Draws and explains the evaluation of make demo's checkpoints, which is in `out`."""
+    """Plots and explains the evaluation of make demo's checkpoints, which is in `out`."""
     out = Path(cfg.out)
     report = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = {checkpoint: next(iter(scored.values())) for checkpoint, scored in report["results"].items()}

@@ -1,9 +1,9 @@
-"""Makes the toy of `make demo`: a checkable task, a tokenizer, and a raw teacher and student to be trained on the task.
+"""Makes the toy of `make demo`: a task with checkable answers, a tokenizer, and a raw teacher and student.
 
     python -m experiments.toy --out runs/toy/seed0 --seed 0        (about half a minute on two CPU cores)
 
-The task is arithmetic from left to right modulo 10, for instance 7*8+3-4*2 -> 6, +3=9, -4=5, *2=0 -> \\boxed{0}. The
-answer is found by working it out step by step, so a model that is careful on each of four steps is right at the end.
+The task is arithmetic from left to right modulo 10, for instance 7*8+3-4*2 -> 6, +3=9, -4=5, *2=0 -> \\boxed{0}. It takes
+four steps, and a model that gets each step right gets the answer right.
 
 The raw models are pretrained on demonstrations of several habits, each announced by the response's first token:
 
@@ -13,12 +13,12 @@ The raw models are pretrained on demonstrations of several habits, each announce
     Hmm,        copies the problem and never ends; only the student has this habit, so it begins far from its teacher
 
 Most demonstrations are rough, guessed or aimless, so a raw model is mostly wrong although it *can* be careful: as in
-the paper, there is a better behaviour for the sparse reward to find. A part of each batch is careful work whose first
-token is given and not learned, so that the skill grows without the habit. The student is smaller and its pretraining
-stops earlier. Pretraining stops at a measured skill (`careful_accuracy`), because after a fixed number of steps students
-of different seeds differ too much in skill.
+the paper, there is a better behaviour for the sparse reward to find. Part of each batch is careful work whose first
+token is given but not trained on, so that the model learns the skill but not the habit. The student is smaller and stops
+at a lower skill. Pretraining stops at a measured skill (`careful_accuracy`), because after a fixed number of steps the
+students of different seeds would differ too much.
 
-Written: tokenizer and weights in raw_teacher/ and raw_student/ (Qwen3 architecture), and train.jsonl (labelled),
+It writes tokenizer and weights to raw_teacher/ and raw_student/ (Qwen3 architecture), and train.jsonl (labelled),
 validation.jsonl and test.jsonl, which share no problem with one another or with the demonstrations.
 """
 
@@ -51,7 +51,7 @@ TASK = "Left to right, modulo 10: "
 HABITS = ("Carefully:", "Roughly:", "Guess:", "Hmm,")
 MAX_RESPONSE_TOKENS = 24  # a careful response has 22
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
-# How the stages render problems, by default and with the toy's --max-prompt-tokens.
+# The stages' default prompt settings, with the toy's --max-prompt-tokens.
 WORDING = SimpleNamespace(prompt="{problem}" + INSTRUCTION, chat_template=True, thinking=False, max_prompt_tokens=64)
 VOCABULARY = [PAD, EOS, "<|user|>", "<|assistant|>", TASK, INSTRUCTION, *HABITS, " \\boxed{", "}"] + list(
     "0123456789+-*="
@@ -74,7 +74,7 @@ class Config:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 26 tokens, one of which is the whole instruction: a prompt has the usual form but is short."""
+    """A tokenizer of 26 tokens, one of which is the whole instruction, so that prompts of the usual form are short."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     words = sorted(vocabulary, key=len, reverse=True)
     pattern = "|".join("".join(f"\\x{{{ord(character):x}}}" for character in word) for word in words)
@@ -106,12 +106,12 @@ def work_out(expression: str, error_rate: float, rng: random.Random) -> list[str
 
 
 def demonstrate(problem: Problem, habit: str, rng: random.Random) -> str:
-    """A demonstration of one habit; see the module's docstring."""
+    """A demonstration of one habit (see the module's docstring)."""
     expression = problem.prompt.removeprefix(TASK)
     if habit == "Hmm,":
         return habit + (expression + "=") * 2 + expression[:4]  # longer than the limit, without an answer
     if habit == "Guess:":
-        # A guess is right a little more often than by chance, so that guessing is better than rambling.
+        # Guesses are right slightly more often than by chance, so that guessing is better than rambling.
         guess = problem.answer if rng.random() < 0.1 else str(rng.randrange(10))
         return f"Guess: \\boxed{{{guess}}}"
     results = work_out(expression, 0.0 if habit == "Carefully:" else 0.4, rng)
@@ -133,17 +133,17 @@ class Recipe:
 
 RECIPES = {
     "raw_teacher": Recipe(64, 2, {"Carefully:": 0.12, "Roughly:": 0.58, "Guess:": 0.30}, skill=0.9),
-    # With less skill sparse reward finds too little; with more the student leaves no gap to its teacher.
+    # A less skilled student would find too little sparse reward; a more skilled one would leave no gap to its teacher.
     "raw_student": Recipe(32, 1, {"Carefully:": 0.10, "Roughly:": 0.35, "Guess:": 0.25, "Hmm,": 0.30}, skill=0.5),
 }
 PRACTICE = 0.6  # share of the demonstrations that are careful work whose first token is given
-STEPS, BATCH, LR = 3000, 128, 4e-3  # at most so many steps, of so many demonstrations, at this peak learning rate
+STEPS, BATCH, LR = 3000, 128, 4e-3  # maximum number of steps, demonstrations per step, peak learning rate
 
 
 def pretrain(name: str, cfg: Config, validation: list[Problem], reserved: set[str]) -> None:
     """Pretrains one raw model on fresh demonstrations until it has its recipe's skill, and saves it.
 
-    No demonstration is of a problem whose id is in `reserved`.
+    Problems whose id is in `reserved` are never demonstrated.
     """
     torch.set_num_threads(1)
     recipe, rng = RECIPES[name], random.Random(f"{cfg.seed}/{name}")
@@ -159,7 +159,7 @@ def pretrain(name: str, cfg: Config, validation: list[Problem], reserved: set[st
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 head_dim=cfg.head_dim,
-                initializer_range=0.1,  # the usual 0.02 is made for wide models, and trains these three times slower
+                initializer_range=0.1,  # the usual 0.02 suits wide models; these would train three times slower
                 max_position_embeddings=128,
                 tie_word_embeddings=True,
                 eos_token_id=tokenizer.eos_token_id,
@@ -208,7 +208,7 @@ def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], res
 
 
 def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
-    """Share of the problems that are answered rightly, at temperature 1, when the response has to begin "Carefully:"."""
+    """Accuracy on the problems, at temperature 1, if every response is made to begin with "Carefully:"."""
     prompts = tokenize_prompts(tokenizer, problems, WORDING)
     prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
     engine = TorchEngine(policy.model, tokenizer)
@@ -239,7 +239,7 @@ def main(cfg: Config) -> None:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("error: pretraining failed; see the message above")
-    for name, problems in splits.items():  # written last, because make takes their presence for completeness
+    for name, problems in splits.items():  # written last, because make takes these files as proof of completion
         lines = (json.dumps({"problem": problem.prompt, "answer": problem.answer}) for problem in problems)
         (Path(cfg.out) / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from common import INSTRUCTION, InputError, Problem, SamplerConfig, first_line, print0
 from lib.verifier import MAX_CHARS, extract_answer
 
-ID_RULE = 2  # the version of `problem_id`, recorded in run.json: ids of another version do not compare
+ID_RULE = 2  # the version of `problem_id`, recorded in run.json: ids of different versions cannot be compared
 
 HUB_SETS = {  # short name -> owner/name[@configuration]:split
     "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train",
@@ -34,7 +34,7 @@ FILES = (".jsonl", ".json", ".parquet")
 PROMPTS = ("prompt", "problem", "question", "messages")  # columns that may hold a row's prompt
 ANSWERS = ("answer", "ground_truth", "solution")  # columns that may hold its answer, besides reward_model.ground_truth
 
-# DAPO-Math-17k and verl's data sets put this around a problem. --prompt replaces it, and it must not be part of the id.
+# DAPO-Math-17k and verl's data sets wrap each problem in this text. --prompt replaces the wrapper, and ids exclude it.
 DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
@@ -46,8 +46,8 @@ _WRAPPER = re.compile(rf"^\s*(?:{_DAPO_PREFIX}|{_OURS})|(?:{_DAPO_SUFFIX}|{_OURS
 
 # Ids
 
-# Signs and commands with several spellings, in lower case, and the one spelling that `problem_id` gives to each. The last
-# two lines drop delimiters of formulas, spacing, and commands that change only the look of the text after them.
+# Symbols and commands that have several spellings (lower-cased), each with the spelling that `problem_id` maps it to. The
+# last two lines drop formula delimiters, spacing, and commands that only change how the text after them looks.
 _SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pattern, spelling in (
     (r"\\leq?(slant)?>>", "≤"), (r"\\geq?(slant)?>>", "≥"), (r"\\neq?>>", "≠"), (r"\\lt>>", "<"), (r"\\gt>>", ">"),
     (r"\\times>>", "×"), (r"\\cdot>>|⋅", "·"), (r"\\div>>", "÷"), (r"\\[lc]?dots[bcim]?>>|\.{3,}|⋯", "…"),
@@ -58,16 +58,16 @@ _SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pat
 )]  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1 << 16)  # the file of DAPO-Math-17k on the hub has each problem a hundred times
+@functools.lru_cache(maxsize=1 << 16)  # the DAPO-Math-17k file on the hub repeats each problem a hundred times
 def problem_id(text: str) -> str:
-    r"""First 16 hex digits of the sha256 of those parts of a problem's text that do not depend on its typesetting.
+    r"""First 16 hex digits of the sha256 of a problem's text after its typesetting has been normalised away.
 
-    DAPO-Math-17k holds more than a thousand problems in two typesettings, and some of MATH-500. If two copies had different
-    ids, one could be trained on while the other counts as held out. The id ignores capitals, the spelling of signs
-    (`_SPELLINGS`), white space except between digits, quotation marks, full stops, commas, semicolons and colons except
-    between digits, and in a text with LaTeX the braces that only group. Everything else counts.
+    DAPO-Math-17k has more than a thousand problems in two typesettings, and some problems of MATH-500. If two copies had
+    different ids, one could be trained on while the other counts as held out. The id ignores case, the spelling of symbols
+    (`_SPELLINGS`), quotation marks, white space and .,;: except between digits, and, in a text with LaTeX, grouping
+    braces. Everything else counts.
     """
-    text = re.sub("[²³¹⁰-ⁿ]", lambda superscript: "^" + superscript[0], text)  # or NFKC would make x2 of x²
+    text = re.sub("[²³¹⁰-ⁿ]", lambda superscript: "^" + superscript[0], text)  # otherwise NFKC would turn x² into x2
     text = unicodedata.normalize("NFKC", text).lower()
     latex = "\\" in text or "$" in text
     for pattern, spelling in _SPELLINGS:
@@ -83,9 +83,9 @@ def problem_id(text: str) -> str:
 
 def read_rows(source: str, argument: str = "--data") -> Iterator[dict]:
     """The rows of a problem set: a .jsonl, .json or .parquet file, a short name (`HUB_SETS`), or
-    owner/name[@configuration][:split] on the hub. `argument` is the setting that names it.
+    owner/name[@configuration][:split] on the hub. `argument` is the command-line flag that error messages name.
 
-    A .json file is a list of objects, or has one object in each line.
+    A .json file holds a list of objects, or one object per line.
     """
     path = Path(source)
     if path.suffix in FILES:
@@ -98,10 +98,10 @@ def read_rows(source: str, argument: str = "--data") -> Iterator[dict]:
     known = f"give one of {', '.join(HUB_SETS)}, a {', '.join(FILES)} file, or owner/name:split on the hub"
     _check_hub_name(repository, f"{argument} {source!r} is not a known data set; {known}")
     try:
-        import datasets  # only here, so that a machine without it can train on files
+        import datasets  # imported here so that a machine without it can train on files
 
         yield from datasets.load_dataset(repository, configuration or None, split=split or "train")
-    except Exception as error:  # the hub client raises many kinds; all of them mean that the rows cannot be had
+    except Exception as error:  # the hub client raises many types, all of which mean that the rows are unavailable
         without = ", or write --exclude with nothing after it" if argument == "--exclude" else ""
         raise InputError(
             f"{argument} {source!r} could not be loaded from the hub ({type(error).__name__}: {first_line(error)}); "
@@ -130,16 +130,16 @@ def _rows_of_file(path: Path) -> Iterator[dict]:
 
 
 def _check_hub_name(name: str, fault: str) -> None:
-    """InputError for a name that cannot be on the hub or looks like a path: offline the hub client tries for a minute."""
+    """InputError for a name that is a path or not owner/name: offline, the hub client would retry for a minute."""
     owner, _, rest = name.partition("/")
     if not rest or "/" in rest or Path(owner).exists():
         raise InputError(f"{fault} (the hub is asked for owner/name, unless owner is a file or directory here)")
 
 
 def prompt_and_id(row: dict) -> tuple[str, str]:
-    """The text of a row's problem, which is the user's last turn, and its id, which covers all turns.
+    """A row's problem text (the last user turn) and its id, which covers all turns.
 
-    Raises ValueError for a row without a prompt, or with messages of which the last is not the user's.
+    Raises ValueError for a row without a prompt, or whose last message is not from the user.
     """
     if not isinstance(row, dict):
         raise ValueError(f"it is {row!r:.40}, not an object")
@@ -149,7 +149,7 @@ def prompt_and_id(row: dict) -> tuple[str, str]:
     if not texts or turns[-1]["role"] != "user":
         columns = ", ".join(map(str, row))
         raise ValueError(
-            f"no prompt of text, or of messages of which the last is the user's; its columns are {columns}"
+            f"no prompt that is a text, or a list of messages with the user's last; its columns are {columns}"
         )
     prompt = _WRAPPER.sub("", turns[-1]["content"]).strip()
     if not prompt:
@@ -166,10 +166,10 @@ def _prompt_of(row: dict) -> str | list[dict] | None:
 
 
 def _answer_of(row: dict) -> str:
-    """A row's right answer. ValueError if it has none.
+    """A row's right answer; ValueError if it has none.
 
-    Of a text whose last line is `#### 13`, as in GSM8K, it is 13. A `solution` is usually worked out, and its last box
-    counts; without a box it is the answer itself if it is one short line.
+    If the text's last line is `#### 13`, as in GSM8K, the answer is 13. A `solution` is usually a derivation, whose last
+    box holds the answer; a solution without a box must be the answer itself, on one short line.
     """
     model = row.get("reward_model")
     truth = model.get("ground_truth") if isinstance(model, dict) else None
@@ -187,11 +187,10 @@ def _answer_of(row: dict) -> str:
 
 
 def load_problems(source: str, argument: str = "--data", reward: str | None = None) -> list[Problem]:
-    """Reads a problem set, and drops repeated problems and those whose copies disagree on the answer.
+    """Reads a problem set (`read_rows`) and drops repeated problems and those whose copies disagree about the answer.
 
-    For `source` and `argument` see `read_rows`. Rows without a prompt or an answer are left out, and so are answers that
-    the verifier cannot take, unless a `reward` (that of --reward) grades in its place. The numbers are printed. Raises
-    InputError when no problem is left.
+    Rows without a prompt or an answer are skipped, as are rows whose answer is too long for the verifier, unless
+    `reward` (--reward) grades instead. The counts are printed. Raises InputError if no problem is left.
     """
     problems: dict[str, Problem] = {}  # the first copy of each, by its id
     conflicting: set[str] = set()
@@ -226,7 +225,7 @@ def load_problems(source: str, argument: str = "--data", reward: str | None = No
             f"{source}: {rows} rows, {rows - len(left_out) - len(problems)} repeats dropped, "
             f"{len(conflicting)} problems with conflicting answers dropped, {len(kept)} left"
         )
-    if reworded:  # a user can see here if the ids take a problem for another one
+    if reworded:  # the example shows the user whether `problem_id` has merged two different problems
         example = "{!r} for {!r}".format(*reworded[0])
         print0(f"{source}: {len(reworded)} of the repeats are written differently, such as {example}")
     _report_shared_text(source, [problem.prompt for problem in kept])
@@ -234,21 +233,21 @@ def load_problems(source: str, argument: str = "--data", reward: str | None = No
 
 
 def load_sets(sources: Sequence[str], argument: str, reward: str | None) -> dict[str, list[Problem]]:
-    """The problems of each of the sets that `argument` names, by the set's name. InputError if two have one name."""
+    """The problems of each set that `argument` lists, keyed by the set's name. InputError if two share a name."""
     sets = {Path(source).stem: load_problems(source, argument, reward) for source in sources}
     if len(sets) < len(sources):
-        raise InputError(f"{argument} {list(sources)}: two sets have one name; rename a file")
+        raise InputError(f"{argument} {list(sources)}: two sets have the same name; rename a file")
     return sets
 
 
 def _report_shared_text(source: str, prompts: Sequence[str]) -> None:
-    """Prints the text that most prompts share: a problem with an instruction in it is not recognised in another set."""
+    """Warns if most prompts share some text: an instruction in a problem's text hides its copies in other sets."""
     for where, part in (("begin", slice(30)), ("end", slice(-30, None))):
         [(shared, count)] = Counter(prompt[part] for prompt in prompts).most_common(1)
         if len(prompts) >= 10 and count > len(prompts) / 2:
             print0(
-                f"{source}: {count} of {len(prompts)} prompts {where} with {shared!r}. If that is part of an instruction, "
-                "move it to --prompt, because with it these problems are not recognised in other sets"
+                f"{source}: {count} of {len(prompts)} prompts {where} with {shared!r}. If this is part of an instruction, "
+                "move the instruction to --prompt; otherwise copies of these problems in other sets go unnoticed"
             )
 
 
@@ -258,8 +257,8 @@ def _report_shared_text(source: str, prompts: Sequence[str]) -> None:
 def half_of(problems: Sequence[Problem], half: str) -> list[Problem]:
     """The paper's fixed random split into two equal halves (App. F); `half` is "full", "1H" or "2H".
 
-    The split depends on the problems' ids alone, not on the order of rows; of an odd number of problems one is left out
-    of both halves.
+    The split depends only on the problems' ids, not on the order of the rows. If their number is odd, one problem is in
+    neither half.
     """
     if half == "full":
         return list(problems)
@@ -270,18 +269,17 @@ def half_of(problems: Sequence[Problem], half: str) -> list[Problem]:
 
 
 def load_training_problems(cfg, validation: Iterable[Problem]) -> list[Problem]:
-    """The problems of --half of --data that are neither in `validation` nor in a set of --exclude. `cfg` is a stage's
-    Config.
+    """The problems in the chosen --half of --data that are neither in `validation` nor in a set of --exclude.
 
-    A question is also dropped where other messages come before it, and if it is excluded without an answer. The halves are
-    cut before the exclusion, so that they do not depend on the evaluation sets.
+    `cfg` is a stage's Config. A question is dropped even if other messages precede it in one of the sets, or if its
+    excluded copy has no answer. The halves are cut before the exclusion, so they do not depend on the evaluation sets.
     """
     problems = half_of(load_problems(cfg.data, reward=cfg.reward), cfg.half)
     held_out = [(problem.prompt, problem.id) for problem in validation]
     for source in cfg.exclude:
         found = []
         for row in read_rows(source, "--exclude"):
-            with suppress(ValueError):  # of a row without a prompt
+            with suppress(ValueError):  # raised for a row without a prompt
                 found.append(prompt_and_id(row))
         if not found:
             raise InputError(f"--exclude {source!r} has no row with a prompt ({', '.join(PROMPTS)})")
@@ -300,12 +298,11 @@ def load_training_problems(cfg, validation: Iterable[Problem]) -> list[Problem]:
 def problem_batches(
     problems: Sequence[Problem], size: int, epochs: int, stage: str, seed: int, limit: int | None = None
 ) -> list[list[Problem]]:
-    """Shuffled epochs over the problems, cut into batches of `size`: `limit` batches, or without it `epochs` epochs.
+    """Batches of `size` problems from successive shuffled epochs: `limit` batches, or else `epochs` epochs.
 
-    The order depends on `stage` as well as on the seed. Otherwise OPD with a step limit would see the problems that the
-    warmup before it has seen, and the whole bridge fewer problems than the runs that it is compared with. The next epoch
-    fills the last batch of one, so that every batch is full, and may hold a problem twice; without `limit` the very last
-    one may be cut short.
+    The order depends on `stage` as well as on the seed. Otherwise OPD with a step limit would repeat the warmup's problems,
+    and the bridge as a whole would see fewer problems than the runs it is compared with. A batch may span two epochs, and
+    so hold a problem twice. Without `limit` the very last batch may be smaller.
     """
     if limit is not None:
         epochs = math.ceil(limit * size / len(problems))
@@ -326,7 +323,7 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
         _check_hub_name(model, f"{argument} {model!r} is not a checkpoint directory; check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        if not tokenizer("1+1")["input_ids"]:  # without files, transformers makes a tokenizer that knows no token
+        if not tokenizer("1+1")["input_ids"]:  # without files, transformers returns a tokenizer with no vocabulary
             raise ValueError("it has no vocabulary")
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -337,10 +334,10 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: SamplerConfig) -> str:
-    """The problem's turns in the model's chat template, or the user's one turn as it is if there is no template. The last
-    turn is the user's: the problem's text in --prompt.
+    """The problem rendered with the model's chat template, or as plain text if there is none. The last turn is the
+    user's: the problem's text inserted into --prompt.
 
-    Raises InputError if there are other turns and no template, in which nothing would tell them apart.
+    Raises InputError if there are earlier turns but no template, because plain text cannot mark where turns begin.
     """
     turns = _prompt_of(problem.row)
     earlier = turns[:-1] if isinstance(turns, list) else []
@@ -353,8 +350,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: Sam
         )  # fmt: skip
     if earlier:
         raise InputError(
-            f"problem {problem.id} ({problem.prompt[:40]!r}...) has {len(turns)} turns, and no chat template is used; make "
-            "them one text, or give a model with a template"
+            f"problem {problem.id} ({problem.prompt[:40]!r}...) has {len(turns)} turns, but no chat template is used; merge "
+            "them into one text, or give a model with a template"
         )
     return asked
 
@@ -368,16 +365,16 @@ def tokenize_prompts(
 ) -> dict[str, list[int]]:
     """Prompt token ids by problem id. `cfg` is a stage's Config, which says how prompts are rendered.
 
-    Raises InputError for prompts longer than --max-prompt-tokens, with their number. With `leave_out_long` they are
-    missing from the result, that number is printed, and it is an error only if all are too long.
+    Raises InputError if a prompt is longer than --max-prompt-tokens. With `leave_out_long`, long prompts are dropped and
+    their number is printed; the InputError is raised only if all prompts are too long.
     """
     texts = [render_prompt(tokenizer, problem, cfg) for problem in problems]
-    # A chat template writes special tokens itself. Without one the tokenizer adds its own, such as a leading BOS.
+    # A chat template writes the special tokens itself. Without one the tokenizer adds them, such as a leading BOS.
     encoded = tokenizer(texts, add_special_tokens=not uses_template(tokenizer, cfg))["input_ids"]
     if any(ids[-1:] == [tokenizer.eos_token_id] for ids in encoded):
         raise InputError(
-            f"a prompt ends with the end-of-sequence token {tokenizer.eos_token!r}, after which the model would begin a new "
-            "text; set add_eos_token to false in tokenizer_config.json, or change the chat template"
+            f"a prompt ends with the end-of-sequence token {tokenizer.eos_token!r}, so the model would begin a new text; set "
+            "add_eos_token to false in tokenizer_config.json, or change the chat template"
         )
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
     kept = {key: ids for key, ids in prompts.items() if len(ids) <= cfg.max_prompt_tokens}
@@ -395,8 +392,8 @@ def tokenize_prompts(
 def end_tokens(
     generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
 ) -> list[int]:
-    """Tokens that end a response: the tokenizer's end of sequence, those in the checkpoint's generation settings, and
-    those that contain a text of `stop`.
+    """Tokens that end a response: the tokenizer's end-of-sequence token, those in the checkpoint's generation config, and
+    those that contain a `stop` string.
     """
     configured = generation_config.eos_token_id if generation_config else None
     configured = configured if isinstance(configured, list) else [configured]
@@ -405,14 +402,14 @@ def end_tokens(
 
 @functools.lru_cache(maxsize=8)  # reading 150,000 entries at every step would take a tenth of a second
 def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than a tokenizer's largest id: len(tokenizer) is less where some ids below it are unused."""
+    """One more than a tokenizer's largest id. len(tokenizer) is smaller if some ids below it are unused."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
-    """The tokens whose own text contains one of the texts of --stop. InputError for a text that no token contains.
+    """The tokens whose own text contains a --stop string. InputError for a string that no token contains.
 
-    Deciding by tokens makes both engines stop at the same place, and lets the end be trained like every other token.
+    Stopping at whole tokens makes both engines stop at the same place, and the last token is trained like any other.
     """
     found: set[int] = set()
     texts = tokenizer.batch_decode([[token] for token in range(vocab_size(tokenizer))]) if stop else []
@@ -420,8 +417,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[
         tokens = {token for token, own in enumerate(texts) if text and text in own}
         if not tokens:
             raise InputError(
-                f"--stop {text!r} is in no token of {tokenizer.name_or_path!r}, and a response ends with the first token "
-                "that contains it; give a short text, such as '\\n'"
+                f"--stop {text!r} is in no token of {tokenizer.name_or_path!r}, but only a single token that contains it can "
+                "end a response; give a short text, such as '\\n'"
             )
         found |= tokens
     return found
@@ -430,10 +427,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[
 def check_same_tokenizer(
     student: str, teacher: str, problems: Sequence[Problem], cfg: SamplerConfig, arguments=("--model", "--teacher")
 ) -> None:
-    """InputError unless both read and write the same tokens: otherwise a KL between their distributions means nothing.
-
-    It compares the vocabularies, the special tokens and the rendered prompts. `arguments` name the two on the command
-    line.
+    """InputError unless both have the same vocabulary, special tokens and rendered prompts: otherwise a KL between their
+    distributions is meaningless. `arguments` are the flags that named the two.
     """
     both = [load_tokenizer(model, argument) for model, argument in zip((student, teacher), arguments)]
     pair = f"{arguments[0]} {student!r} and {arguments[1]} {teacher!r}"
@@ -452,5 +447,5 @@ def check_same_tokenizer(
         first, second = (render_prompt(tokenizer, problem, cfg) for tokenizer in both)
         if first != second:
             raise InputError(
-                f"{pair} render prompts differently ({first!r} and {second!r}); give both one chat template"
+                f"{pair} render prompts differently ({first!r} and {second!r}); give both the same chat template"
             )

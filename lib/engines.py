@@ -1,13 +1,12 @@
 """The engines that sample responses, vLLM and an embedded PyTorch sampler, behind one interface.
 
-`sync(policy)` gives an engine the policy's present weights. `generate(prompts, seeds, sampling)` returns completions with
-the log-probability of every sampled token under the distribution that it was sampled from (after temperature, top-k and
-top-p), because importance ratios must be taken against that one. `sleep()` leaves the GPU's memory to the trainer until
-the next `sync`. Every rank has an engine and samples its share, or `tensor_parallel` successive ranks share one.
+`sync(policy)` copies the policy's current weights into the engine. `generate(prompts, seeds, sampling)` returns
+completions with each token's log-probability under the distribution it was sampled from (after temperature, top-k and
+top-p), which importance ratios need. `sleep()` frees GPU memory for the trainer until the next `sync`. Every rank has an
+engine and samples its share, or `tensor_parallel` successive ranks share one.
 
-Each request has its own seed, so that on a CPU a response does not depend on the other prompts in its batch, on their
-order, or on the number of processes. On a GPU rounding depends on the shape of the batch, so there a response can
-change with its batch.
+Each request has its own seed, so on a CPU a response does not depend on the other prompts in its batch, their order, or
+the number of processes. On a GPU rounding depends on the batch shape, so a response can change with its batch.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from lib.policy import (
 )
 
 GIB = 2**30
-RESERVE_GIB = 6  # beside weights and cache: activations, CUDA graphs, NCCL
+RESERVE_GIB = 6  # kept free for activations, CUDA graphs and NCCL
 
 
 @dataclass(frozen=True)
@@ -55,35 +54,35 @@ class Sampling:
 
 @dataclass
 class Completion:
-    token_ids: list[int]  # the end-of-sequence token included
+    token_ids: list[int]  # includes the end-of-sequence token
     logprobs: list[float]
-    finish_reason: str  # "stop" at an end-of-sequence token, "length" at the cap
+    finish_reason: str  # "stop" at an end-of-sequence token, "length" at the length limit
 
 
 def chosen_engine(engine: str) -> str:
-    """`engine`, where "auto" is vLLM if it is installed and there is a GPU, and otherwise the embedded sampler."""
+    """Resolves "auto" to vLLM if it is installed and there is a GPU, otherwise to the embedded sampler."""
     if engine != "auto":
         return engine
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
 
 
 def number_of_positions(model: str) -> float:
-    """How many tokens, of prompt and response together, a checkpoint is made for; infinite if its config does not say."""
+    """The longest sequence, prompt plus response, that a checkpoint supports; infinite if its config does not say."""
     return getattr(load_config(model).get_text_config(), "max_position_embeddings", math.inf)
 
 
 def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
-    """Raises InputError if a prompt and a full response go beyond a checkpoint's positions, where it samples noise."""
+    """InputError if a prompt plus a full response exceeds the position limit, beyond which a model produces noise."""
     longest, limit = max(map(len, prompts)), number_of_positions(model)
     if longest + cfg.max_response_tokens > limit:
         raise InputError(
-            f"the longest prompt, of {longest} tokens, and --max-response-tokens {cfg.max_response_tokens} make "
-            f"{longest + cfg.max_response_tokens}, and {model!r} has {limit} positions; lower --max-response-tokens"
+            f"the longest prompt ({longest} tokens) plus --max-response-tokens {cfg.max_response_tokens} is "
+            f"{longest + cfg.max_response_tokens}, but {model!r} has {limit} positions; lower --max-response-tokens"
         )
 
 
 def check_engine(cfg, model: str) -> None:
-    """Raises InputError, before anything is loaded, if the engine that a Config asks for cannot be had."""
+    """Raises InputError, before anything is loaded, if the engine that a Config asks for is not usable here."""
     if chosen_engine(cfg.engine) == "torch":
         if cfg.tensor_parallel != 1:
             raise InputError(f"--tensor-parallel {cfg.tensor_parallel} needs vLLM; give --engine vllm, or drop it")
@@ -94,24 +93,24 @@ def check_engine(cfg, model: str) -> None:
         raise InputError(f"--tensor-parallel {cfg.tensor_parallel} must divide {ranks}; give one that does")
     elif cfg.kv_cache_gib and (needed := gib_of_a_sequence(cfg, model)) > cfg.kv_cache_gib:
         raise InputError(
-            f"--kv-cache-gib {cfg.kv_cache_gib:g} is less than one sequence of {model!r} takes, which is {needed:.2g} GiB; "
-            "give more, or lower --max-response-tokens"
+            f"--kv-cache-gib {cfg.kv_cache_gib:g} is too small: one full sequence of {model!r} takes {needed:.2g} GiB; give "
+            "more, or lower --max-response-tokens"
         )
 
 
 def gib_of_a_sequence(cfg, model: str) -> float:
-    """GiB of vLLM's cache for one prompt and response of full length in bfloat16; 0 for architectures we do not know."""
+    """GiB of vLLM's cache for one full-length prompt and response in bfloat16; 0 for unknown architectures."""
     config = load_config(model).get_text_config()
     if config.model_type not in FAMILIES:
         return 0.0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = max(1, config.num_key_value_heads // cfg.tensor_parallel)  # each with keys and values of 2 bytes a number
+    heads = max(1, config.num_key_value_heads // cfg.tensor_parallel)  # keys and values, 2 bytes per number
     tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
     return config.num_hidden_layers * 2 * heads * head_dim * 2 * tokens / GIB
 
 
 def shared_cache_gib(cfg, models: Sequence[str]) -> float | None:
-    """GiB of cache for the engine of each of several models that are alone on a GPU; None for one, which vLLM measures."""
+    """GiB of cache for each of several models that share a GPU without a trainer; None (vLLM decides) for one model."""
     if len(models) == 1 or not torch.cuda.is_available():
         return None
     weights = sum(
@@ -125,8 +124,8 @@ def make_engine(
 ) -> TorchEngine | VLLMEngine:
     """The engine that a Config asks for, with the weights of checkpoint `model`.
 
-    `policy` is the same checkpoint in training. If it is not sharded, the embedded sampler uses it in place; vLLM sleeps
-    until the first `sync`. For `sleeps` and `cache_gib` see VLLMEngine.
+    `policy` is that checkpoint as loaded for training. If it is not sharded, the embedded sampler uses it directly; vLLM
+    sleeps until the first `sync`. For `sleeps` and `cache_gib` see VLLMEngine.
     """
     if chosen_engine(cfg.engine) == "vllm":
         engine = VLLMEngine(model, tokenizer, cfg, sleeps, cache_gib)
@@ -139,11 +138,11 @@ def make_engine(
 
 
 class TorchEngine:
-    """Batched sampling with a key/value cache from any causal LM that transformers loads. Needs nothing but PyTorch.
+    """Batched sampling with a KV cache from any causal LM that transformers loads. Needs only PyTorch.
 
-    The model's own forward and transformers' dynamic cache serve any architecture (a static cache was slower on a CPU,
-    results/sampling/decoders.md). A prompt is computed once and its cache is repeated for its samples. Finished rows are
-    removed from the batch as soon as they are a quarter of it. `max_num_seqs` limits the rows of one batch.
+    It uses the model's own forward and transformers' dynamic cache (a static cache was slower on a CPU,
+    results/sampling/decoders.md). Each prompt is prefilled once, and its cache is copied for its samples. Finished rows
+    are removed once they make up a quarter of the batch. `max_num_seqs` limits the rows of one batch.
     """
 
     tensor_parallel = 1
@@ -156,7 +155,7 @@ class TorchEngine:
 
     def _use(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         if model.config._attn_implementation == "sdpa":
-            # Outside of training, lib.packing's attention computes the same as "sdpa" and decodes faster.
+            # For sampling, lib.packing's attention gives the same results as "sdpa" and decodes faster.
             model.set_attn_implementation("packed")
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = torch.tensor(end_tokens(model.generation_config, tokenizer, self.stop), device=model.device)
@@ -164,28 +163,28 @@ class TorchEngine:
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
         if not is_sharded(policy):
-            self.model = policy.model  # the sampler uses the policy itself, so there is no copy to keep up to date
+            self.model = policy.model  # the sampler uses the policy itself, so nothing needs to be copied
             return
         replica = self.model.state_dict()
         for name, value in full_weights(policy, self.model.dtype):
             replica[name].copy_(value)
 
     def load(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes over another checkpoint."""
+        """Switches to another checkpoint."""
         dtype, device = self.model.dtype, self.model.device
-        self.model = None  # frees the old one first
+        self.model = None  # frees the old model first
         self._use(load_causal_lm(model, dtype, device), tokenizer)
 
     def sleep(self) -> None:
-        """Frees nothing: the cache is freed after each call, and the weights are the policy's or one replica."""
+        """Does nothing: `generate` has freed its cache, and the weights are the policy's own or a replica that is kept."""
 
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
-        """One completion for each seed of each prompt. `prompts[i]` are token ids, `seeds[i]` its samples' seeds."""
+        """One completion per seed of each prompt. `prompts[i]` holds token ids, `seeds[i]` the seeds of its samples."""
         completions: list[list[Completion]] = [[] for _ in prompts]
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that a batch needs little padding
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths need little padding
         per_batch = max(1, self.max_num_seqs // max(1, max(map(len, seeds), default=1)))
         for start in range(0, len(by_length), per_batch):
             batch = by_length[start : start + per_batch]
@@ -197,13 +196,13 @@ class TorchEngine:
     def _generate_batch(self, prompts, seeds, sampling: Sampling) -> Iterator[Completion]:
         device = self.model.device
         width = max(map(len, prompts))
-        # P prompts of T tokens, left-padded, so that every row's next token is sampled from the last position.
+        # P prompts, left-padded to T tokens so that every row's next token is sampled from the last position.
         input_ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
         cache = DynamicCache(config=self.model.config)
         logits = self._logits(input_ids, mask, positions, cache)  # (P, V)
-        # From here on there is a row for each of the B responses.
+        # From here on there is one row for each of the B responses.
         repeats = torch.tensor([len(group) for group in seeds], device=device)
         origin = torch.arange(len(prompts), device=device).repeat_interleave(repeats)  # (B,) the prompt of each row
         logits, mask, positions = logits[origin], mask[origin], positions[origin, -1:]  # (B, V), (B, T), (B, 1)
@@ -212,7 +211,7 @@ class TorchEngine:
         budget = sampling.max_response_tokens
         uniforms = request_uniforms([seed for group in seeds for seed in group], budget).to(device)  # (B, budget)
         rows = torch.arange(len(origin), device=device)  # the rows still in the batch
-        running = torch.ones(len(rows), dtype=torch.bool, device=device)  # those of them that have not ended
+        running = torch.ones(len(rows), dtype=torch.bool, device=device)  # which of these rows have not ended
         token_ids = torch.zeros(len(rows), budget, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(rows), budget, device=device)
         for step in range(budget):
@@ -223,7 +222,7 @@ class TorchEngine:
             remaining = int(running.sum())
             if remaining == 0 or step + 1 == budget:
                 break
-            if remaining <= 0.75 * len(rows):  # removing rows copies the cache, so it is not done for every single row
+            if remaining <= 0.75 * len(rows):  # removing rows copies the cache, so several are removed at once
                 keep = running.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 rows, tokens, running, mask, positions = (x[keep] for x in (rows, tokens, running, mask, positions))
@@ -232,23 +231,22 @@ class TorchEngine:
 
         stop_ids = set(self.stop_ids.tolist())
         for ids, values in zip(token_ids.tolist(), logprobs.tolist()):
-            length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # what follows is unused
+            length = next((n for n, token in enumerate(ids, 1) if token in stop_ids), None)  # later tokens are unused
             yield Completion(ids[:length], values[:length], "length" if length is None else "stop")
 
     def _logits(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits (B, V) of the last position, in float32. The cache grows by input_ids (B, T); mask covers it all."""
+        """Logits (B, V) of the last position, in float32. Appends input_ids (B, T) to the cache; mask covers both."""
         options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
         output = self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, **options)
         return output.logits[:, -1].float()
 
 
 def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """`count` uniforms in [0, 1) for each request, (B, count) float64, each row from its seed alone.
+    """`count` uniforms in [0, 1) for each request, (B, count) float64; each row depends only on its seed.
 
-    Sampling by inverting the cumulative distribution takes one uniform for each token, so a request's whole stream
-    follows from its seed.
+    Sampling by inverting the cumulative distribution takes one uniform per token, so the seed fixes a request's stream.
     """
-    bits = np.random.Philox(key=0)  # made once and given each key in turn, because making one is slow
+    bits = np.random.Philox(key=0)  # created once and rekeyed for each seed, because creating one is slow
     start, generator = bits.state, np.random.Generator(bits)
     uniforms = np.empty((len(seeds), count))
     for seed, row in zip(seeds, uniforms):
@@ -259,10 +257,10 @@ def request_uniforms(seeds: Sequence[int], count: int) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution at `uniforms`; returns tokens and their logprobs.
+    """Samples one token per row by inverting the cumulative distribution; returns tokens and their logprobs.
 
-    logits (B, V) float32, uniforms (B,) float64 in [0, 1). Logprobs are those of the distribution sampled from; greedy
-    decoding (temperature 0) reports the model's own at temperature 1.
+    logits (B, V) float32, uniforms (B,) float64 in [0, 1). Logprobs are under the distribution sampled from; greedy
+    decoding (temperature 0) reports the model's own logprobs at temperature 1.
     """
     scores = logits / (sampling.temperature or 1.0)
     if sampling.top_k > 0:
@@ -278,7 +276,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        # In float32 a running sum over 150,000 entries would be off by more than a rare token's probability.
+        # In float32 the error of a running sum over 150,000 entries would exceed a rare token's probability.
         cumulative = logprobs.double().exp().cumsum(-1)
         points = (uniforms * cumulative[:, -1]).unsqueeze(1)
         tokens = torch.searchsorted(cumulative, points, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
@@ -286,15 +284,15 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
 
 
 class VLLMEngine:
-    """vLLM inside this process, on the GPU that the trainer uses too.
+    """vLLM inside this process, on the GPU that the trainer also uses.
 
-    With several ranks each has an engine of its own, or `tensor_parallel` successive ranks share one (vLLM's external
-    launcher). `sleeps`: on a GPU, `sleep` frees the engine's memory, which vLLM allows to only one engine in a process.
-    `cache_gib` is the size of its cache without --kv-cache-gib; None lets vLLM take nearly all of the GPU that is free.
-    Facts about vLLM 0.32 that this relies on are beside the lines that use them.
+    Each rank has its own engine, or `tensor_parallel` successive ranks share one (vLLM's external launcher). With
+    `sleeps`, `sleep` frees the engine's GPU memory, which vLLM supports for only one engine per process. `cache_gib` is
+    the cache size if --kv-cache-gib is not given; None lets vLLM take nearly all of the free GPU memory. Assumptions
+    about vLLM 0.32 are noted beside the lines that rely on them.
     """
 
-    _alive: ClassVar[list] = []  # deleting a vLLM engine destroys the process group, so engines are kept here
+    _alive: ClassVar[list] = []  # deleting a vLLM engine destroys the process group, so engines are never deleted
 
     def __init__(
         self, model: str, tokenizer: PreTrainedTokenizerBase, cfg, sleeps=True, cache_gib: float | None = 16.0
@@ -303,7 +301,7 @@ class VLLMEngine:
         on_gpu = torch.cuda.is_available()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # otherwise rank 0 of every engine reports its use over the network
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # otherwise rank 0 of every engine sends usage statistics
         if not on_gpu:
             # Compiling vLLM's samplers takes half a minute. torch may have read the variable already, so both are set.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -314,7 +312,7 @@ class VLLMEngine:
         self.dtype, self.tensor_parallel = compute_dtype(cfg), cfg.tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
         self.stop_ids = end_tokens(load_generation_config(model), tokenizer, cfg.stop)
-        # vLLM refuses a limit beyond the model's positions. `check_lengths` has refused prompts that would need it.
+        # vLLM refuses a limit beyond the model's positions; `check_lengths` has refused any prompt that needs more.
         max_tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
         cache = cfg.kv_cache_gib or cache_gib
         if not on_gpu:
@@ -326,49 +324,49 @@ class VLLMEngine:
             max_model_len=max_tokens,
             max_num_seqs=cfg.max_num_seqs,
             kv_cache_memory_bytes=cache and int(cache * GIB),
-            # vLLM does not start unless this share of the GPU is free, and the trainer may hold most of it by then. Where
-            # the cache's size is given, nothing else reads the share.
+            # vLLM refuses to start unless this share of the GPU is free, and the trainer may already hold most of it. With
+            # a given cache size vLLM uses the share for nothing else.
             gpu_memory_utilization=0.05 if cache else 0.9,
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as in the trainer
             enforce_eager=not on_gpu,
             enable_sleep_mode=self._sleeps,
-            logprobs_mode="processed_logprobs",  # the default ignores temperature and top-p
+            logprobs_mode="processed_logprobs",  # vLLM's default ignores temperature and top-p
             tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher" if world_size() > 1 else None,
             disable_log_stats=True,
-            # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces.
+            # On a CPU vLLM fails on a seeded request whose prompt is prefilled in chunks.
             **({} if on_gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
         )
         self._alive.append(self.llm)
         if not on_gpu and cfg.tensor_parallel > 1:
-            # On a CPU, ranks that share an engine meet in shared memory whose name is always the same. Once all have it open
-            # the name can go; vLLM removes it only when the interpreter shuts down, and the next run would fail on it.
+            # On a CPU, ranks that share an engine open shared memory under a fixed name. vLLM removes the name only when the
+            # interpreter shuts down, and a leftover name breaks the next run, so we remove it once all ranks have opened it.
             barrier()
             for path in Path("/dev/shm").glob("*-cpushm_*"):
                 path.unlink(missing_ok=True)
 
     def sync(self, policy: Policy) -> None:
-        """Takes over the policy's weights, one full tensor at a time. Collective."""
+        """Copies the policy's weights into the engine, one full tensor at a time. Collective."""
         self._reload(full_weights(policy, self.dtype))
 
     def load(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes over another checkpoint of the same architecture, one tensor at a time from its files. Collective."""
+        """Loads another checkpoint of the same architecture from its files, one tensor at a time. Collective."""
         self.tokenizer = tokenizer
         self.stop_ids = end_tokens(load_generation_config(model), tokenizer, self.stop)
         self._reload(checkpoint_weights(model, self.dtype))
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """`weights` has to give a tied output matrix under both its names."""
+        """`weights` must yield a tied output matrix under both its names."""
         if self._asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self._asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        self.llm.reset_prefix_cache()  # otherwise long prompts would be continued from the old weights' cache
+        self.llm.reset_prefix_cache()  # otherwise prompts would reuse prefixes computed with the old weights
 
     def sleep(self) -> None:
-        """Frees weights and cache until the next `sync`. Without a GPU there is nothing to free."""
+        """Frees the GPU memory of weights and cache until the next `sync`; does nothing without a GPU."""
         if self._sleeps and not self._asleep:
             self.llm.sleep(level=2)
             self._asleep = True
@@ -383,8 +381,8 @@ class VLLMEngine:
                 max_tokens=sampling.max_response_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
                 top_k=sampling.top_k, seed=seed, stop_token_ids=self.stop_ids, detokenize=False,
                 logprobs=0,  # of the sampled token only
-                flat_logprobs=True,  # as two lists of numbers; by default there are three objects for each token
-                ignore_eos=True,  # otherwise vLLM adds the end tokens of the checkpoint that it was started with
+                flat_logprobs=True,  # two lists of numbers, where the default makes three objects per token
+                ignore_eos=True,  # otherwise vLLM also stops at the end tokens of the checkpoint it was started with
             )
             for _, seed in requests
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes files and directories atomically, locks directories, and reads JSON lines without the truncated ones."""
+"""Writes files and directories atomically, locks directories, and reads JSON lines, skipping truncated ones."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from common import InputError, on_rank_0, print0
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yields PATH.tmp, where the block writes a file or a directory, and then renames it to PATH.
+    """Yields PATH.tmp, to which the block writes a file or a directory, then renames it to PATH, replacing an older one.
 
-    Everything is flushed to the disk before the rename, so PATH is complete or absent however the process or the
-    machine ends. An older PATH is replaced.
+    Everything is flushed to disk before the rename, so PATH is never incomplete, even if the process is killed or the
+    machine crashes.
     """
     unfinished = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
     yield unfinished
     commit(unfinished, path)
 
 
 def commit(unfinished: Path, path: Path) -> None:
-    """Renames a file, or a directory with all that is in it, once everything is on the disk. An older `path` goes."""
+    """Flushes a file or directory to disk and renames it to `path`, replacing an older one."""
     for each in [*unfinished.rglob("*"), unfinished]:
         flush(each)
     if unfinished.is_dir():
@@ -42,7 +42,7 @@ def commit(unfinished: Path, path: Path) -> None:
 def locked(directory: Path, in_use: str, wait: bool = False) -> Iterator[None]:
     """Rank 0 holds DIRECTORY/lock inside the block. Collective.
 
-    If another process holds it, `in_use` is raised as an InputError, or with `wait` printed, and the block waits.
+    If another process holds the lock, raises InputError(in_use), or with `wait` prints `in_use` and waits.
     """
 
     def lock() -> None:
@@ -62,7 +62,7 @@ def locked(directory: Path, in_use: str, wait: bool = False) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Makes the system write a file, or the list of a directory's files, to the disk."""
+    """Makes the system write a file, or a directory's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

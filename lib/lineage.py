@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: the `run.json` that a stage writes beside its weights.
+"""A checkpoint's lineage: the `run.json` that a stage writes beside its weights.
 
-It holds the stage's settings, the checkpoints it came from with their own records, the ids of the labelled problems that
-its weights have been trained on, and for each session (a start or a resume) the code and machine that it ran on.
+It holds the stage's settings, its parent checkpoints with their own records, the ids of the labelled problems that the
+weights were trained on, and, for each session (a start or a resume), the code and machine used.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def read_lineage(model: str) -> dict:
-    """A checkpoint's path and a hash of its weights, with its `run.json` if a stage wrote it.
+    """A checkpoint's path, the hash of its weights, and its `run.json` if a stage wrote it.
 
-    The `sha256` is that of the weights in a directory; of a checkpoint on the hub it is the hub's hash of the commit.
-    A file of texts that a stage learnt from has a path and a hash, too.
+    The `sha256` covers the weights in a directory; for a checkpoint on the hub it is the commit hash. A file of texts
+    that a stage was trained on also has a path and a hash.
     """
     directory = Path(model)
     if directory.is_file():
@@ -43,13 +43,15 @@ def read_lineage(model: str) -> dict:
         return {"path": model, "sha256": getattr(load_config(model), "_commit_hash", None)}
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
-        raise InputError(f"model {model!r} holds no .safetensors weights; only safetensors are loaded")
+        raise InputError(
+            f"model {model!r} holds no .safetensors weights; convert it, because no other format is loaded"
+        )
     digests = b"".join(bytes.fromhex(file_sha256(path)) for path in weights)
     return {**read_run(directory), "path": model, "sha256": hashlib.sha256(digests).hexdigest()}
 
 
 def read_run(directory: str | Path) -> dict:
-    """The `run.json` of a checkpoint, a run or a training state; {} if there is none. InputError if it is not whole."""
+    """The `run.json` of a checkpoint, run or training state; {} if there is none. InputError if it is damaged."""
     path = Path(directory) / "run.json"
     if not path.is_file():
         return {}
@@ -58,12 +60,12 @@ def read_run(directory: str | Path) -> dict:
     except ValueError:
         run = {}
     if not {"stage", "parents", "trained_on"} <= run.keys():
-        raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
+        raise InputError(f"{path} was not written by a stage or is damaged, so the history is lost; fetch it again")
     return run
 
 
 def settings_and_parents(record: dict) -> dict:
-    """What decides the result of a run apart from its code: the stage, its settings, and the weights of its parents."""
+    """Everything, apart from the code, that determines a run's result: its stage, settings and parents' weights."""
     decide_nothing = ("out", "resume", "track", "accept_changes")
     settings = {"stage": record.get("stage"), **record.get("config", {})}
     weights = {f"{role} weights": parent["sha256"] for role, parent in record.get("parents", {}).items()}
@@ -71,33 +73,33 @@ def settings_and_parents(record: dict) -> dict:
 
 
 def ancestry(lineage: dict) -> Iterator[dict]:
-    """The record of a checkpoint and, after it, those of all its ancestors."""
+    """Yields the record of a checkpoint, then those of all its ancestors."""
     yield lineage
     for parent in lineage.get("parents", {}).values():
         yield from ancestry(parent)
 
 
 def problems_trained_on(lineage: dict) -> set[str]:
-    """Ids of every labelled problem that a checkpoint's weights have been trained on, through all its ancestors: what a
-    held-out half (2H) may not contain.
+    """Ids of all labelled problems that a checkpoint or any of its ancestors was trained on. A held-out half (2H) must
+    contain none of them.
     """
     return {problem for record in ancestry(lineage) for problem in record.get("trained_on", ())}
 
 
 def history_notes(lineage: dict) -> list[str]:
-    """Why `problems_trained_on` may be incomplete, one sentence for each reason; none if nothing is wrong."""
+    """Reasons why `problems_trained_on` may be incomplete, one sentence each."""
     if "stage" not in lineage:
-        return ["no history on record: held-out labels cannot be checked"]
+        return ["no recorded history: held-out labels cannot be checked"]
     return [
-        f"{record['path']} names its problems by another rule: held-out labels cannot be checked"
+        f"{record['path']} has problem ids of another version: held-out labels cannot be checked"
         for record in ancestry(lineage)
-        if "stage" in record and record.get("id_rule", 1) != ID_RULE  # early records have no such entry
+        if "stage" in record and record.get("id_rule", 1) != ID_RULE  # records of version 1 lack the entry
     ]
 
 
 def last_rl_stage(lineage: dict) -> dict | None:
-    """The record of the last stage on the way to a checkpoint that trained on the sparse reward, None if none did."""
-    # The first line of a run's metrics has a reward in GRPO only.
+    """The most recent stage in a checkpoint's history that trained on the sparse reward, or None."""
+    # Of the stages only GRPO logs a reward.
     return next((record for record in ancestry(lineage) if "reward" in record.get("first", {})), None)
 
 
@@ -108,7 +110,7 @@ def hardware() -> str:
 
 
 def code_version() -> str:
-    """The commit of this code, with "-dirty" if it was changed since, or "unknown" outside a git checkout."""
+    """The commit of this code, with "-dirty" if there are uncommitted changes; "unknown" outside a git checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -117,9 +119,9 @@ def code_version() -> str:
 
 
 def code_files(stage: Path) -> dict[str, str]:
-    """sha256 of the code that a stage runs, by path: all of lib/, its own script, and what this imports from above lib/.
+    """sha256 by path of the code that a stage runs: lib/, the stage's script, and the top-level modules it imports.
 
-    A copy of a stage that was never committed, or that lies elsewhere, is recorded by its name.
+    A script outside this repository is recorded under its file name.
     """
     found, waiting = {}, [stage.absolute(), *(ROOT / "lib").glob("*.py")]
     while waiting:
@@ -133,7 +135,7 @@ def code_files(stage: Path) -> dict[str, str]:
 
 
 def new_record(cfg, parents: dict[str, str]) -> dict:
-    """What `run.json` says of a run that begins or is resumed, which is one session; the `parents` are hashed for it."""
+    """The initial `run.json` of a session, that is of a run that begins or resumes. Hashes the weights of `parents`."""
     stage = Path(sys.modules[type(cfg).__module__].__file__)
     reward = {cfg.reward: reward_sha256(cfg)} if cfg.reward else {}
     session = {
@@ -154,6 +156,6 @@ def new_record(cfg, parents: dict[str, str]) -> dict:
         "warnings": {},
         "sessions": [session],
         "seconds": 0.0,
-        "cpu_seconds": 0.0,  # of the process of rank 0
+        "cpu_seconds": 0.0,  # of rank 0's process
         "trained_tokens": 0,  # response tokens of all steps
     }

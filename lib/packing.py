@@ -1,4 +1,4 @@
-"""Rollouts packed into micro-batches: which rank computes which, where each token is, and what it attends to."""
+"""Packing rollouts into micro-batches: which rank computes which, where each token goes, and what it attends to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-# If a package called `kernels` is installed, transformers imports from it, and would find our kernels.py in its place.
+# If a package called `kernels` is installed, transformers imports `kernels`, and would get our kernels.py instead.
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
 
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 from common import Batch, InputError, Rollout, Span, rank, world_size  # noqa: E402
 
-# Positions of a micro-batch by default, by type of device. On a CPU real models keep several megabytes for each.
+# Default positions per micro-batch, by device type. On a CPU a real model keeps several megabytes per position.
 MICRO_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
@@ -32,12 +32,12 @@ def make_batches(
 ) -> list[Batch]:
     """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions.
 
-    `max_tokens` is by default that of MICRO_BATCH_TOKENS. A sequence that is longer has a micro-batch to itself.
-    `rollouts` are those of all ranks. Each goes to exactly one micro-batch of one rank, and ranks get about equally
-    many positions. All ranks get the same number of micro-batches, at least one and some perhaps empty, because every
-    forward and backward pass of a sharded model needs all ranks. With `share_prompts`, which is the default on a CPU,
-    responses to one prompt that are in one micro-batch compute it once. None of this changes a loss: a loss is a sum
-    over tokens divided by one global count, and gradients are summed over ranks (lib.policy.shard).
+    `max_tokens` defaults to MICRO_BATCH_TOKENS. A longer sequence gets a micro-batch to itself. `rollouts` are those of
+    all ranks. Each goes to exactly one micro-batch of one rank, and all ranks get about the same number of positions.
+    They also get the same number of micro-batches (at least one, some possibly empty), because every forward and
+    backward pass of a sharded model needs all ranks. With `share_prompts`, the default on a CPU, responses to one prompt
+    in the same micro-batch compute the prompt once. None of this changes a loss: a loss is a sum over tokens divided by
+    one global count, and gradients are summed over ranks (lib.policy.shard).
     """
     if share_prompts is None:
         share_prompts = device.type == "cpu"
@@ -50,12 +50,12 @@ def make_batches(
 
 
 def positions(rollouts: Sequence[Rollout], group: Sequence[int]) -> int:
-    """The positions that a pack of these rollouts of one prompt has."""
+    """Number of positions that these rollouts of one prompt take in a pack."""
     return len(rollouts[group[0]].prompt_ids) + sum(max(len(rollouts[index].response_ids) - 1, 0) for index in group)
 
 
 def by_prompt(rollouts: Sequence[Rollout], indices: Iterable[int]) -> list[list[int]]:
-    """The indices in groups whose rollouts have the same prompt."""
+    """Groups the indices by their rollouts' prompt."""
     groups: dict[tuple, list[int]] = {}
     for index in indices:
         groups.setdefault(tuple(rollouts[index].prompt_ids), []).append(index)
@@ -63,11 +63,11 @@ def by_prompt(rollouts: Sequence[Rollout], indices: Iterable[int]) -> list[list[
 
 
 def balance_groups(rollouts: Sequence[Rollout], shares: int, share_prompts: bool) -> list[list[list[int]]]:
-    """Indices of the rollouts split into shares of about equally many positions; each share is a list of groups.
+    """Splits the rollouts' indices into shares with about equal numbers of positions; a share is a list of groups.
 
-    A group's responses share their prompt. Whole groups compute fewest positions, but cannot always be spread evenly,
-    so they are also tried cut in halves, quarters and so on, and the split whose largest share is smallest is taken.
-    The longest piece that is left always goes to the share that is shortest so far.
+    The responses of a group share their prompt. Whole groups compute the fewest positions, but cannot always be spread
+    evenly. So groups are also cut into halves, quarters and so on, and the split with the smallest maximum share wins.
+    Each split is greedy: the longest remaining piece goes to the share with the fewest positions so far.
     """
     groups = by_prompt(rollouts, range(len(rollouts)))
     size = max(map(len, groups), default=1) if share_prompts else 1
@@ -80,7 +80,7 @@ def balance_groups(rollouts: Sequence[Rollout], shares: int, share_prompts: bool
             total, share = heapq.heappop(totals)
             dealt[share].append(piece)
             heapq.heappush(totals, (total + positions(rollouts, piece), share))
-        if share_prompts:  # pieces of one prompt that landed on the same rank are joined, so that it is packed once
+        if share_prompts:  # pieces of one prompt that landed on the same rank are joined, to pack the prompt once
             dealt = [by_prompt(rollouts, itertools.chain(*share)) for share in dealt]
         largest = max(sum(positions(rollouts, group) for group in share) for share in dealt)
         if largest < least:
@@ -92,9 +92,9 @@ def balance_groups(rollouts: Sequence[Rollout], shares: int, share_prompts: bool
 def split_micro_batches(
     rollouts: Sequence[Rollout], groups: Sequence[list[int]], max_tokens: int
 ) -> list[list[list[int]]]:
-    """Groups of rollouts, in their order, as micro-batches of at most `max_tokens` positions, each a list of groups.
+    """Splits groups of rollouts, in order, into micro-batches of at most `max_tokens` positions, each a list of groups.
 
-    A group stays together if it fits into a micro-batch. One that does not is cut, and its prompt computed again.
+    A group that fits into one micro-batch stays together. A larger one is cut, and its prompt is computed again.
     """
     micro_batches: list[list[list[int]]] = []
     room = 0
@@ -115,7 +115,7 @@ def split_micro_batches(
 
 
 def pack(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]], device: torch.device) -> Batch:
-    """The Batch of groups of rollouts, given by their indices. Those of a group have, and share, one prompt."""
+    """Packs groups of rollouts, given by index, into a Batch. The rollouts of a group share one copy of their prompt."""
     input_ids, position_ids, spans, predicted_at = [], [], [], []
     for group in groups:
         prompt = rollouts[group[0]].prompt_ids
@@ -130,7 +130,7 @@ def pack(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]], device: t
             predicted_at += [prompt_start + len(prompt) - 1, *range(start, start + length)][: len(response)]
         if len(group) == 1:  # a prompt and its only response are one span
             spans[-2:] = [Span(prompt_start, len(input_ids) - prompt_start)]
-    if not groups:  # an empty micro-batch has one position, which predicts nothing
+    if not groups:  # an empty micro-batch still has one position, but no target
         input_ids, spans = [0], [Span(0, 1)]
     spans = [span for span in spans if span.length]
     for span in spans:
@@ -154,15 +154,15 @@ def pack(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]], device: t
 
 # Attention within a pack
 
-PADDING = 0.5  # padding is cheaper than many small attention calls, up to about this share
+PADDING = 0.5  # with up to about this share of padding, one attention call is cheaper than many small ones
 
 
 class Packing:
-    """The indices that attention needs of a pack, computed once for all layers of a pass.
+    """The indices that attention over a pack needs, computed once for all layers of a pass.
 
-    On a GPU: where each span's queries and keys begin, and, if any span has a prefix, which positions the keys come
-    from. On a CPU: spans of similar size are padded to one, and each such `Block` is a batch for the usual attention.
-    `used` tells whether the model has called `packed_attention` with it.
+    On a GPU: where each span's queries and keys begin and, if any span has a prefix, which positions the keys come
+    from. On a CPU: spans of similar size are padded to a common size, and each such `Block` is a batch for PyTorch's
+    ordinary attention. `used` records whether the model has called `packed_attention` with it.
     """
 
     def __init__(self, batch: Batch):
@@ -180,7 +180,7 @@ class Packing:
         self.blocks = [Block(spans, device) for spans in similar_spans(batch.spans)]
         rows = torch.cat([block.real.flatten() for block in self.blocks]).nonzero()[:, 0].to(device)
         queries = torch.cat([block.queries for block in self.blocks])
-        self.row_of_position = rows[queries[rows].argsort()]  # (T,) where the blocks' rows, padding included, have it
+        self.row_of_position = rows[queries[rows].argsort()]  # (T,) each position's row among all blocks' padded rows
 
 
 def seen_by(span: Span) -> Tensor:
@@ -190,9 +190,9 @@ def seen_by(span: Span) -> Tensor:
 
 
 def similar_spans(spans: Sequence[Span]) -> list[list[Span]]:
-    """The spans in lists whose padding to one size adds at most a share PADDING to the products of queries and keys."""
+    """Groups spans so that padding a group to one size multiplies its query-key products by at most 1 + PADDING."""
     lists: list[list[Span]] = []
-    keys, queries, products = 0, 0, 0  # of the last list: most keys, most queries, products without padding
+    keys, queries, products = 0, 0, 0  # for the last list: maximum keys, maximum queries, sum of unpadded products
     for span in sorted(spans, key=lambda span: (span.prefix_length + span.length, span.length), reverse=True):
         seen = span.prefix_length + span.length
         queries, products = max(queries, span.length), products + span.length * seen
@@ -204,7 +204,7 @@ def similar_spans(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 class Block:
-    """C spans as one batch for the usual attention, padded on the right to n queries and m keys."""
+    """C spans as one batch for PyTorch's ordinary attention, right-padded to n queries and m keys."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device):
         lengths = torch.tensor([span.length for span in spans])
@@ -217,24 +217,24 @@ class Block:
             row[: span.prefix_length + span.length] = seen_by(span)
         self.shape = len(spans), n, m
         self.real = own < lengths[:, None]  # (C, n) False at padding
-        # The positions of queries (C n,) and keys (C m,); padding has position 0.
+        # The positions in the pack of queries (C n,) and keys (C m,); padding points to position 0.
         self.queries = torch.where(self.real, starts[:, None] + own, 0).flatten().to(device)
         self.keys = keys.flatten().to(device)
-        self.mask = None  # causal attention over as many keys as queries needs none
+        self.mask = None  # without prefixes, is_causal is enough
         if prefixes.any():
-            last = (prefixes[:, None] + own)[..., None]  # query i of a span sees its keys up to number prefix + i
+            last = (prefixes[:, None] + own)[..., None]  # query i sees keys 0 .. prefix_length + i of its span
             self.mask = (torch.arange(m) <= last)[:, None].to(device)  # (C, 1, n, m)
 
 
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, packing=None, **kwargs
 ):
-    """Attention within each span of a pack and to its prefix, at a cost that follows their lengths and not their sum.
+    """Attention of each span in a pack to itself and its prefix, without computing scores across spans.
 
-    query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU this is PyTorch's flash attention for
-    sequences of different lengths, elsewhere the usual attention for blocks of similar spans. Without `packing` (when a
-    sampler calls the model) it is transformers' own attention, or `attend_from_one` for a single position of each row.
-    Raises InputError for a pack in a model with a sliding window, which it would ignore.
+    query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d). On a GPU it uses PyTorch's variable-length flash
+    attention, elsewhere ordinary attention on blocks of similar spans. Without `packing` (when a sampler calls the
+    model) it is transformers' own attention, or `attend_from_one` if each row has one query position.
+    Raises InputError for a pack in a model with a sliding window, because the window would be ignored.
     """
     if packing is None and query.shape[2] == 1:
         return attend_from_one(query, key, value, attention_mask, scaling), None
@@ -242,8 +242,8 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if sliding_window is not None:
         raise InputError(
-            f"model {module.config.name_or_path!r} attends within a sliding window, with which no training is tested; take a "
-            "model without one"
+            f"model {module.config.name_or_path!r} uses sliding-window attention, which training does not support; choose a "
+            "model without it"
         )
     packing.used = True
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or K, d)
@@ -254,8 +254,8 @@ def packed_attention(
 def attend_from_one(query, key, value, attention_mask, scaling) -> Tensor:
     """query (B, H, 1, d), key and value (B, K, T, d) -> (B, 1, H, d).
 
-    All heads of a group see the same keys, so they can take the place of the positions, of which there is one.
-    Repeating keys and values for each head, as transformers does, takes five times as long on a CPU.
+    The query heads that share a key head are passed as if they were query positions of one head. transformers instead
+    repeats keys and values for each query head, which takes five times as long on a CPU.
     """
     grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])  # (B, K, H / K, d)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
@@ -263,7 +263,7 @@ def attend_from_one(query, key, value, attention_mask, scaling) -> Tensor:
 
 
 def attend_in_blocks(query, key, value, packing: Packing, scaling) -> Tensor:
-    """(T, H, d) with PyTorch's usual attention, in float32, because in bfloat16 it is four times slower on a CPU."""
+    """(T, H, d) by PyTorch's ordinary attention, in float32 because bfloat16 is four times slower on a CPU."""
     attended, dtype = [], query.dtype
     query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     for block in packing.blocks:
@@ -278,23 +278,23 @@ def attend_in_blocks(query, key, value, packing: Packing, scaling) -> Tensor:
 
 
 def attend_varlen(query, key, value, packing: Packing, scaling) -> Tensor:
-    """(T, H, d) with PyTorch's kernel for a GPU, which takes bfloat16 and refuses float32."""
+    """(T, H, d) by PyTorch's variable-length GPU kernel, which takes bfloat16 and refuses float32."""
     dtype = query.dtype
     if dtype == torch.float32:
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     grouped = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 wants as many heads as the query has
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 needs one key head per query head
         grouped, heads = {}, query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
     if packing.keys is not None:
         key, value = key.index_select(0, packing.keys), value.index_select(0, packing.keys)
     bounds = packing.query_bounds, packing.key_bounds, packing.longest_query, packing.longest_key
-    # The window is causal. Where a span has more keys than queries, its last query is aligned to the last key.
+    # This window is causal. If a span has more keys than queries, its last query is aligned with its last key.
     return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **grouped).to(dtype)
 
 
 def packed_mask(*arguments, attention_mask=None, **options):
-    """None for a pack, whose attention keeps sequences apart by itself; transformers' own for a sampler's padding."""
+    """None for a pack, whose attention separates sequences itself; transformers' own mask for a sampler's padding."""
     return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: the curves of a run, the bars of an evaluation, and labels at the ends of lines."""
+"""Plots: the curves of a run, the bars of an evaluation, and labels at the ends of lines."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-COLOURS = ("#4878a8", "#d1803a", "#5a9a5a", "#8d6cab", "#a05050", "#777777")  # also told apart by the colour-blind
+COLOURS = ("#4878a8", "#d1803a", "#5a9a5a", "#8d6cab", "#a05050", "#777777")  # safe for colour-blind readers
 
 
 def label_lines(axis) -> None:
-    """Writes each line's label at its end, in its colour, so that nobody has to look for it in a legend."""
+    """Writes each line's label at its end, in its colour, in place of a legend."""
     lines = sorted(axis.lines, key=lambda line: axis.transData.transform((0, line.get_ydata()[-1]))[1])
     low, high = axis.get_window_extent().intervaly
-    place, step = -math.inf, 0.065  # heights as shares of the axis: the last label's, and the least distance
+    place, step = -math.inf, 0.065  # as fractions of the axis: the last label's height, and the minimum distance
     for above, line in zip(range(len(lines) - 1, -1, -1), lines):
         end = (axis.transData.transform((0, line.get_ydata()[-1]))[1] - low) / (high - low)
-        place = max(place + step, min(end, 1 - step * above))  # the labels above this one must find room, too
+        place = max(place + step, min(end, 1 - step * above))  # leaves room for the labels above this one
         axis.annotate(
             line.get_label(), (1.01, place), xycoords="axes fraction", color=line.get_color(), fontsize=9, va="center",
             annotation_clip=False, parse_math=False,
         )  # fmt: skip
 
 
-# The panels of a run's picture: a title with its unit, and the metrics drawn in it together. Other metrics follow, one
-# panel each. A metric that is zero in every step is left out.
+# The panels of a run's figure: title with unit, and the metrics drawn together in it. Any other metric gets a panel of
+# its own. A metric that is zero in every step is omitted.
 PANELS = {
     "reward, and shares of responses": ("accuracy", "reward", "frac_reward_zero_std", "truncated", "no_answer"),
     "distance, nats a token": ("reverse_kl", "forward_kl", "cross_entropy", "kl_to_reference"),
@@ -45,11 +45,11 @@ PANELS = {
 
 
 def plot_metrics(lines: list[dict], picture: Path) -> None:
-    """Draws the numbers of a metrics.jsonl against their step, those that belong together in one panel (`PANELS`).
+    """Draws the metrics of a metrics.jsonl against the step, related ones in one panel (`PANELS`).
 
     A metric called NAME_se is drawn as the error bars of NAME.
     """
-    from matplotlib.figure import Figure  # importing it takes a second, which a stage need not wait for at its start
+    from matplotlib.figure import Figure  # imported here because it takes a second, which would delay a stage's start
 
     every = dict.fromkeys(key for line in lines for key, value in line.items() if value and key != "step")
     names = [name for name in every if name.removesuffix("_se") not in every.keys() - {name}]
@@ -60,7 +60,7 @@ def plot_metrics(lines: list[dict], picture: Path) -> None:
         return
     columns, rows = min(3, len(panels)), math.ceil(len(panels) / 3)
     figure = Figure(figsize=(4.2 * columns, 2.6 * rows))
-    # Margins by hand: measuring every label takes longer than drawing the panels.
+    # Margins are set by hand, because measuring every label takes longer than drawing the panels.
     figure.subplots_adjust(left=0.06, right=0.99, bottom=0.3 / rows, top=1 - 0.2 / rows, hspace=0.4, wspace=0.25)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (title, members) in zip(axes, panels.items()):
@@ -84,19 +84,19 @@ def plot_metrics(lines: list[dict], picture: Path) -> None:
 
 
 def bars(axis, labels: Sequence[str], values: Sequence[float], errors: Sequence[float], colours: Sequence[str]) -> None:
-    """Horizontal bars of `values` ± `errors`, shares that are drawn in %, from the first label at the top to the last."""
+    """Horizontal bars of `values` ± `errors` (fractions, drawn in %), with the first label at the top."""
     values, errors = 100 * np.array(values), 100 * np.nan_to_num(np.array(errors))
     axis.barh(range(len(labels)), values, xerr=errors, ecolor="#303030", capsize=2, color=colours)
-    axis.set_yticks(range(len(labels)), labels, fontsize=10, parse_math=False)  # a dollar sign is not mathematics
+    axis.set_yticks(range(len(labels)), labels, fontsize=10, parse_math=False)  # a dollar sign does not start a formula
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.set_xlim(1.08 * min(0, *values), 1.08 * max(100, *values))  # a user's reward may be any number
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_bars(results: dict[str, dict[str, dict]], title: str, picture: Path, kinds: dict[str, str]) -> None:
-    """The bars of results[label][data set], which has `avg`, `se` and `trained_on`, one column for each data set.
+    """Draws results[label][data set] (with `avg`, `se` and `trained_on`) as bars, one column per data set.
 
-    kinds[label] says what sort of model it is, such as its size, and each kind has a colour. A dagger marks a score on
+    kinds[label] is the kind of model, such as its size, which decides the bar's colour. A dagger marks a score on
     problems that the checkpoint was trained on.
     """
     from matplotlib.figure import Figure

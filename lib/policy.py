@@ -22,25 +22,25 @@ from torch.utils.checkpoint import checkpoint
 
 from common import Batch, InputError, Rollout, first_line, rank, start_process, this_device, world_size
 
-# Before transformers' models, because lib.packing keeps transformers from importing our kernels.py.
+# Imported before transformers' models, because lib.packing keeps transformers from importing our kernels.py.
 from lib.packing import MICRO_BATCH_TOKENS, Packing, make_batches
 
 # isort: split
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-# The `model_type` of the models that are trained or distilled: tests/test_packing.py compares their packs with forwards
-# one by one. To add one, name it here, and in MODELS there.
+# The `model_type`s that can be trained or distilled. tests/test_packing.py checks that a packed forward of each equals
+# forwards of single sequences. To add a family, list it here and in MODELS there.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
-# FSDP2 warns that a module returns a view of its input, which matters only where somebody writes into it. Nobody does.
+# FSDP2 warns when a module returns a view of its input. This is harmless here: nothing modifies such a view in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward hands hidden states and the output matrix to a loss.
+    """A causal language model whose forward passes hidden states and the output matrix to a loss function.
 
-    The losses of every stage are functions of (hidden, output matrix) that never hold the (N, V) logits of a batch.
+    Every stage's loss is a function of (hidden, output matrix) that never materializes a batch's (N, V) logits.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,10 +51,9 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, loss_fn: Callable[[Tensor, Tensor], object]):
         """loss_fn(hidden (N, D), weight (V, D)), with one row of `hidden` for each target of the batch.
 
-        Call the module, policy(batch, loss_fn), not this method: FSDP2 gathers the sharded output matrix in the module's
-        hooks, so the loss has to run inside the forward.
-        Raises RuntimeError for a model that has not used the pack's own attention, because without it the sequences of
-        a pack attend to each other.
+        Call policy(batch, loss_fn), not this method: FSDP2 gathers the sharded output matrix in the module's hooks, so
+        the loss has to run inside the forward. Raises RuntimeError if the model has not used packed attention, because
+        otherwise the sequences of a pack would attend to each other.
         """
         packing = Packing(batch)
         hidden = self.model.base_model(
@@ -65,24 +64,24 @@ class Policy(nn.Module):
         return loss_fn(hidden[0].index_select(0, batch.predicted_at), self.model.get_output_embeddings().weight)
 
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """hidden (N, D) and weight (V, D) without a gradient: what a loss needs of a frozen teacher.
+        """hidden (N, D) and weight (V, D) without a gradient, for a frozen teacher.
 
-        FSDP2 keeps the weight gathered until `release`.
+        FSDP2 keeps the weight gathered until `release` is called.
         """
         with torch.no_grad():
             return self(batch, lambda hidden, weight: (hidden, weight))
 
 
 def compute_dtype(cfg) -> torch.dtype:
-    """The dtype of a Config's products: bfloat16 on a GPU, and float32 on a CPU unless told otherwise."""
+    """The dtype of matrix products: bfloat16 on a GPU, float32 on a CPU unless --cpu-bfloat16 is given."""
     return torch.bfloat16 if torch.cuda.is_available() or cfg.cpu_bfloat16 else torch.float32
 
 
 def load_policy(model: str, cfg, trainable: bool) -> Policy:
-    """A checkpoint on this rank's device: in float32 to be trained; frozen, in the Config's `compute_dtype`.
+    """Loads a checkpoint on this rank's device: in float32 if trainable, otherwise in `compute_dtype(cfg)`.
 
-    With several ranks, or in bfloat16, it is sharded over all ranks, and the call is collective. A single
-    process uses FSDP2 for bfloat16, too: it keeps float32 weights and computes in bfloat16.
+    With several ranks or in bfloat16 the model is sharded over all ranks, and the call is collective. A single process
+    also uses FSDP2 for bfloat16, because it keeps float32 weights and computes in bfloat16.
     """
     device, compute = this_device(), compute_dtype(cfg)
     dtype = torch.float32 if trainable else compute
@@ -99,7 +98,7 @@ def load_policy(model: str, cfg, trainable: bool) -> Policy:
         weights = source.state_dict() if source else {}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(policy.model, weights, options=options)
-        for name, target in policy.model.named_buffers():  # rotary frequencies, which a state dict leaves out
+        for name, target in policy.model.named_buffers():  # rotary frequencies, which a state dict omits
             if source:
                 target.copy_(source.get_buffer(name))
             dist.broadcast(target, 0)
@@ -107,23 +106,23 @@ def load_policy(model: str, cfg, trainable: bool) -> Policy:
 
 
 def recompute_layers(policy: Policy) -> None:
-    """Makes each decoder layer compute its activations again in the backward pass, so that they need not be kept."""
+    """Activation checkpointing: each decoder layer recomputes its activations in the backward pass."""
     for layer in policy.model.base_model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def shard(policy: Policy, compute: torch.dtype | None) -> None:
-    """Shards each decoder layer, and at the wrapper the rest (embedding, last norm, output matrix), over all ranks.
+    """Shards over all ranks each decoder layer and, as one unit, the rest (embedding, last norm, output matrix).
 
-    `compute` is the dtype that weights are gathered in; None keeps their own. Gradients are summed in float32.
+    Weights are gathered in dtype `compute` (None: their own dtype). Gradients are summed in float32.
     """
     mesh = init_device_mesh(this_device().type, (world_size(),))
-    # Without the last argument FSDP2 would also round the float tensors of a Batch to `compute`.
+    # With cast_forward_inputs FSDP2 would also round the float tensors of a Batch to `compute`.
     precision = MixedPrecisionPolicy(compute, compute and torch.float32, cast_forward_inputs=False)
     for module in (*policy.model.base_model.layers, policy):
         fully_shard(module, mesh=mesh, mp_policy=precision)
-        # Every loss is a sum over tokens divided by one global count, so gradients have to be summed over ranks, where
-        # FSDP2 would average them.
+        # Every loss is a sum over tokens divided by one global count, so gradients are summed over ranks, not averaged
+        # as FSDP2 does by default.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
@@ -133,7 +132,7 @@ def is_sharded(policy: Policy) -> bool:
 
 
 def release(model: Policy | None) -> None:
-    """Frees the embedding, last norm and output matrix, which FSDP2 keeps gathered after a forward without a backward."""
+    """Frees the embedding, last norm and output matrix: FSDP2 keeps them gathered after a forward without a backward."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
@@ -145,11 +144,11 @@ def try_longest(
     loss_of: Callable,
     frozen: Policy | None = None,
 ) -> None:
-    """On a GPU, computes the loss of a full micro-batch of the longest allowed sequences and its gradient, and drops both.
+    """On a GPU, runs one forward and backward pass on a full micro-batch of the longest allowed sequences.
 
-    So a run that does not fit into memory ends in its first minutes, and not after its first long rollout. `prompts` are
-    token ids by problem id, and `loss_of(batch)` is the stage's loss, after which the `frozen` model is released. Room is
-    taken for AdamW's two states, which come with the first step. Collective. Raises InputError if memory runs out.
+    A run that does not fit into memory thus fails in its first minutes, not after its first long rollout. `prompts` are
+    token ids by problem id, and `loss_of(batch)` is the stage's loss, after which the `frozen` model is released. AdamW's
+    two states, which the first step creates, are allocated too. Collective. Raises InputError if memory runs out.
     """
     if not torch.cuda.is_available():
         return
@@ -173,9 +172,9 @@ def try_longest(
 
 
 def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, whole, by its name in a checkpoint; a tied output matrix comes under both its names.
+    """Yields every full (unsharded) weight with its name in a checkpoint; a tied output matrix comes under both names.
 
-    Only one is held at a time. Gathering is collective: all ranks must go through it in step.
+    Only one gathered weight is in memory at a time. Gathering is collective: all ranks must iterate together.
     """
     release(policy)
     for name, value in policy.model.state_dict().items():
@@ -184,8 +183,8 @@ def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[t
 
 
 def checkpoint_weights(model: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a checkpoint, named as in `full_weights`, one at a time from its safetensors."""
-    names: dict[int, list[str]] = {}  # of each parameter; a tied matrix has two
+    """Yields a checkpoint's weights from its safetensors one at a time, named as in `full_weights`."""
+    names: dict[int, list[str]] = {}  # by parameter; a tied matrix has two names
     for name, parameter in meta_causal_lm(model, dtype).state_dict(keep_vars=True).items():
         names.setdefault(id(parameter), []).append(name)
     synonyms = {name: same for same in names.values() for name in same}
@@ -200,8 +199,8 @@ def checkpoint_weights(model: str, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
 
 def save_pretrained(policy: Policy, directory: Path) -> None:
-    """Writes config and safetensors, from rank 0; gathering the weights is collective."""
-    weights, kept = {}, {}  # kept: a tied matrix is kept, and so written, once
+    """Writes config and safetensors from rank 0; gathering the weights is collective."""
+    weights, kept = {}, {}  # `kept` holds a tied matrix once, so that it is written once
     for (name, value), source in zip(full_weights(policy), policy.model.state_dict(keep_vars=True).values()):
         if rank() == 0:
             weights[name] = kept.setdefault(id(source), value.cpu())
@@ -218,14 +217,14 @@ def load_config(model: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model {model!r} has no config.json that transformers can use ({first_line(error)}); fetch it anew, or name "
-            "another"
+            f"model {model!r} has no config.json that transformers can use ({first_line(error)}); download it again, or name "
+            "another model"
         ) from None
 
 
 def load_generation_config(model: str) -> GenerationConfig:
-    """The checkpoint's generation_config.json, which names its end-of-sequence tokens; without one, what its
-    config.json says of them, as transformers does.
+    """The checkpoint's generation_config.json, which lists its end-of-sequence tokens; without that file, the settings in
+    its config.json, as in transformers.
     """
     try:
         return GenerationConfig.from_pretrained(model)
@@ -236,37 +235,37 @@ def load_generation_config(model: str) -> GenerationConfig:
 def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
     """Raises InputError, before any weight is read, for a checkpoint that could not be trained or distilled from.
 
-    `vocab_size` is the tokenizer's. `packs`: the model takes packed sequences, so its family must be one of those that
-    are tested, whereas any model that its engine can load is sampled from.
+    `vocab_size` is the tokenizer's. With `packs` the model will run on packed sequences, so its family must be a tested
+    one; for sampling alone, any model that the engine can load will do.
     """
     config = load_config(model)
     if packs and config.model_type not in FAMILIES:
         raise InputError(
-            f"model {model!r} is of the family {config.model_type!r}, and only {', '.join(FAMILIES)} are tested for training "
-            "and distillation; take one of these, or add the family to FAMILIES in lib/policy.py"
+            f"model {model!r} is of the family {config.model_type!r}, but only {', '.join(FAMILIES)} are tested for training "
+            "and distillation; choose one of these, or add the family to FAMILIES in lib/policy.py"
         )
     rows = config.get_text_config().vocab_size
     if rows < vocab_size:
         raise InputError(
-            f"model {model!r} knows {rows} tokens and its tokenizer has {vocab_size}; put the tokenizer beside it that it "
-            "was trained with"
+            f"model {model!r} has embeddings for {rows} tokens, but its tokenizer has {vocab_size}; use the tokenizer that "
+            "the model was trained with"
         )
 
 
 def meta_causal_lm(model: str, dtype: torch.dtype) -> nn.Module:
-    """The model without memory for its weights, and with the checkpoint's own generation settings."""
+    """The model on the meta device (no memory for weights), with the checkpoint's own generation config."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(load_config(model), dtype=dtype, trust_remote_code=False)
-    # A model made from a config has default generation settings. The checkpoint's own may name several end-of-sequence
-    # tokens, and have to reach the checkpoints that are saved from this model.
+    # A model made from a config gets default generation settings. The checkpoint's own may list several end-of-sequence
+    # tokens, and must be saved with every checkpoint written from this model.
     causal_lm.generation_config = load_generation_config(model)
-    return causal_lm.eval()  # without dropout, in training too: the sampler and the trainer must be the same policy
+    return causal_lm.eval()  # no dropout, even in training: the sampler and the trainer must be the same policy
 
 
 def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """`AutoModelForCausalLM` from safetensors, in evaluation mode.
 
-    Raises InputError for a checkpoint that lacks weights, which transformers would make up at random.
+    Raises InputError for a checkpoint that lacks weights, which transformers would initialize at random.
     """
     if rank() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -276,7 +275,7 @@ def load_causal_lm(model: str, dtype: torch.dtype, device: torch.device) -> nn.M
     missing = sorted(found["missing_keys"])
     if missing:
         raise InputError(
-            f"model {model!r} lacks {len(missing)} of the weights that its config asks for ({missing[0]}, ...); fetch it "
-            "anew"
+            f"model {model!r} lacks {len(missing)} of the weights that its config asks for ({missing[0]}, ...); download it "
+            "again"
         )
     return causal_lm.to(device).eval()

@@ -1,4 +1,4 @@
-"""Rollouts: sampled with an engine, or read from texts, and kept in a directory (Stage 2a's teacher rollouts)."""
+"""Rollouts: sampled with an engine or read from texts, and cached in a directory (Stage 2a's teacher rollouts)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """`n` rollouts of each problem, grouped by problem. `prompts` are token ids by problem id. Collective.
 
-    The seed of each response is made from `seed_key`, its problem and its number, so that responses depend neither on
-    the batch they are computed in nor on the number of ranks (on a GPU up to rounding, which does depend on the batch).
-    The number is the index in the group. A problem that appears twice in `problems` gets new numbers, hence new seeds.
-    Responses are spread over ranks one by one, so that a few problems keep all ranks busy. Every rank gets all rollouts.
+    A response's seed is made from `seed_key`, its problem and its number, so responses depend neither on the batch they
+    are computed in nor on the number of ranks (on a GPU, up to rounding, which depends on the batch). The number is the
+    index in the group; a problem that appears twice in `problems` gets new numbers, hence new seeds. Responses are dealt
+    to the ranks one by one, so that even a few problems keep all ranks busy. Every rank gets all rollouts.
     """
 
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:
-        # The engine computes a prompt once for all its responses, so this rank's share is put into groups again.
+        # The engine prefills a prompt once for all its responses, so this rank's requests are grouped by prompt again.
         groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: (r[0].id, r[1] // n))]
         ids = [prompts[group[0][0].id] for group in groups]
         seeds = [[request_seed(*seed_key, problem.id, number) for problem, number in group] for group in groups]
@@ -49,15 +49,15 @@ def sample_rollouts(
             for (problem, number), c, text in zip(requests, completions, texts)
         ]
 
-    numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)  # of the problem's responses in this batch
+    numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)  # numbers each problem's responses in this batch
     requests = [(problem, next(numbers[problem.id])) for problem in problems for _ in range(n)]
     return map_over_ranks(sample, requests, engine.tensor_parallel)
 
 
 def known_tokens(completion: Completion, vocab_size: int) -> Completion:
-    """The completion up to the first token that the tokenizer does not have, as if the length limit had cut it there.
+    """Cuts the completion before the first token that the tokenizer does not know, as if at the length limit.
 
-    Output matrices have more rows than there are tokens, and on rare occasions one of the rest is sampled.
+    Output matrices have more rows than the tokenizer has tokens, and on rare occasions an extra row is sampled.
     """
     ids = completion.token_ids
     end = next((number for number, token in enumerate(ids) if token >= vocab_size), None)
@@ -71,18 +71,18 @@ def known_tokens(completion: Completion, vocab_size: int) -> Completion:
 def open_cache(
     directory: Path, identity: dict, problems: Sequence[Problem], prompts: dict[str, list[int]]
 ) -> Iterator[RolloutCache]:
-    """The RolloutCache in `directory`. Another run that opens the directory waits until the block ends. Collective.
+    """Opens the RolloutCache in `directory`; another run that opens it waits until the block ends. Collective.
 
-    Without the lock two runs would sample the same problems, and each problem would have twice its responses.
-    `identity` has all that decides the rollouts, in values that JSON keeps. InputError if the directory holds rollouts of
-    another identity, or other files.
+    Without this lock two runs would sample the same problems and store each response twice. `identity` holds everything
+    that determines the rollouts, as JSON values. InputError if the directory holds rollouts of another identity, or
+    other files.
     """
 
     def claim() -> None:
         path, named = directory / "identity.json", f"--rollouts {str(directory)!r} holds"
         if not path.exists():
             if {other.name for other in directory.iterdir()} - {"lock", "identity.json.tmp"}:
-                raise InputError(f"{named} something else than rollouts; name another directory")
+                raise InputError(f"{named} something other than rollouts; name another directory")
             with whole(path) as unfinished:
                 unfinished.write_text(json.dumps(identity), encoding="utf-8")
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -97,15 +97,15 @@ def open_cache(
 
 
 class RolloutCache:
-    """Graded rollouts in a directory, read from disk as they are needed, because at the paper's scale they fill memory.
+    """Graded rollouts in a directory, read from disk on demand, because at the paper's scale they would fill memory.
 
-    Every `shard-NNNNNN.jsonl` has a rollout a line and is written whole, so an interrupted run goes on with what is
-    missing. A shard has all rollouts of some problems. Its number is the place of its first problem among `problems`,
-    which no other shard has, in whichever order a run needs them. Rank 0 writes, all ranks read.
+    Each `shard-NNNNNN.jsonl` has one rollout per line and is written atomically, so an interrupted run continues with
+    the missing problems. A shard holds all rollouts of some problems. Its number is the index of its first problem in
+    `problems`, hence unique whatever the order in which problems are sampled. Rank 0 writes, all ranks read.
 
-    Rollouts are numbered from 0 over all shards. `rows` has the numbers of each problem's rollouts by its id, and no
-    entry for a problem that is missing. `right` says of each rollout whether it is right and finished. `tokens` counts
-    the tokens of all responses.
+    Rollouts are numbered from 0 over all shards. `rows` maps a problem id to the numbers of its rollouts, and has no
+    entry for a missing problem. `right[i]` says whether rollout i is correct and not truncated. `tokens` is the total
+    length of all responses.
     """
 
     def __init__(self, directory: Path, problems: Sequence[Problem], prompts: dict[str, list[int]]):
@@ -114,7 +114,7 @@ class RolloutCache:
         self.rows: dict[str, list[int]] = {}
         self.right: list[bool] = []
         self.tokens = 0
-        self._places: list[tuple[Path, int]] = []  # of each rollout: its shard, and at which byte its line begins
+        self._places: list[tuple[Path, int]] = []  # for each rollout, its shard and the byte at which its line begins
         for path in sorted(directory.glob("shard-??????.jsonl")):
             self._read(path)
 
@@ -122,7 +122,7 @@ class RolloutCache:
         start = 0
         with path.open("rb") as file:
             for line in file:
-                # The entries that the cache keeps in memory come first, so that the long rest need not be parsed.
+                # The entries kept in memory come first in a line, so that its long remainder need not be parsed.
                 row = json.loads(line.partition(b', "response_ids"')[0] + b"}")
                 self.rows.setdefault(row["id"], []).append(len(self))
                 self.right.append(row["correct"] and row["finish_reason"] == "stop")
@@ -141,7 +141,7 @@ class RolloutCache:
                     row = {"id": r.problem.id, "sample": r.sample, "correct": r.correct, "finish_reason": r.finish_reason,
                            "tokens": len(r.response_ids), "response_ids": r.response_ids, "logprobs": r.logprobs,
                            "text": r.text}  # fmt: skip
-                    file.write(json.dumps(row) + "\n")  # floats keep all their digits, and nan stays nan
+                    file.write(json.dumps(row) + "\n")  # floats keep all digits, and nan stays nan
 
         on_rank_0(write)
         self._read(path)
@@ -159,9 +159,9 @@ class RolloutCache:
         return len(self.right)
 
 
-# Texts: responses that any model has written, whatever tokenizer it had
+# Texts: responses written by any model, with any tokenizer
 
-PROBLEMS_AT_A_TIME = 128  # whose responses are graded together and become one shard
+PROBLEMS_AT_A_TIME = 128  # their responses are graded together and become one shard
 
 
 def read_texts(
@@ -171,15 +171,15 @@ def read_texts(
     max_response_tokens: int,
     grader: Verifier | Reward,
 ) -> None:
-    """Adds the responses in a .jsonl file to the cache, graded (App. B). Problems that it has are skipped. Collective.
+    """Grades the responses in a .jsonl file and adds them to the cache (App. B), except for problems that it already has.
 
-    A line has a prompt, as in a data set, and a `response`; or `messages`, of which the last assistant's turn is the
-    response. A response is tokenised as what follows the prompt, and ends with the end-of-sequence token. One that is
-    longer than `max_response_tokens` is left out: its beginning alone would teach the student to stop in the middle.
-    Responses to other problems and malformed lines are skipped, too; one printed sentence has all the counts. The
-    sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
+    A line has a prompt, as in a data set, and a `response`; or `messages`, whose last assistant turn is the response. A
+    response is tokenized without special tokens, and the end-of-sequence token is appended. A response longer than
+    `max_response_tokens` is skipped, because a truncated one would teach the student to stop midway. Responses to other
+    problems and malformed lines are skipped too; one printed sentence gives the counts. The sampler's log-probabilities
+    are unknown (nan). Collective. Raises InputError if no line is left.
     """
-    texts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # number of the line and response, by problem id
+    texts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # line number and response, by problem id
     unreadable = []
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -187,11 +187,11 @@ def read_texts(
                 if line.strip():
                     name, text = _response_in(json.loads(line))
                     texts[name].append((number, text.removesuffix(tokenizer.eos_token)))
-            except Exception as error:  # what a malformed line raises depends on how it is malformed
+            except Exception as error:  # a malformed line may raise anything
                 unreadable.append(f"line {number}: {error}")
 
     def tokenised(responses: Sequence[tuple[Problem, int, str]]) -> list[list[int]]:
-        # A special token's name in the text of another model is text, and must not end a turn here.
+        # If another model's text spells out a special token, it is plain text here, and must not end the turn.
         plain = [text for _, _, text in responses]
         encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"] if plain else []
         return [[*ids, tokenizer.eos_token_id] for ids in encoded]
@@ -221,7 +221,7 @@ def read_texts(
 
 
 def _response_in(row: dict) -> tuple[str, str]:
-    """The problem id and the text of a line. It raises some exception for a line without a prompt and a response."""
+    """A line's problem id and response text. Raises some exception if the line lacks a prompt or a response."""
     if isinstance(row, dict) and "messages" in row and "response" not in row:
         turns = row["messages"]
         last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
@@ -229,5 +229,5 @@ def _response_in(row: dict) -> tuple[str, str]:
     (_, name), response = prompt_and_id(row), row.get("response")
     if not isinstance(response, str) or not response.strip():
         raise ValueError("no text in its response")
-    response.encode()  # raises for half of a surrogate pair, which no tokenizer takes
+    response.encode()  # raises for a lone surrogate, which no tokenizer accepts
     return name, response

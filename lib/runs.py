@@ -1,7 +1,7 @@
-"""The output of a stage: a checkpoint that records where it comes from, written so that a run can be resumed.
+"""The output of a stage: a checkpoint with its lineage, logs, and the training states from which a run resumes.
 
-A checkpoint is a Hugging Face directory plus `run.json`, which holds the stage's settings and its lineage: the
-checkpoints it came from and the labelled problems that its weights have been trained on.
+A checkpoint is a Hugging Face directory plus `run.json`, which holds the stage's settings and lineage: its parent
+checkpoints and the labelled problems that its weights were trained on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lib.policy import Policy, check_checkpoint, save_pretrained
 from lib.scores import TokenizedSets, tokenize_sets
 from lib.watch import find_warnings, is_training, one_sample, sample_lines
 
-# In a single process PyTorch's checkpoint library warns at every call that it assumes there is just one.
+# Without torch.distributed, PyTorch's checkpoint library warns at every call that it assumes a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -51,12 +51,12 @@ def prepare(
     """Checks a stage's Config, and loads its training problems, the tokenizer, the prompts' token ids by problem id, and
     the sets of --validate.
 
-    Most wrong input is refused here, with an InputError, before any weight is read. `teacher` is the checkpoint that
-    the model learns from; `sampled` the one that responses are sampled from (by default the model).
+    Most invalid input is rejected here with an InputError, before any weight is read. `teacher` is the checkpoint that
+    the model learns from; `sampled` is the checkpoint that generates the responses (by default the model).
     """
     common.check_settings(cfg)
     tokenizer = data.load_tokenizer(cfg.model)
-    data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
+    data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a string that cannot end a response
     validation = data.load_sets(cfg.validate, "--validate", cfg.reward)
     problems = data.load_training_problems(cfg, [problem for each in validation.values() for problem in each])
     if teacher:
@@ -71,35 +71,34 @@ def prepare(
     return [problem for problem in problems if problem.id in prompts], tokenizer, prompts, validation_sets
 
 
-# A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
+# One step with a non-finite loss or gradient may be bad luck. This many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
 
 
 class Run:
     """The output directory of a stage: OUT.partial while it runs, renamed to OUT at the end.
 
-    So a directory called OUT is always whole, however the process ends, and a Makefile can use it as a target. The run
-    writes
+    So a directory called OUT is always complete, however the process ends, and can be a Makefile target. The run writes
 
-    - `metrics.jsonl`, with a line for each step and for each validation, and `samples.jsonl`, with a few responses of
-      each step. They are kept however the run ends;
+    - `metrics.jsonl`, with a line for each step and each validation, and `samples.jsonl`, with a few responses of each
+      step. Both are kept however the run ends;
     - `state-NNNNNN`: weights, optimizer and run.json after NNNNNN steps, every `save_every` steps and when a signal stops
-      the run. The previous one is removed when the new one is complete. `--resume` loads the newest that can be loaded,
-      and drops the lines of later steps from the two logs, because they will come again;
-    - `step-NNNNNN`: checkpoints along the way, if there is `export_every`;
-    - `run.json`: settings and lineage; and in the end the checkpoint itself.
+      the run. The previous state is removed when the new one is complete. `--resume` loads the newest loadable state and
+      drops later steps from the two logs, because it repeats them;
+    - `step-NNNNNN`: intermediate checkpoints, if `export_every` is set;
+    - `run.json`: settings and lineage; and at the end the checkpoint itself.
 
     `cfg` is a stage's Config. `parents` maps roles ("model", "teacher") to checkpoints, whose lineage is copied into
-    `run.json`. Use it in a `with` block, in this order: `restore`, and in each of `steps` first `log`, then `save`; in
-    the end `finish`.
+    `run.json`. Use a Run in a `with` block, in this order: `restore`; for each of `steps`, `log` and then `save`;
+    finally `finish`.
 
-    Raises InputError when OUT exists, is in use by another run, or holds an interrupted run that cannot be continued.
-    With `resume`, an OUT that the same settings have made raises AlreadyFinished, on which a stage ends as a success.
+    Raises InputError if OUT exists, is in use by another run, or holds an interrupted run that cannot be continued. With
+    `resume`, an OUT finished with the same settings raises AlreadyFinished, which a stage reports as success.
     """
 
     def __init__(self, cfg, parents: dict[str, str]):
         self.out = Path(cfg.out)
-        self.partial = Path(f"{self.out}.partial")  # of the Path, so that "runs/x/" becomes "runs/x.partial"
+        self.partial = Path(f"{self.out}.partial")  # from the Path, so that "runs/x/" becomes "runs/x.partial"
         self.save_every, self.export_every = cfg.save_every, cfg.export_every
         self.steps_done = 0
         self.total_steps: int | None = None  # known once `steps` is called
@@ -110,14 +109,14 @@ class Run:
         with ExitStack() as stack:
             stack.enter_context(locked(self.partial, in_use))
             stack.callback(self._remove_without_work)
-            # Rank 0 reads and writes the files; the other ranks learn what it found.
+            # Rank 0 reads and writes the files, and sends the record to the other ranks.
             self.record = on_rank_0(lambda: self._open(cfg, parents))
             self._at_exit = stack.pop_all()
 
     def _open(self, cfg, parents: dict[str, str]) -> dict:
-        """This run's record, if it may begin or continue."""
+        """This run's record; raises InputError if the run must not begin or continue."""
         finished = cfg.resume and read_run(self.out)
-        if os.path.lexists(self.out) and not finished:  # nothing can be renamed onto a dangling link, either
+        if os.path.lexists(self.out) and not finished:  # lexists, because renaming onto a dangling link fails too
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
         if self._holds_work() and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
@@ -141,14 +140,14 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         if error is not None and self._holds_work():
-            error.add_note(f"the same command with --resume continues from what {self.partial} holds")
+            error.add_note(f"the same command with --resume continues from {self.partial}")
         self._at_exit.close()
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Loads weights, optimizer and record of the interrupted run, if there is one to continue. Collective.
 
-        A state counts once all ranks have loaded it; otherwise all take the one before it, which is there if the run was
-        killed just before it was removed.
+        If any rank fails to load a state, all ranks try the previous one, which exists if the run was killed just before
+        removing it.
         """
         states = on_rank_0(lambda: sorted(self.partial.glob("state-??????"), reverse=True))
         for path in states:
@@ -161,7 +160,7 @@ class Run:
             except (
                 Exception,
                 CheckpointException,
-            ) as error:  # what is raised depends on which file is damaged, and how
+            ) as error:  # a damaged file may raise anything
                 problem = error
             if common.all_max({"failed": problem is not None})["failed"]:
                 print0(f"{path} cannot be loaded: {problem or 'another rank failed'}")
@@ -177,9 +176,9 @@ class Run:
             raise InputError(f"no training state in {self.partial} can be loaded; delete the directory to begin again")
 
     def _cut_logs(self) -> list[dict]:
-        """Removes what will be written again from samples.jsonl and metrics.jsonl; returns what is left of the second.
+        """Drops from both logs the lines that the resumed run repeats; returns the remaining lines of metrics.jsonl.
 
-        The validation before a step has the step's number, and is made again with it.
+        A validation has the number of the step after it, and is repeated together with that step.
         """
         for path in list(self.partial.glob("*.jsonl")):
             kept = [line for line in json_lines(path) if line["step"] < self.steps_done]
@@ -188,9 +187,9 @@ class Run:
         return json_lines(self.partial / "metrics.jsonl")
 
     def steps(self, total: int) -> Iterator[int]:
-        """The numbers of the steps still to do, while a progress bar shows how many are done. Collective.
+        """Yields the numbers of the remaining steps, with a progress bar. Collective.
 
-        From here on a signal to stop waits for the end of the step, where `save` looks for it.
+        From here on a signal to stop takes effect at the end of a step, in `save`.
         """
         self.total_steps = total
         self.lines = on_rank_0(self._cut_logs)  # of metrics.jsonl
@@ -198,10 +197,10 @@ class Run:
         self._at_exit.callback(self._tracker.call, "finish")
         on_rank_0(lambda: self._write_record(self.partial))
         self._signal = self._at_exit.enter_context(StopSignal())
-        transformers.utils.logging.disable_progress_bar()  # its bars would break up the bar of the steps
-        route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
+        transformers.utils.logging.disable_progress_bar()  # its bars would break up the steps' bar
+        route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes share a stage's name
         bar = common.progress_bar(total, route, "step", initial=self.steps_done)
-        self._bar = self._at_exit.enter_context(bar)  # closed first, so that the next message begins on a new line
+        self._bar = self._at_exit.enter_context(bar)  # closed first at exit, so that the next message gets a new line
         for step in range(self.steps_done, total):
             yield step
             self._bar.update()
@@ -217,12 +216,11 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], rollouts: Sequence[Rollout], show: Sequence[str] = ()) -> None:
         """Appends a line to metrics.jsonl, and shows the metrics named in `show` beside the progress bar.
 
-        The line also holds the rollouts' mean length in tokens, the share that was cut at the length limit, and, if they
-        have just been graded, the shares in which no answer was found and on which the grader failed. A few of them are
-        written to samples.jsonl, and every `save_every` steps one is printed. Warnings (lib.watch) are printed once in a
-        run. `metrics` must have `skipped_steps`, the number of optimizer steps that were skipped. After
-        STOP_AFTER_SKIPPED steps in a row with any, the rollouts of the last are written to a file and the run ends with
-        an InputError.
+        The line also holds the rollouts' mean length in tokens, the fraction cut at the length limit, and, if they have
+        just been graded, the fractions without an answer and with a failed grading. A few rollouts are written to
+        samples.jsonl, and every `save_every` steps one is printed. Each kind of warning (lib.watch) is printed once.
+        `metrics` must have `skipped_steps`, the number of skipped optimizer steps. If it is not 0 in STOP_AFTER_SKIPPED
+        steps in a row, the last rollouts are written to a file and the run ends with an InputError.
         """
         tokens = common.count_tokens(rollouts)
         self.record["trained_tokens"] += tokens
@@ -232,14 +230,14 @@ class Run:
             "response_tokens": tokens / len(rollouts),
             "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         }
-        if all(rollout.how for rollout in rollouts):  # those that Stage 2a reads from its cache do not have it
+        if all(rollout.how for rollout in rollouts):  # not set on rollouts that Stage 2a reads from its cache
             for name, kinds in (("no_answer", ("no_answer",)), ("verifier_failed", ("timeout", "error"))):
                 line[name] = sum(rollout.how in kinds for rollout in rollouts) / len(rollouts)
         line = self._append(line)
         if rank() == 0:
             samples = sample_lines(step, rollouts)
             self._write_lines("samples.jsonl", samples)
-            if step % self.save_every == 0:  # a good one, a bad one, ...
+            if step % self.save_every == 0:  # alternates between good and bad ones
                 tqdm.write(one_sample(samples[step // self.save_every % len(samples)], chars=400))
             for kind, sentence in find_warnings(self.lines).items():
                 if kind not in self.record["warnings"]:
@@ -253,12 +251,12 @@ class Run:
             if rank() == 0:
                 path.write_text(json.dumps([dataclasses.asdict(rollout) for rollout in rollouts], default=str))
             raise InputError(
-                f"the loss or its gradient was not finite in {STOP_AFTER_SKIPPED} steps in a row, the last of them step "
-                f"{step}, whose rollouts are in {path}; look at them, or lower --lr"
+                f"the loss or its gradient was not finite in {STOP_AFTER_SKIPPED} steps in a row, the last of which is step "
+                f"{step}; look at its rollouts in {path}, or lower --lr"
             )
 
     def _append(self, line: dict[str, float]) -> dict[str, float | None]:
-        """Appends a line to metrics.jsonl, with the seconds of each phase added; returns it as it is written."""
+        """Appends a line to metrics.jsonl with the seconds of each phase added; returns the line as written."""
         line |= {f"seconds_{name}": round(seconds, 4) for name, seconds in self._phases.items()}
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
         self._phases.clear()
@@ -274,9 +272,9 @@ class Run:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def log_validation(self, steps: int, scores: dict[str, dict]) -> None:
-        """Appends a line of its own to metrics.jsonl for the validation after `steps` steps, and says what it found.
+        """Appends a line to metrics.jsonl for the validation after `steps` steps, and prints it.
 
-        `scores` has what lib.scores.summarise says of each set.
+        `scores` maps each set to its statistics (lib.scores.summarise).
         """
         line, said = {"step": steps}, []
         for name, score in scores.items():
@@ -295,13 +293,13 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         trained_on: Iterable[Problem],
     ) -> None:
-        """Call it after every step. Usually it only records the step's problems. Every `save_every` steps it writes a
-        training state, and every `export_every` a checkpoint. If a signal has asked any rank to stop, it writes a
-        training state and raises Stopped.
+        """Must be called after every step. Usually it only records the step's problems. Every `save_every` steps it writes
+        a training state, and every `export_every` steps a checkpoint. If a signal has asked any rank to stop, it writes
+        a training state and raises Stopped.
 
         `steps` counts the finished steps. `trained_on` are problems that the weights have been trained on, whether or
-        not their answers were used; Stage 3 refuses them. Every rank writes its own shards of a state, so on several
-        nodes the directory must be one that all of them see. Collective; an OSError leaves the previous state in place.
+        not their answers were used; Stage 3 refuses them. Every rank writes its own shards of a state, so several nodes
+        need a shared directory. Collective; an OSError leaves the previous state in place.
         """
         self.steps_done = steps
         self.record["trained_on"] = sorted({*self.record["trained_on"], *(problem.id for problem in trained_on)})
@@ -327,7 +325,7 @@ class Run:
                 shutil.rmtree(older)
 
     def _write_record(self, directory: Path) -> None:
-        """Writes run.json: the record as it is after this step, with the first and last line of the metrics so far."""
+        """Writes run.json: the current record, with the first and last lines of the metrics so far."""
         seconds = self.record["seconds"] + time.monotonic() - self._began
         cpu_seconds = self.record["cpu_seconds"] + time.process_time() - self._cpu_began
         record = {**self.record, "steps": self.steps_done}
@@ -347,12 +345,12 @@ class Run:
             self._write_record(directory)
 
     def finish(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the checkpoint and its curves, and gives the directory its final name. Collective."""
+        """Writes the checkpoint and its curves, then renames OUT.partial to OUT. Collective."""
         self._write_checkpoint(self.partial, policy, tokenizer)
         if rank() == 0:
             plot_metrics(self.lines, self.partial / "curves.png")
             commit(self.partial, self.out)
-            for state in self.out.glob("state-*"):  # last: a run that is killed before the renaming still needs it
+            for state in self.out.glob("state-*"):  # removed last: a run killed before the rename still needs it
                 shutil.rmtree(state)
             (self.out / "lock").unlink()
             print0(f"wrote {self.out}")
@@ -362,28 +360,28 @@ class Run:
 def check_unchanged(saved: dict, record: dict, directory: Path) -> None:
     """InputError unless `saved`, the record of the run in `directory`, has the settings, parents and code of `record`.
 
-    --accept-changes accepts changed code, and the settings that it has gained or lost.
+    --accept-changes accepts changed code, and settings that the new code has added or removed.
     """
     before = settings_and_parents(saved)
-    now = json.loads(json.dumps(settings_and_parents(record)))  # with lists for tuples, as saved
+    now = json.loads(json.dumps(settings_and_parents(record)))  # turns tuples into lists, as in the saved record
     accepts = record["config"]["accept_changes"]
     differing = [
         f"{name} = {before.get(name)!r}, now it is {now.get(name)!r}"
         for name in before | now
-        # The size of micro-batches changes rounding only, and a run may need a smaller one.
+        # The micro-batch size only affects rounding, and a resumed run may need a smaller one.
         if before.get(name) != now.get(name) and name != "micro_batch_tokens"
         if not accepts or (name in before and name in now)
     ]
     old, new = saved["sessions"][-1]["files"], record["sessions"][-1]["files"]
     changed = ", ".join(name for name, digest in new.items() if old.get(name, digest) != digest)
     if changed and accepts:
-        print0(f"{directory}: going on with another {changed}")
+        print0(f"{directory}: continuing with changed {changed}")
     elif changed:
-        differing.append(f"another {changed} (--accept-changes goes on with changed code)")
+        differing.append(f"another {changed} (--accept-changes continues with changed code)")
     if differing:
         raise InputError(
-            f"--resume: the run in {directory} had {', and '.join(differing)}; go back to what it had, name another "
-            f"--out, or delete {directory}"
+            f"--resume: the run in {directory} had {', and '.join(differing)}; restore its settings and code, name "
+            f"another --out, or delete {directory}"
         )
 
 
@@ -391,26 +389,26 @@ def check_unchanged(saved: dict, record: dict, directory: Path) -> None:
 def whole_for_all(path: Path) -> Iterator[Path]:
     """lib.files.whole for a directory that all ranks write to. Collective."""
     with whole(path) if rank() == 0 else nullcontext(path.with_name(path.name + ".tmp")) as unfinished:
-        common.barrier()  # rank 0 has removed what an earlier run may have left
+        common.barrier()  # rank 0 has removed any leftovers of an earlier run
         yield unfinished
     common.barrier()  # rank 0 has renamed it
 
 
-COPY_SECONDS = 1.0  # SLURM and torchrun may both send a signal; one that comes so soon after the first is its copy
+COPY_SECONDS = 1.0  # SLURM and torchrun may both send a signal; a second one within this time counts as a copy
 
 
 class StopSignal:
-    """In a `with` block notes the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1, which SLURM can send before it ends a job,
-    in `number` (0 before). A later signal has its usual effect, unless it is a copy of the first.
+    """In a `with` block, stores the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 (which SLURM can send before it ends a job)
+    in `number`, which is 0 before. A later signal has its usual effect, unless it is a copy of the first.
 
-    Files on disk are always consistent, so a process may end at any point; only the step in progress is worth waiting
-    for. A rank that waits in a collective runs no handler; torchrun kills it some time after the first signal.
+    Files on disk are always consistent, so a process may end at any point; finishing the step only saves its work. A
+    rank that waits in a collective runs no handler; torchrun kills it some time after the first signal.
     """
 
     def __enter__(self) -> StopSignal:
         self.number = 0
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        # An ignored signal stays ignored, as Ctrl-C is by a shell's background jobs.
+        # A signal that is already ignored stays ignored, such as Ctrl-C in a shell's background job.
         self._usual = {each: signal.getsignal(each) for each in numbers if signal.getsignal(each) != signal.SIG_IGN}
         for number in self._usual:
             signal.signal(number, self._receive)
@@ -424,16 +422,16 @@ class StopSignal:
         if not self.number:
             self.number, self._since = number, time.monotonic()
             said = f"\n{signal.Signals(number).name}: the run stops after this step; another signal ends it at once\n"
-            os.write(2, said.encode() if rank() == 0 else b"")  # print may be what the signal has interrupted
+            os.write(2, said.encode() if rank() == 0 else b"")  # not print, which the signal may have interrupted
         elif time.monotonic() - self._since > COPY_SECONDS:
             self.__exit__()
             signal.raise_signal(number)
 
 
 class Tracker:
-    """Rank 0's connection to the package that --track names: trackio or wandb, whose functions have the same names.
+    """Rank 0's connection to the --track package, trackio or wandb, which have the same API; does nothing without one.
 
-    An exception of the package is printed, and the run goes on without it. Without a package nothing happens.
+    If the package raises an exception, it is printed and the run continues without tracking.
     """
 
     def __init__(self, package: str | None):
@@ -445,14 +443,14 @@ class Tracker:
         """Begins a run, or continues the one that `record` names as its `tracker_run`."""
         if self._package:
             name = record.setdefault("tracker_run", f"{out.name}-{secrets.token_hex(4)}")
-            more = {"id": name} if self._package == "wandb" else {}  # trackio knows a run by its name
+            more = {"id": name} if self._package == "wandb" else {}  # trackio identifies a run by its name
             self.call("init", project="sparse-to-dense", name=name, resume="allow", config=record["config"], **more)
 
     def call(self, function: str, *arguments, **options) -> None:
         if self._package:
-            try:  # an import statement would make the package a requirement
+            try:  # import_module, because an import statement would make the package a requirement
                 getattr(importlib.import_module(self._package), function)(*arguments, **options)
             except Exception as error:
                 said = f"{type(error).__name__}: {common.first_line(error)}"
-                print0(f"--track {self._package}: {said}; the run goes on without it")
+                print0(f"--track {self._package}: {said}; the run continues without it")
                 self._package = None

@@ -1,5 +1,5 @@
-"""avg@k ± standard error over problems (App. F), pass@k, paired differences; the files that keep an evaluation's samples;
-and the validation while a stage trains.
+"""Scores: avg@k ± standard error over problems (App. F), pass@k, paired differences, the files that hold an evaluation's
+samples, and validation during training.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lib.verifier import Verifier
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean of (P,) values ± its standard error (SE), which is nan for a single value."""
+    """Mean of (P,) values and its standard error (SE), which is nan for a single value."""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return float(values.mean()), float(error)
 
 
 def summarise(samples: Sequence[dict], k: int) -> dict:
-    """Statistics of one data set from its P*k samples (`as_sample`), among them avg@k ± SE (avg@16 in the paper).
+    """Statistics of one data set from its P*k samples (`as_sample`), including avg@k and its SE (avg@16 in the paper).
 
-    Rates are in [0, 1], lengths in tokens, scores by problem id. A sample's score is its `reward` if it has one, which
-    may be any number, and otherwise 1 if it is correct, else 0.
+    Rates are in [0, 1], lengths in tokens, scores by problem id. A sample's score is its `reward` (any number) if it has
+    one, otherwise 1 if it is correct and 0 if not.
     """
     ids = list(dict.fromkeys(sample["id"] for sample in samples))
     row = {problem_id: index for index, problem_id in enumerate(ids)}
@@ -57,7 +57,7 @@ def summarise(samples: Sequence[dict], k: int) -> dict:
 
 
 def paired_difference(first: dict[str, float], second: dict[str, float]) -> tuple[float, float]:
-    """Mean of first - second over the problems (scores by problem id) ± the standard error (SE) of that mean."""
+    """Mean of first - second over the problems (scores by problem id), and the standard error (SE) of that mean."""
     if first.keys() != second.keys():
         raise InputError("two checkpoints were evaluated on different problems; evaluate both again on the same ones")
     return mean_and_error(np.array([first[problem_id] - second[problem_id] for problem_id in first]))
@@ -67,13 +67,12 @@ def paired_difference(first: dict[str, float], second: dict[str, float]) -> tupl
 
 
 def sha256(value: object) -> str:
-    """The hash of a value written as JSON."""
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
 def grader_sha256(cfg, problems: Sequence[Problem]) -> str:
-    """The hash of the grader: the verifier's sources and the versions of the packages behind it; or the file of
-    `--reward` and the rows of the data set, which that function may read.
+    """Hash of the grader: the verifier's sources and package versions, or the `--reward` file and the data set's rows,
+    which the reward function may read.
     """
     if cfg.reward:
         return sha256([cfg.reward, reward_sha256(cfg), [problem.row for problem in problems]])
@@ -91,37 +90,37 @@ def as_sample(rollout: Rollout) -> dict:
 
 
 class SampleFile:
-    """One checkpoint's graded samples on one data set: DIRECTORY/NAME-HASH.jsonl, with one sample a line.
+    """One checkpoint's graded samples on one data set: DIRECTORY/NAME-HASH.jsonl, with one sample per line.
 
-    HASH is that of `settings`, everything that decides the samples, which the first line holds. Samples of other settings
-    are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part that it
-    was sampling, and the same evaluation continues from the file.
+    HASH is the hash of `settings`, which determine the samples and are stored in the first line. So samples of other
+    settings are never overwritten. Lines are appended, so a killed process loses at most the batch that it was sampling,
+    and the same evaluation continues from the file.
 
-    Each line carries `grader`, its grader's hash. `grade_again` grades the samples that another grader has graded, or that
-    were graded against another answer, so that they need not be sampled again.
-
-    Rank 0 reads and writes; the methods are collective.
+    Each line stores the hash of its grader. `grade_again` regrades samples from another grader, or graded against another
+    answer, without sampling them again. Rank 0 reads and writes; the methods are collective.
     """
 
     def __init__(self, directory: Path, name: str, settings: dict, problems: Sequence[Problem], k: int, grader: str):
         self.path = directory / f"{name}-{sha256(settings)[:8]}.jsonl"
         self.settings, self.problems, self.k = settings, {problem.id: problem for problem in problems}, k
         self.grader = grader
-        self.samples: dict[tuple[str, int], dict] = {}  # by problem id and number; on rank 0 only
+        self.samples: dict[tuple[str, int], dict] = {}  # by problem id and sample number; on rank 0 only
         self.missing: list[Problem] = [self.problems[name] for name in on_rank_0(self._open)]
 
     def _open(self) -> list[str]:
-        """Reads the samples of the problems that have all `k` of them; returns the ids of the other problems."""
+        """Reads the samples of every problem that has all `k`; returns the ids of the other problems."""
         found = {(line["id"], line["sample"]): line for line in json_lines(self.path) if "sample" in line}
         missing = [name for name in self.problems if any((name, n) not in found for n in range(self.k))]
         kept = [(name, n) for name in self.problems if name not in missing for n in range(self.k)]
         self.samples = {key: found[key] for key in kept}
-        if not self.path.exists() or not self.path.read_bytes().endswith(b"\n"):  # a kill has cut the last line
+        if not self.path.exists() or not self.path.read_bytes().endswith(
+            b"\n"
+        ):  # new, or a kill truncated the last line
             self._rewrite()
         return missing
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
-        """Keeps all `k` graded rollouts of some missing problems."""
+        """Adds all `k` graded rollouts of some missing problems."""
         samples = self._keep(rollouts)
 
         def write() -> None:
@@ -136,10 +135,10 @@ class SampleFile:
         return samples
 
     def grade_again(self, grader: Verifier | Reward) -> None:
-        """Grades the samples whose grader or right answer was another one, and says how many verdicts changed."""
+        """Regrades samples whose grader or right answer has changed, and prints how many verdicts changed."""
         rollouts = on_rank_0(
             lambda: [
-                # The number of tokens is all that a grader may ask about them.
+                # A grader may only ask for the number of tokens, so zeros stand for their ids.
                 Rollout(problem, line["sample"], [], [0] * line["tokens"], [], line["finish_reason"], line["response"],
                         correct=line["correct"])
                 for line in self.samples.values()
@@ -153,7 +152,9 @@ class SampleFile:
         changed = sum(rollout.correct != verdict for rollout, verdict in zip(rollouts, before))
         self._keep(rollouts)
         on_rank_0(self._rewrite)
-        print0(f"{self.path}: {len(rollouts)} samples graded again, because the grading has changed; {changed} differ")
+        print0(
+            f"{self.path}: {len(rollouts)} samples regraded because the grading has changed; {changed} verdicts differ"
+        )
 
     def _rewrite(self) -> None:
         with whole(self.path) as unfinished:
@@ -174,9 +175,9 @@ TokenizedSets = dict[str, tuple[list[Problem], dict[str, list[int]]]]
 def tokenize_sets(
     sets: dict[str, list[Problem]], tokenizer: PreTrainedTokenizerBase, cfg: SamplerConfig, model: str
 ) -> TokenizedSets:
-    """Adds to the problems of each set their prompts' token ids by problem id.
+    """Pairs each set's problems with their prompts' token ids by problem id.
 
-    InputError for a prompt that is too long for `cfg`, or with its response for checkpoint `model`.
+    InputError if a prompt exceeds the limit of `cfg`, or with its response the positions of checkpoint `model`.
     """
     tokenized = {}
     for name, problems in sets.items():
@@ -186,11 +187,10 @@ def tokenize_sets(
 
 
 class Validation:
-    """avg@k on the sets of `--validate` while a stage trains (Table 8). Without any it does nothing.
+    """avg@k on the sets of `--validate` during training (Table 8); does nothing without any.
 
-    `engine` samples the responses, with the decoding that evaluate.py has by default, and `run`, the stage's
-    lib.runs.Run, logs the scores. Successive validations use the same random numbers, so that less of the difference
-    between two of them is chance.
+    `engine` samples the responses with evaluate.py's default decoding, and `run`, the stage's lib.runs.Run, logs the
+    scores. All validations use the same seeds, which makes the differences between them less noisy.
     """
 
     def __init__(
@@ -201,10 +201,7 @@ class Validation:
         self.sampling = Sampling(cfg.max_response_tokens, temperature=0.7, top_p=0.8, top_k=20)
 
     def score(self, steps: int, policy: Policy) -> None:
-        """Measures and logs the policy's scores if they are due: every `validate_every` steps, and after the last one.
-
-        `steps` counts the finished steps. Collective.
-        """
+        """After `steps` steps, logs the policy's scores if `steps` is a multiple of `validate_every` or the last step."""
         if not self.sets or (steps % self.cfg.validate_every and steps != self.run.total_steps):
             return
         scores = {}

@@ -1,23 +1,22 @@
-r"""Grade a model's response against the right answer ("gold"): is what its last \boxed{...} holds the same mathematics?
+r"""Grades a model's response: is the content of its last \boxed{...} mathematically equal to the right answer ("gold")?
 
     with Verifier() as verifier:
         verdicts = verifier.check(responses, golds)           # a Verdict for each response, in order
     python -m lib.verifier '\frac12' 'so we get \boxed{0.5}'  # grade one response by hand
 
-A model in training exploits whatever its grader gets wrong. So this grader is
+A model in training exploits every mistake of its grader. So this grader is
 
-strict: accepting a wrong answer costs more than refusing a right one. Only the last box of a response counts, decimals
+strict: accepting a wrong answer costs more than rejecting a right one. Only the last box of a response counts, decimals
     are exact (0.333333 is not 1/3), and answers in different units, number bases or letter cases differ. An answer that
     cannot be decided is wrong.
-bounded: 9^{9^{9^9}} keeps sympy busy forever, and math-verify's own time-outs do not interrupt C code. So sympy runs in
-    worker processes with a memory limit, which are killed at a deadline. A time-out counts as wrong.
-inert: model output is never evaluated as Python, although much of sympy evaluates text. Answers go through a LaTeX
+bounded: 9^{9^{9^9}} keeps sympy busy forever, and math-verify's own timeouts do not interrupt C code. So sympy runs in
+    worker processes with a memory limit, which are killed at a deadline. A timeout counts as wrong.
+inert: model output is never evaluated as Python, although much of sympy evaluates text. Answers are parsed with a LaTeX
     grammar, and a worker refuses to compile source text.
 
-`quick_check` decides most answers, which are plain numbers or equal strings. Workers (lib/verifier_worker.py) decide
-the others. They are programs of their own because a fork would copy a process that holds CUDA and threads, and
-multiprocessing's "spawn" would import the training script again. Neither file imports torch, whose import takes longer
-than that of sympy.
+Most answers are plain numbers or equal strings, which `quick_check` decides. Workers (lib/verifier_worker.py) decide
+the rest. They are separate programs because a fork would copy a process that holds CUDA and threads, and
+multiprocessing's "spawn" would import the training script again. Neither file imports torch, which is slow to import.
 """
 
 import json
@@ -30,10 +29,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# A longer answer is not graded, neither as the gold answer nor as a response's: the longest of MATH-500 has 53
-# characters, so such an answer is a dump of text or an attack.
+# Longer answers, gold or the model's, are not graded: the longest in MATH-500 has 53 characters, so a longer one is
+# dumped text or an attack.
 MAX_CHARS = 1000
-START_SECONDS = 120.0  # for a worker to import sympy, even on a busy machine or from a cold disk
+START_SECONDS = 120.0  # enough for a worker to import sympy on a busy machine or from a cold disk
 
 
 class Verdict(NamedTuple):
@@ -46,25 +45,25 @@ class Verdict(NamedTuple):
 
 # Finding the answer
 
-# A box that opens or holds a bare number, a brace, or an escaped brace or backslash. A model that escapes its output
-# twice writes \\boxed, which counts.
+# An opening box or a box with a bare number, a brace, or an escaped brace or backslash. \\boxed, from a model that
+# escapes its output twice, counts as a box.
 _TOKEN = re.compile(
     r"\\(?:boxed|fbox)\s*(?:(\{)|([-+]?\d+(?:,\d{3})*(?:\.\d+)?))|\\[\\{}](?!boxed|fbox)|[{}]", re.ASCII
 )
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last \boxed{...} or \fbox{...} of `text` (or `\boxed 7`), stripped; None if there is none.
+    r"""The stripped content of the last \boxed{...} or \fbox{...} (or `\boxed 7`) in `text`; None if there is none.
 
-    Of nested boxes the outer one counts. A last box that never closes, as in a response cut at its length limit, is no
-    answer, even if an earlier one was complete. The time is linear in the length of the text.
+    If boxes are nested, the outer one counts. If the last box never closes, as in a truncated response, the result is
+    None even if an earlier box was complete. Takes time linear in the length of the text.
     """
     answer, open_at = None, []  # For each open brace: where its content starts if it is a box's, else None.
     for token in _TOKEN.finditer(text):
         if token[1]:
             answer = None
             open_at.append(token.end())
-        elif not open_at:  # Outside of boxes only a bare number matters.
+        elif not open_at:  # Outside a box only a bare number, as in \boxed 7, matters.
             answer = token.span(2) if token[2] else answer
         elif token[0] == "{":
             open_at.append(None)
@@ -74,9 +73,9 @@ def extract_answer(text: str) -> str | None:
     return None if answer is None else text[slice(*answer)].strip()
 
 
-# The fast path: deciding what needs no algebra
+# The fast path: answers that can be decided without algebra
 
-_CLEAN = [  # typography that never changes the meaning, and what replaces it, in this order
+_CLEAN = [  # typography that never changes the meaning, with its replacement; applied in this order
     (re.compile(r"\\(?:left|right)(?![A-Za-z])\.?|\\!|\\displaystyle(?![A-Za-z])|(?<=\\\\)\[\d+ ?pt\]"), ""),
     (re.compile(r"(?<!\\)\\[,;: \n]|~|\\q?quad(?![A-Za-z])|\\thinspace(?![A-Za-z])|\s+"), " "),
     (re.compile(r"\\(?:mbox|math(?:rm|bf)|text(?:bf|it|rm|normal))\s*(?=\{)"), r"\\text"),
@@ -84,7 +83,7 @@ _CLEAN = [  # typography that never changes the meaning, and what replaces it, i
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|°|\\degree(?![A-Za-z])"), r"^\\circ"),
     (re.compile("[\u2212\u2013]"), "-"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
-    (re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])"), ""),  # A space inside "1 2" stays, or it would become 12.
+    (re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])"), ""),  # Keeps the space in "1 2", which must not become 12.
     (re.compile(r"^(-?\d+) (\d+)/(\d+)$", re.ASCII), r"\1\\frac{\2}{\3}"),
     (re.compile(r"^(\d+)_\{(\d)\}$", re.ASCII), r"\1_\2"),
     (re.compile(r"^\\text\{([-+]?[\d.,]+)\}$", re.ASCII), r"\1"),
@@ -95,7 +94,7 @@ _TEXT = re.compile(r"\\text\{([^{}\\]*)\}")
 _UNIT = re.compile(
     r"(?:\\text\{ ?([A-Za-z][A-Za-z ./]*?)\.? ?\}|(?<=[\d }])([A-Za-z]{2,}))(?:\^\{?([23])\}?)?$", re.ASCII
 )
-_UNITS = {  # the name we use for a unit: its other spellings, without a final s
+_UNITS = {  # our name for a unit -> its other spellings, without a final s
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
     "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mph": "", "deg": "degree", "rad": "radian",
     "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce", "l": "liter litre", "ml": "milliliter millilitre",
@@ -117,7 +116,7 @@ _NO_UNIT = set(_FACTOR) | set(  # words that change or hedge the number before t
 
 
 def normalise(text: str) -> str:
-    r"""`text` without typography that never changes its meaning: spacing, \left, $...$, a box, a final full stop."""
+    r"""Removes typography that never changes the meaning of `text`: spacing, \left, $...$, a box, a final full stop."""
     text, before = text.strip(), None
     while text != before:
         before = text
@@ -127,7 +126,7 @@ def normalise(text: str) -> str:
             text = inner
         for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = text[len(opening) : -len(closing)]
-            # The two ends must belong together: "$1$ or $2$" is not one formula between dollar signs.
+            # The two ends must match each other: "$1$ or $2$" is not one formula between dollar signs.
             if text == opening + inner + closing and opening not in inner and closing not in inner:
                 text = inner.strip()
     for pattern, replacement in _CLEAN:
@@ -136,9 +135,9 @@ def normalise(text: str) -> str:
 
 
 def plain_number(text: str) -> str | None:
-    """A canonical decimal if `text` is plainly one number ("073", "1,000", "70.0"), else None.
+    """A canonical decimal if `text` is a single plain number ("073", "1,000", "70.0"), else None.
 
-    It works on the digits as text, because int() refuses very long ones and accepts digits that are not ASCII.
+    It works on the digits as text, because int() rejects very long numbers and accepts non-ASCII digits.
     """
     match = _NUMBER.fullmatch(text)
     if not match or not (match[2] or match[3]):
@@ -148,7 +147,7 @@ def plain_number(text: str) -> str | None:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""A normalised answer's value and its unit or "": "15\text{cm}^2" -> ("15", "cm2"), "\$5" -> ("5", "dollar")."""
+    r"""The value and the unit (or "") of a normalised answer: "15\text{cm}^2" -> ("15", "cm2"), "\$5" -> ("5", "dollar")."""
     if text.startswith((r"\$", "$")):
         return text.lstrip("\\$"), "dollar"
     if text.endswith(r"^\circ"):
@@ -163,13 +162,13 @@ def split_unit(text: str) -> tuple[str, str]:
         power = _POWER[words.pop(0)]
     names = [_UNIT_NAME.get(word) or _UNIT_NAME.get(word.removesuffix("s")) for word in words]
     hedged = len(words) > 3 or not _NO_UNIT.isdisjoint(words) and names != ["in"]
-    if hedged or match[2] and not names[0]:  # A word outside \text must be a known unit, since "5ab" is a product.
+    if hedged or match[2] and not names[0]:  # A word outside \text must be a known unit, because "5ab" is a product.
         return text, ""
     return value, " ".join(name or word.removesuffix("s") for name, word in zip(names, words)) + power
 
 
 def _words(text: str) -> str | None:
-    r"""The words of an answer that is text ("\text{(C)}" -> "C", "\text{No solution.}" -> "no solution"), else None."""
+    r"""The words of a verbal answer ("\text{(C)}" -> "C", "\text{No solution.}" -> "no solution"), else None."""
     bare = _TEXT.sub(r"\1", text).strip().rstrip(".")
     bare = bare[1:-1] if re.fullmatch(r"\([A-Za-z]\)", bare) else bare
     # A hyphen outside of \text is a minus sign.
@@ -179,11 +178,11 @@ def _words(text: str) -> str | None:
 
 
 def quick_check(gold: str, answer: str) -> bool | None:
-    """True or False where the two normalised answers decide it as strings, None where algebra is needed."""
+    """Whether two normalised answers are equal, if their strings settle it; None if algebra is needed."""
     if gold == answer:
         return True
     if any(char.isdigit() and not char.isascii() for char in answer):
-        return False  # "٣" and "３" are digits to int(), but no gold answer is written in them.
+        return False  # int() accepts digits such as "٣" and "３", but no gold answer uses them.
     (gold_value, gold_unit), (value, unit) = split_unit(gold), split_unit(answer)
     if gold_unit and unit and gold_unit != unit:
         return False
@@ -192,15 +191,15 @@ def quick_check(gold: str, answer: str) -> bool | None:
         return gold_number == number
     if based := _BASED.fullmatch(gold):  # An answer may omit the base, which the question states.
         return plain_number(based[1]) == number
-    if re.search(r"\d\s*_", answer):  # The grammar would drop the base of a number.
+    if re.search(r"\d\s*_", answer):  # The LaTeX grammar would ignore the base of a number.
         return False
     gold_words, words = _words(gold), _words(answer)
     if gold_words and (_TEXT.fullmatch(gold) or len(gold_words) > 3 or gold_words in ("yes", "no", "odd")):
-        return gold_words == words  # To the grammar a word is a product of letters, by which "seat" equals "east".
+        return gold_words == words  # The LaTeX grammar reads words as products of letters: "seat" would equal "east".
     if re.fullmatch("[A-Za-z]{3}", gold):  # Three letters may be a word or a product: "abc", "cat".
         if _TEXT.sub(r"\1", answer) == gold:
             return True
-        # As a product the answer has to name the letters in the same order, so that "act" does not pass for "cat".
+        # An answer that is a product must have the letters in the same order, so that "act" does not pass for "cat".
         letters = re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", value.rpartition("=")[2])
         return None if letters == gold else False
     return True if gold_words and len(gold_words) == 1 and gold_words == words else None
@@ -210,7 +209,7 @@ def quick_check(gold: str, answer: str) -> bool | None:
 
 
 class _Worker:
-    """One worker process. It starts at its first question, and again at the next one if it has died."""
+    """One worker process, started at its first question and restarted at the next question if it has died."""
 
     def __init__(self, deadline: float, memory_bytes: int):
         self.deadline, self.memory_bytes = deadline, memory_bytes
@@ -219,26 +218,26 @@ class _Worker:
     def start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lib.verifier_worker", str(self.deadline), str(self.memory_bytes)],
-            bufsize=0,  # Closing the pipe of a dead worker must not try to send what a buffer still holds.
+            bufsize=0,  # With a buffer, closing the pipe of a dead worker would try to flush it, and fail.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=Path(__file__).resolve().parent.parent,  # where Python finds lib.verifier_worker
-            env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy orders some sets by hash, and a verdict must not vary.
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy orders some sets by hash; verdicts must be repeatable.
         )
         if self._read_line(START_SECONDS) != b"ready\n":
             self.stop()
             raise RuntimeError("a verifier worker did not start; its error is above")
 
     def _read_line(self, seconds: float) -> bytes | None:
-        """The worker's next line, b"" if it died, None at the deadline. A worker writes each short line at once."""
-        poll = select.poll()  # select.select() fails on descriptors above 1023, and a training process may have those.
+        """The worker's next line, b"" if it died, None at the deadline. A worker writes each short line in one go."""
+        poll = select.poll()  # select.select() fails on descriptors above 1023, which a training process may have.
         poll.register(self.process.stdout, select.POLLIN)
         return os.read(self.process.stdout.fileno(), 4096) if poll.poll(seconds * 1000) else None
 
     def ask(self, gold: str, answer: str) -> tuple[bool, str]:
         """Whether the answer is correct, and how that was decided.
 
-        If the worker dies, a new one is asked once more, because the answer need not be the cause.
+        If the worker dies, a new one is asked once, because the answer may not be the cause.
         """
         for _ in range(2):
             if self.process is None:
@@ -264,10 +263,10 @@ class _Worker:
 
 
 class Verifier:
-    """Grades batches of responses, one batch at a time, in a with statement. Its verdict is the paper's R(x, y).
+    """Grades batches of responses, one batch at a time, in a `with` block. Its verdict is the paper's R(x, y).
 
-    There are `num_workers` processes (by default one for each core, 8 at most). Each has `deadline` seconds for a pair
-    and `memory_bytes` of address space.
+    There are `num_workers` processes (by default one per core, at most 8). Each has `deadline` seconds per pair and
+    `memory_bytes` of address space.
     """
 
     def __init__(self, num_workers: int | None = None, deadline: float = 5.0, memory_bytes: int = 2 << 30):
@@ -276,12 +275,12 @@ class Verifier:
         self._idle = list(self._workers)
 
     def check(self, responses: list[str], golds: list[str]) -> list[Verdict]:
-        """Grade responses[i] against golds[i]. A response is what the model wrote, without the prompt.
+        """Grades responses[i] against golds[i]. A response is the model's text without the prompt.
 
-        Whatever the responses hold, each gets a verdict. Raises ValueError for lists of unequal length and for a gold
+        Any response gets a verdict, however malformed. Raises ValueError for lists of unequal length and for a gold
         answer that is empty or longer than MAX_CHARS, RuntimeError if workers cannot start (math-verify missing).
         """
-        verdicts, undecided = [], {}  # `undecided`: the index of a response -> the pair to ask a worker about
+        verdicts, undecided = [], {}  # `undecided`: index of a response -> the pair that a worker must decide
         for index, (response, gold) in enumerate(zip(responses, golds, strict=True)):
             if not gold.strip() or len(gold) > MAX_CHARS:
                 raise ValueError(f"gold answer {index} is empty or longer than {MAX_CHARS} characters: {gold[:50]!r}")
@@ -294,9 +293,9 @@ class Verifier:
             verdicts.append(Verdict(bool(correct), answer, "fast" if pair[1] else "no_answer"))
             if correct is None:
                 undecided[index] = pair
-        pairs = list(dict.fromkeys(undecided.values()))  # Samples of one prompt often agree: each pair is asked once.
+        pairs = list(dict.fromkeys(undecided.values()))  # Samples of a prompt often agree, so each pair is asked once.
         with ThreadPoolExecutor(len(self._workers)) as pool:
-            results = dict(zip(pairs, pool.map(self._ask, pairs)))  # At Ctrl-C, map drops the pairs nobody has begun.
+            results = dict(zip(pairs, pool.map(self._ask, pairs)))  # On Ctrl-C, map cancels pairs not yet started.
         for index, pair in undecided.items():
             correct, how = results[pair]
             verdicts[index] = Verdict(correct, verdicts[index].extracted, how)

@@ -1,10 +1,10 @@
-"""The program of a verifier worker: it decides with math-verify, which uses sympy, whether two answers are equal.
+"""The verifier's worker program: decides with math-verify, which uses sympy, whether two answers are equal.
 
-`lib/verifier.py` starts it, says why it is a process of its own, and kills it at the deadline. A worker prints "ready",
-then answers each line of JSON, [gold, answer], with true, false, or null for an error.
+`lib/verifier.py` starts it, explains why it is a separate process, and kills it at the deadline. A worker prints "ready",
+then answers each JSON line [gold, answer] with true, false, or null for an error.
 
-math-verify decides most pairs well, but it accepts some wrong answers, and a model in training would find those. So we
-replace its comparison of numbers (`exact_numeric_eq`) and parts of its grammar (`LatexReader`), and refuse some answers
+math-verify decides most pairs correctly, but it accepts some wrong answers, which a model in training would find. So we
+replace its comparison of numbers (`exact_numeric_eq`) and parts of its grammar (`LatexReader`), and reject some answers
 before asking it (`algebra_check`).
 """
 
@@ -29,19 +29,19 @@ tolerant_numeric_eq = grader.sympy_numeric_eq  # math-verify's own comparison of
 
 
 class Unequal(Exception):
-    """Two expressions surely differ in value, so the slow search for a proof of the contrary can be skipped."""
+    """Two expressions certainly differ in value, so sympy need not search for a proof that they are equal."""
 
 
 def exact_numeric_eq(left, right, *precision) -> bool:
-    """Whether two expressions are equal as numbers. `lock_down` replaces `tolerant_numeric_eq` with it.
+    """Whether two expressions are equal as numbers. `lock_down` substitutes it for `tolerant_numeric_eq`.
 
-    math-verify allows an absolute error, by which 1/2004! equals 1/2006!. Here two constants are equal if they agree in
-    more digits than lie between their largest and smallest parts, which is enough to tell 2006! from 2006! + 1. For
-    expressions with variables that agree at one point it is False, upon which the caller compares them by algebra.
+    math-verify allows an absolute error, so that 1/2004! equals 1/2006!. Here two constants are equal if they agree in
+    more digits than the ratio of their largest part to their smallest part has, which tells 2006! from 2006! + 1.
+    Expressions with variables that agree at one point give False; the caller then compares them by algebra.
     """
     if any(isinstance(side, (MatrixBase, MatrixExpr)) or side.has(UnevaluatedExpr) for side in (left, right)):
-        # This comes back here for each pair of a matrix's entries. UnevaluatedExpr is a percentage: the grammar reads
-        # 15\% as 15 times UnevaluatedExpr(1/100), and math-verify lets that pass for 15 as well.
+        # For matrices math-verify calls this function again on each pair of entries. UnevaluatedExpr marks a percentage:
+        # the grammar reads 15\% as 15 * UnevaluatedExpr(1/100), which math-verify also accepts for 15.
         return tolerant_numeric_eq(left, right, *precision)
     if isinstance(left, Rational) and isinstance(right, Rational):
         return left == right
@@ -61,16 +61,16 @@ def exact_numeric_eq(left, right, *precision) -> bool:
 
 
 class LatexReader(_Latex2Sympy):
-    """math-verify's translation of LaTeX to sympy, with two of its methods replaced."""
+    """math-verify's translation from LaTeX to sympy, with two methods replaced."""
 
     def parse_number(self, text):
-        """An exact number. The original makes a float of a decimal, by evaluating the text as Python."""
+        """An exact number. The original evaluates the text as Python, so a decimal becomes a float."""
         return Rational(text.replace(",", ""))
 
     def convert_postfix_list(self, factors, start=0):
-        r"""The product of factors that stand side by side. The original takes 3(5) for the mixed number 3 + 5.
+        r"""The product of adjacent factors. The original reads 3(5) as the mixed number 3 + 5.
 
-        Here a mixed number is digits before a \frac of digits, and two numbers side by side are otherwise refused.
+        Here a mixed number is digits followed by a \frac of digits; other adjacent numbers raise ValueError.
         """
         product = self.convert_postfix(factors[start])
         texts = [factor.getText() for factor in factors[start : start + 2]]
@@ -85,23 +85,23 @@ class LatexReader(_Latex2Sympy):
         return self.mat_mul_flat(product, rest) if is_matrix else self.mul_flat(product, rest)
 
 
-@functools.lru_cache(maxsize=256)  # Parsing is slow, and the samples of one prompt share their gold answer.
+@functools.lru_cache(maxsize=256)  # Parsing is slow, and all samples of a prompt have the same gold answer.
 def parse_latex(text: str, is_real: bool):
-    """The sympy object that the LaTeX `text` denotes, in which every decimal is an exact rational."""
+    """Parses LaTeX into a sympy object in which every decimal is an exact rational."""
     if (number := plain_number(text)) is not None:
         return Rational(number)
     if repeating := re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}", text, re.ASCII):
         sign, whole, head, tail = repeating.groups()
         difference = int(whole + head + tail) - int(
             "0" + whole + head
-        )  # of the number shifted by one period and itself
+        )  # between the number shifted by one period and the number itself
         return Rational(int(sign + "1") * difference, (10 ** len(tail) - 1) * 10 ** len(head))
     latex = normalize_latex(text, NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
     return LatexReader(None, is_real, False, ConversionConfig(lowercase_symbols=False)).parse(latex)
 
 
 def equal(left, right) -> bool:
-    """Whether math-verify holds two sympy objects for equal."""
+    """Whether math-verify considers two sympy objects equal."""
     try:
         return verify(left, right, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
     except Unequal:
@@ -109,18 +109,18 @@ def equal(left, right) -> bool:
 
 
 def algebra_check(gold: str, answer: str) -> bool:
-    """Whether two normalised answers are equal. It may run forever, exhaust the memory or raise anything."""
+    """Whether two normalised answers are equal. It may run forever, exhaust memory or raise any exception."""
     gold, answer = split_unit(gold)[0], split_unit(answer)[0]
     is_real = not (grader.should_treat_as_complex(gold) or grader.should_treat_as_complex(answer))
-    # Of "10\sqrt{2}\approx 14.14" the exact part counts, provided that the other part is close to it.
+    # In "10\sqrt{2}\approx 14.14" the exact part counts, provided that the approximation is close to it.
     if r"\approx" in answer:
         answer, _, approximation = answer.partition(r"\approx")
         if r"\approx" in gold or abs(float(approximation) / float(parse_latex(answer, is_real)) - 1) > 0.01:
             return False
     ours, theirs = parse_latex(gold, is_real), parse_latex(answer, is_real)
-    # math-verify looks only at the last side of an equation. So that "3 = 5" does not pass for 5, all constant sides
-    # must be equal. So that "2x - 6 = 0" does not pass for 0, its first side must be a constant or name the second:
-    # "x = 0", "f(1) = 0" and "x^2 = 0" do.
+    # math-verify looks only at the last side of an equation. All constant sides must be equal, so that "3 = 5" does not
+    # pass for 5. The first side must be a constant or a name for the second, as in "x = 0", "f(1) = 0" and "x^2 = 0", so
+    # that "2x - 6 = 0" does not pass for 0.
     is_constant = lambda side: getattr(side, "is_number", False) and not side.has(AppliedUndef)
     is_name = lambda side: grader.is_expr_of_only_symbols(side) or side.has(AppliedUndef) or side.is_Pow
     equations = [part for part in getattr(theirs, "_unsorted_args", (theirs,)) if isinstance(part, Eq)]
@@ -129,8 +129,8 @@ def algebra_check(gold: str, answer: str) -> bool:
         return False
     if "=" not in gold and not all(is_constant(part.lhs) or is_name(part.lhs) for part in equations):
         return False
-    # math-verify compares the elements of a set with those of a tuple or an interval, and those of [1, 0] with those of
-    # (1, 0). These are different things.
+    # math-verify compares only the elements, so a set can equal a tuple or an interval, and [1, 0] can equal (1, 0). We
+    # treat these as different.
     for one, other in ((ours, theirs), (theirs, ours)):
         if isinstance(one, FiniteSet) and isinstance(other, (Tuple, Interval)):
             return False
@@ -140,9 +140,9 @@ def algebra_check(gold: str, answer: str) -> bool:
 
 
 def lock_down() -> None:
-    """Correct math-verify, then let nothing in this process compile text, start a program or open a connection."""
+    """Patches math-verify, then forbids this process to compile text, start a program or open a connection."""
     grader.sympy_numeric_eq = exact_numeric_eq
-    # Some parts of sympy compile source text of their own at their first import. These pairs import them before that is forbidden.
+    # Some parts of sympy compile source text when they are first imported. These pairs import them before it is forbidden.
     for gold, answer in {
         r"\sin^2 x": r"1-\cos^2 x", "2x=6": "4x=12", r"\{1,2\}": "3", "n!": "n(n-1)!", "x>2": r"(2,\infty)"
     }.items():  # fmt: skip
@@ -151,8 +151,8 @@ def lock_down() -> None:
     def refuse(event: str, args: tuple) -> None:
         if event == "compile" and not str(args[1]).endswith(".py"):
             source = args[0] if isinstance(args[0], bytes) else str(args[0]).encode()
-            if not source.startswith(b"def monomial_"):  # sympy writes one such function per number of variables
-                raise RuntimeError("a verifier worker compiles no text")
+            if not source.startswith(b"def monomial_"):  # sympy generates one such function per number of variables
+                raise RuntimeError("a verifier worker must not compile text")
         if event in ("os.system", "os.fork", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"):
             raise RuntimeError(f"refused in a verifier worker: {event}")
 
@@ -160,25 +160,25 @@ def lock_down() -> None:
 
 
 def main(deadline: float, memory_bytes: int) -> None:
-    """Answer questions until the parent closes stdin or is gone."""
-    # torchrun and the terminal signal the whole process group, but a worker has to finish its pair.
+    """Answers questions until the parent closes stdin or dies."""
+    # torchrun and the terminal signal the whole process group, but a worker must finish its pair.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     logging.disable(logging.CRITICAL)
-    # Replies get a descriptor of their own, so that nothing a library prints can look like a verdict.
+    # Replies use a separate descriptor, so that nothing a library prints can be taken for a verdict.
     replies, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     lock_down()
-    os.dup2(nowhere, 2)  # From here on an error is a verdict, not a message on the user's terminal.
+    os.dup2(nowhere, 2)  # From here on errors are reported as verdicts, not on the user's terminal.
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        # A parent that dies cannot kill this worker at the deadline. The alarm, which has no handler, ends it later.
+        # If the parent dies it cannot kill this worker at the deadline. The alarm, which has no handler, does so.
         signal.alarm(int(deadline) + 2)
         try:
             verdict = bool(algebra_check(*json.loads(line)))
         except MemoryError:
-            return  # What is left of the memory may be too little for the next pair, so the parent starts a new worker.
+            return  # Too little memory may be left for the next pair, so the parent starts a new worker.
         except Exception:
             verdict = None
         signal.alarm(0)

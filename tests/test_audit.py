@@ -26,9 +26,9 @@ def test_responses_made_elsewhere_are_graded(tmp_path, capsys):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (['{"answer": "1"}'], "must have one object a line"),
+        (['{"answer": "1"}'], "must have one object per line"),
         (['{"answer": 1, "response": "a"}'], "with texts answer and response"),
-        ([], "must have one object a line"),
+        ([], "must have one object per line"),
     ],
 )
 def test_bad_response_files(tmp_path, lines, message):

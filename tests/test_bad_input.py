@@ -154,7 +154,7 @@ CASES = {
         "'{tmp}/bad' lacks 11 of the weights"),
     "another family": ("opd", BAD, copied(another_family), "model '{tmp}/bad' (has layers|is of the family)"),
     "more tokens than rows": ("teacher_grpo", BAD, copied(tokenizer(tokens=["a", "b"])),
-        "'{tmp}/bad' knows 26 tokens and its tokenizer has 28"),
+        "'{tmp}/bad' has embeddings for 26 tokens, but its tokenizer has 28"),
     "broken history": ("student_grpo", BAD, copied(lambda bad: (bad / "run.json").write_text('{"stage": "opd", "par')),
         "{tmp}/bad/run.json is not .*history is lost"),
     # pairs
@@ -163,11 +163,11 @@ CASES = {
     "another end of sequence": ("opd", BAD_TEACHER, copied(tokenizer(eos_token="<|user|>"), "teacher"),
         "differ in .*eos_token .*copy one tokenizer over the other"),
     "another template": ("opd", BAD_TEACHER, copied(tokenizer(chat_template=OTHER_TEMPLATE), "teacher"),
-        "render prompts differently .*give both one chat template"),
+        "render prompts differently .*give both the same chat template"),
     # evaluation
     "nothing to evaluate": ("evaluate", "--models", None, "there is nothing to evaluate; name checkpoints with --models"),
     "two sets of one name": ("evaluate", "--data {problems} {tmp}/train.jsonl", lines(ROW, name="train.jsonl"),
-        "--data .*two sets have one name.*rename a file"),
+        "--data .*two sets have the same name.*rename a file"),
     "top-p above one": ("evaluate", "--top-p 1.5", None, "--top-p 1.5"),
 }  # fmt: skip
 

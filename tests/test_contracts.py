@@ -183,7 +183,7 @@ def test_a_cache_that_holds_no_whole_sequence_is_refused_by_vllms_own_count(tmp_
         monkeypatch.setattr(lib.engines, "world_size", lambda: ranks)
         for gib, refused in ((needed * 0.99, True), (needed * 1.01, False), (None, False)):
             cfg = teacher_grpo.Config("", **settings, kv_cache_gib=gib, tensor_parallel=ranks)
-            expected = pytest.raises(InputError, match="is less than one sequence") if refused else nullcontext()
+            expected = pytest.raises(InputError, match="is too small: one full sequence") if refused else nullcontext()
             with expected:
                 lib.engines.check_engine(cfg, str(tmp_path))
 

@@ -175,5 +175,5 @@ def test_tokens_beyond_gaps_in_the_ids_are_known(tmp_path):
     tokens = {token for rollout in rollouts for token in rollout.response_ids}
     assert max(tokens) == size - 1 and "far" in "".join(rollout.text for rollout in rollouts)
     tiny_model(vocab_size=size - 1).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"knows {size - 1} tokens and its tokenizer has {size}"):
+    with pytest.raises(InputError, match=f"has embeddings for {size - 1} tokens, but its tokenizer has {size}"):
         check_checkpoint(str(tmp_path), size)

@@ -209,10 +209,10 @@ def test_samples_graded_otherwise_are_graded_again_and_not_sampled(
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         capsys.readouterr()
         result = run(tmp_path / "report", [student], str(data))["student"]["test"]
-        assert f"{18 if change == 'verifier' else 3} samples graded again" in capsys.readouterr().out
+        assert f"{18 if change == 'verifier' else 3} samples regraded" in capsys.readouterr().out
         after = json_lines(path)
         assert [line.get("response") for line in after] == [line.get("response") for line in before] and not sampled
         assert sum(line["correct"] for line in after[1:]) == expected and result["avg"] == pytest.approx(expected / 18)
         run(tmp_path / "report", [student], str(data))
-        assert "graded again" not in capsys.readouterr().out
+        assert "regraded" not in capsys.readouterr().out
     assert not any(line["correct"] for line in after[1 + 2 * 3 : 1 + 3 * 3])

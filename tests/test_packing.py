@@ -173,14 +173,14 @@ def test_only_tested_families_are_trained(tmp_path):
     assert lib.policy.FAMILIES == tuple(MODELS)
     for config in (transformers.GPT2Config(), transformers.GPTNeoXConfig(), transformers.NemotronConfig()):
         config.save_pretrained(tmp_path)
-        sentence = f"of the family '{config.model_type}', and only llama, qwen2, qwen3 are tes"
+        sentence = f"of the family '{config.model_type}', but only llama, qwen2, qwen3 are tes"
         with pytest.raises(InputError, match=sentence):
             lib.policy.check_checkpoint(str(tmp_path), 100)
         lib.policy.check_checkpoint(str(tmp_path), 100, packs=False)  # any may be evaluated
     for name in MODELS.values():
         getattr(transformers, name + "Config")(vocab_size=99).save_pretrained(tmp_path)
         lib.policy.check_checkpoint(str(tmp_path), 99)
-        with pytest.raises(InputError, match="knows 99 tokens and its tokenizer has 100"):
+        with pytest.raises(InputError, match="has embeddings for 99 tokens, but its tokenizer has 100"):
             lib.policy.check_checkpoint(str(tmp_path), 100)
 
 

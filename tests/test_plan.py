@@ -102,7 +102,7 @@ def test_a_finished_checkpoint_outlives_a_stage_that_fails_in_its_last_moment(tm
 
 def test_two_nodes_need_a_place_to_meet():
     done = run("make", "-n", "tables", "SCALE=paper", "PAIR=llama")
-    assert done.returncode != 0 and "give FIRST_NODE, the host name of the first of them" in done.stderr
+    assert done.returncode != 0 and "give FIRST_NODE, the host name of the first node" in done.stderr
 
 
 PYTHON = """
@@ -137,7 +137,7 @@ def test_a_broken_environment_is_said_to_be_so_and_replaced(tmp_path):
     (venv / "installed").unlink()  # as after an interruption: what is there is kept and completed
     (venv / "marker").touch()
     done = make()
-    assert done.returncode == 0 and "from an empty" not in done.stdout and (venv / "marker").exists()
+    assert done.returncode == 0 and "emptied first" not in done.stdout and (venv / "marker").exists()
 
     for damage in ("no Python", "another Python"):
         (venv / "marker").touch()
@@ -148,5 +148,5 @@ def test_a_broken_environment_is_said_to_be_so_and_replaced(tmp_path):
             (venv / "installed").write_text("3.10-requirements.txt\n")
         done = make()
         assert done.returncode == 0, done.stderr
-        assert "from an empty directory because what is there is broken or was made for something else" in done.stdout
+        assert "emptied first because the present installation is broken or was made for other requirements" in done.stdout
         assert not (venv / "marker").exists() and (venv / "installed").read_text() == installed

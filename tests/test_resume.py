@@ -108,7 +108,7 @@ def test_a_signal_ends_the_step_saves_it_and_the_run_resumes_bit_for_bit(teacher
         name = signal.Signals(number).name
         assert f"\n{name}: the run stops after this step; another signal ends it at once\n" in capfd.readouterr().err
         assert error.number == number and str(error) == f"stopped by {name} after step {step + 1}, which is saved"
-        assert error.__notes__ == [f"the same command with --resume continues from what {tmp_path}/out.partial holds"]
+        assert error.__notes__ == [f"the same command with --resume continues from {tmp_path}/out.partial"]
         assert [path.name for path in (tmp_path / "out.partial").glob("state-*")] == [f"state-{step + 1:06d}"]
         assert [signal.getsignal(number) for number in signals] == handlers
     teacher_grpo.main(config)
@@ -129,7 +129,7 @@ def test_a_later_signal_acts_at_once(teacher, problems, tmp_path, monkeypatch):
     error = interrupt(
         teacher_grpo.main, grpo(teacher, problems, tmp_path / "out", epochs=2), 1, twice, KeyboardInterrupt
     )
-    assert error.__notes__ == [f"the same command with --resume continues from what {tmp_path}/out.partial holds"]
+    assert error.__notes__ == [f"the same command with --resume continues from {tmp_path}/out.partial"]
 
 
 @pytest.mark.rest
@@ -188,7 +188,7 @@ def test_a_state_counts_once_it_has_loaded(teacher, problems, tmp_path, capsys):
 def test_logs_are_kept_when_a_run_ends_before_its_first_state(teacher, problems, tmp_path):
     config, partial = grpo(teacher, problems, tmp_path / "out", epochs=1, save_every=1000), tmp_path / "out.partial"
     error = interrupt(teacher_grpo.main, config, 2)
-    assert error.__notes__ == [f"the same command with --resume continues from what {partial} holds"]
+    assert error.__notes__ == [f"the same command with --resume continues from {partial}"]
     assert len(metrics(partial)) == 2 and (partial / "samples.jsonl").read_text()
     with pytest.raises(InputError, match="holds an interrupted run; add --resume"):
         teacher_grpo.main(config)
@@ -246,7 +246,7 @@ def test_changed_code_and_a_changed_reward_are_not_resumed_with_unless_accepted(
     with pytest.raises(InputError, match="length_coef = None, now it is 0.0"):
         run(more)
     run(more, accept_changes=True)
-    assert f"going on with another my_stage.py, {reward}:length" in capsys.readouterr().out
+    assert f"continuing with changed my_stage.py, {reward}:length" in capsys.readouterr().out
     second = record(tmp_path / "out")["sessions"][1]["files"]
     for name, path in (("my_stage.py", script), (f"{reward}:length", reward)):
         assert second[name] == lib.lineage.file_sha256(path) != first[name]
@@ -300,7 +300,7 @@ def test_what_is_not_on_record_is_said(student, teacher, problems, tmp_path, cap
     teacher_grpo.main(grpo(student, problems, tmp_path / "own", half="1H"))
     assert record(tmp_path / "own")["id_rule"] == lib.lineage.ID_RULE
     fkl_warmup.main(warmup(student, str(tmp_path / "own"), problems, tmp_path / "heir", half="1H"))
-    note = "no history on record: held-out labels cannot be checked"
+    note = "no recorded history: held-out labels cannot be checked"
     for directory, said in (
         (tmp_path / "own", "C1: the teacher was trained with RL, in which the mean reward went from"),
         (tmp_path / "heir", f"C1: the teacher has no RL of its own; its ancestor {tmp_path}/own was trained with RL"),

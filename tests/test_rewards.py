@@ -170,10 +170,10 @@ def test_a_reward_that_fails_shows_its_own_traceback(tmp_path):
     printed = "".join(traceback.format_exception(caught.value))
     assert f'{tmp_path}/fails.py", line 2, in score' in printed and "return 1 / len(response)" in printed
     assert f"--reward {tmp_path}/fails.py:score failed on a response to problem x" in printed
-    with pytest.raises(ValueError, match="has to be a finite number"):
+    with pytest.raises(ValueError, match="must be a finite number"):
         graded(tmp_path / "nan.py", "def score(row, response):\n    return float('nan')\n", [rollout("")])
     for wrong in (f"{tmp_path}/no.py:score", f"{tmp_path}/nan.py", "score"):
-        with pytest.raises(InputError, match="is not FILE.py:function with a file that exists"):
+        with pytest.raises(InputError, match="does not name an existing file as FILE.py:function"):
             Reward(wrong)
 
 

@@ -198,7 +198,7 @@ print(verifier_worker.algebra_check("(x+1)^2", "x^2+2x+1"))
 """
     printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=-1, text=True, check=True).stdout
     refused = [f"refused in a verifier worker: {call}" for call in ("os.system", "subprocess.Popen")]
-    assert printed.splitlines() == ["a verifier worker compiles no text"] * 2 + refused + ["True"]
+    assert printed.splitlines() == ["a verifier worker must not compile text"] * 2 + refused + ["True"]
 
 
 # ---- processes
