@@ -74,6 +74,10 @@ def prepare(
 # One step with a non-finite loss or gradient may be bad luck. This many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
 
+# --resume accepts new values of these settings: they affect at most rounding, and a run that ran out of memory or disk
+# needs different ones.
+MAY_CHANGE = ("micro_batch_tokens", "max_num_seqs", "kv_cache_gib", "activation_checkpointing", "save_every")
+
 
 class Run:
     """The output directory of a stage: OUT.partial while it runs, renamed to OUT at the end.
@@ -368,8 +372,7 @@ def check_unchanged(saved: dict, record: dict, directory: Path) -> None:
     differing = [
         f"{name} = {before.get(name)!r}, now it is {now.get(name)!r}"
         for name in before | now
-        # The micro-batch size only affects rounding, and a resumed run may need a smaller one.
-        if before.get(name) != now.get(name) and name != "micro_batch_tokens"
+        if before.get(name) != now.get(name) and name not in MAY_CHANGE
         if not accepts or (name in before and name in now)
     ]
     old, new = saved["sessions"][-1]["files"], record["sessions"][-1]["files"]

@@ -201,7 +201,7 @@ class Validation:
         self.sampling = Sampling(cfg.max_response_tokens, temperature=0.7, top_p=0.8, top_k=20)
 
     def score(self, steps: int, policy: Policy) -> None:
-        """After `steps` steps, logs the policy's scores if `steps` is a multiple of `validate_every` or the last step."""
+        """Logs the policy's scores after `steps` steps, every `validate_every` and after the last. Collective."""
         if not self.sets or (steps % self.cfg.validate_every and steps != self.run.total_steps):
             return
         scores = {}

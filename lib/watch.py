@@ -58,7 +58,7 @@ def sample_lines(step: int, rollouts: Sequence[Rollout]) -> list[dict]:
 
 
 def shorten(text: str, chars: int) -> str:
-    """Cuts the middle out of a long text so that about `chars` characters remain, a third at its start, the rest at its end."""
+    """Cuts the middle out of a long text so that about `chars` characters remain, a third at the start, the rest at the end."""
     if len(text) <= chars:
         return text
     first = chars // 3

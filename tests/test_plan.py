@@ -148,5 +148,7 @@ def test_a_broken_environment_is_said_to_be_so_and_replaced(tmp_path):
             (venv / "installed").write_text("3.10-requirements.txt\n")
         done = make()
         assert done.returncode == 0, done.stderr
-        assert "emptied first because the present installation is broken or was made for other requirements" in done.stdout
+        assert (
+            "emptied first because the present installation is broken or was made for other requirements" in done.stdout
+        )
         assert not (venv / "marker").exists() and (venv / "installed").read_text() == installed
