@@ -35,7 +35,7 @@ UNUSABLE := $(if $(wildcard $(VENV)),$(if $(FOUND),$(if $(WHOLE),,$(INSTALLED)),
 $(VENV)/installed: $(REQUIREMENTS) $(if $(WHOLE),,reinstall)
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(sys.version_info < (3, 11) and \
 		"error: $(PYTHON) is Python " + v + ", and 3.11 or newer is needed; name one, as in make PYTHON=python3.12")'
-	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE),, emptied first because the present installation is broken or was made for other requirements)."
+	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE), after emptying it because the present installation is broken or was made for other requirements)."
 	$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
 	@$(PY) -c 'import sys; print("%d.%d-$(REQUIREMENTS)" % sys.version_info[:2])' > $@.tmp && mv $@.tmp $@

@@ -135,9 +135,9 @@ CASES = {
     "group of one": ("teacher_grpo", "--rollouts-per-prompt 1", None, "--rollouts-per-prompt 1 leaves nothing to compare"),
     "end text in no token": ("opd", "--stop xyz", None, "--stop 'xyz' .* no .*token.*such as '\\\\n'"),
     "more positions than the model has": ("teacher_grpo", "--engine torch --max-response-tokens 116", None,
-        "--max-response-tokens 116 make 129, and '{student}' has 128 positions"),
+        "--max-response-tokens 116 is 129, but '{student}' has 128 positions"),
     "more positions than the teacher has": ("opd", BAD_TEACHER, copied(config_json(max_position_embeddings=20), "teacher"),
-        "--max-response-tokens 8 make 21, and '{tmp}/bad' has 20 positions"),
+        "--max-response-tokens 8 is 21, but '{tmp}/bad' has 20 positions"),
     # engines
     "tensor parallel without vLLM": ("teacher_grpo", "--engine torch --tensor-parallel 2", None, "2 needs vLLM"),
     "vLLM is not installed": ("opd", "--engine vllm", no_vllm, "vLLM is not installed; .*give --engine torch"),
@@ -156,7 +156,7 @@ CASES = {
     "more tokens than rows": ("teacher_grpo", BAD, copied(tokenizer(tokens=["a", "b"])),
         "'{tmp}/bad' has embeddings for 26 tokens, but its tokenizer has 28"),
     "broken history": ("student_grpo", BAD, copied(lambda bad: (bad / "run.json").write_text('{"stage": "opd", "par')),
-        "{tmp}/bad/run.json is not .*history is lost"),
+        "{tmp}/bad/run.json was not .*history is lost"),
     # pairs
     "another vocabulary": ("fkl_warmup", BAD_TEACHER, copied(tokenizer(tokens=["new"]), "teacher"),
         "have different vocabularies .*26 and 27 tokens.*'new' is absent and 26"),

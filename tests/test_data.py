@@ -245,7 +245,7 @@ def test_the_prompt_is_put_around_the_users_last_turn(tmp_path):
     for changes in (dict(chat_template=False), dict(prompt=prompt)):
         plain = SamplerConfig(out="", **{"prompt": prompt, **changes})
         assert lib.data.render_prompt(tokenizer, problems[1], plain) == alone.removeprefix("<user>")
-        with pytest.raises(InputError, match="has 4 turns, and .*; merge them into one text"):
+        with pytest.raises(InputError, match="has 4 turns, but .*; merge them into one text"):
             lib.data.render_prompt(tokenizer, problems[2], plain)
         tokenizer.chat_template = None
 

@@ -194,7 +194,7 @@ def test_a_model_that_ignores_the_pack_is_an_error():
 
 def test_a_sliding_window_is_refused():
     window = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=3)
-    with pytest.raises(InputError, match="model '' attends within a sliding window"):
+    with pytest.raises(InputError, match="model '' uses sliding-window attention"):
         in_batches(Policy(tiny_model(family="Qwen2", **window)), make_rollouts(2), 1000)
 
 

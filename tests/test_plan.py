@@ -137,7 +137,7 @@ def test_a_broken_environment_is_said_to_be_so_and_replaced(tmp_path):
     (venv / "installed").unlink()  # as after an interruption: what is there is kept and completed
     (venv / "marker").touch()
     done = make()
-    assert done.returncode == 0 and "emptied first" not in done.stdout and (venv / "marker").exists()
+    assert done.returncode == 0 and "emptying" not in done.stdout and (venv / "marker").exists()
 
     for damage in ("no Python", "another Python"):
         (venv / "marker").touch()
@@ -149,6 +149,6 @@ def test_a_broken_environment_is_said_to_be_so_and_replaced(tmp_path):
         done = make()
         assert done.returncode == 0, done.stderr
         assert (
-            "emptied first because the present installation is broken or was made for other requirements" in done.stdout
+            "after emptying it because the present installation is broken or was made for other requirements" in done.stdout
         )
         assert not (venv / "marker").exists() and (venv / "installed").read_text() == installed

@@ -246,7 +246,7 @@ def test_the_demo_is_explained(tmp_path, capsys, monkeypatch):
         r"bridge on 1H \+ Stage 3 on 2H \(RL'd teacher\)": 3,
     }.items():
         assert re.search(rf"  {words} +\d+\.\d ± \d\.\d +{labels}\n", said)
-    steps = said[said.index("In\npoints") :]
+    steps = said[said.index("Paired differences") :]
     assert re.search(r"Stage 3: .* \+10\.\d ± 0\.\d\n", steps) and "Stage 1: " not in steps  # no teacher was evaluated
     bars, rewards, kls = drawn[0].axes
     _, _, [whiskers] = next(box.errorbar for box in bars.containers if hasattr(box, "patches")).lines

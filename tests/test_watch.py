@@ -131,7 +131,7 @@ def test_a_warning_takes_ten_steps_and_healthy_runs_get_none(kind):
 
 @pytest.mark.parametrize("healthy, name", [(OPD, "reverse_kl"), (WARMUP, "forward_kl")])
 def test_a_kl_to_the_teacher_that_rises_is_a_warning_and_one_that_starts_high_is_none(healthy, name):
-    assert f"{name} was 2 nats a token, up from 0." in find_warnings(lines(healthy, {name: 2.0}, 10))["kl"]
+    assert f"{name} was 2 nats per token, up from 0." in find_warnings(lines(healthy, {name: 2.0}, 10))["kl"]
     assert find_warnings(lines({**healthy, name: 2.7}, {name: 3.0}, 10)) == {}
     assert find_warnings(lines(healthy, {name: None}, 10)) == {}  # such steps are skipped and counted
 
