@@ -102,29 +102,29 @@ else ifeq ($(SCALE),real)
 REAL := runs/real
 S := $(REAL)/seed$(SEED)
 RAW := $(S)/raw
-STUDENT := $(RAW)/raw_student
-TEACHER := $(REAL)/SmolLM2-135M-Instruct
+STUDENT := runs/real/raw_student
+TEACHER := runs/real/SmolLM2-135M-Instruct
 MADE := $(RAW)/test.jsonl
-MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT)
+# bfloat16 is fast on CPUs that have instructions for it, and much slower than float32 on others.
+BFLOAT16 := $(if $(shell grep -m 1 -o 'avx512_bf16\|amx_bf16' /proc/cpuinfo 2>&1),--cpu-bfloat16)
+MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT) $(BFLOAT16)
 RUN := $(PY)
-# Problems are plain text after three examples, and a response ends with its line.
+# Problems are plain text after two examples, and a response ends with its line.
 TASK := --prompt @experiments/real_prompt.txt --no-chat-template --stop '\n' \
-	--max-prompt-tokens 128 --max-response-tokens 20 --cpu-bfloat16 --seed $(SEED)
-SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) \
-	--weight-decay 0.01 --micro-batch-tokens 2048
+	--max-prompt-tokens 64 --max-response-tokens 20 $(BFLOAT16) --seed $(SEED)
+SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/test.jsonl --validate $(RAW)/validation.jsonl --validate-k 2 \
+	--resume $(TASK) --weight-decay 0.01 --micro-batch-tokens 2048
 GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
 DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
-OPD := --prompts-per-step 8 --lr 2e-5
+OPD := --prompts-per-step 8 --lr 2e-5 --lr-schedule cosine
 TEACHER_BUDGET := --max-steps 32
-SFT_TEACHER_BUDGET := --max-steps 10
 DIRECT_BUDGET := --max-steps 36
-STAGE3_BUDGET := --max-steps 12
 WARMUP_BUDGET := --max-steps 10
 OPD_BUDGET := --max-steps 16
 BRIDGE_BUDGET := --max-steps 26
 TESTS := $(RAW)/$(POOL).jsonl
-EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 4 $(TASK)
+EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 2 $(TASK)
 DENSITY := --tried 64 $(TASK)
 else ifeq ($(SCALE),paper)
 PAIR ?= qwen3-8b

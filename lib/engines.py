@@ -167,12 +167,21 @@ class TorchEngine:
 
     def _generate_batch(self, prompts, seeds, sampling: Sampling) -> Iterator[Completion]:
         device = self.model.device
-        width = max(map(len, prompts))
-        # P prompts of T tokens, left-padded, so that every row's next token is sampled from the last position.
-        input_ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
+        # Prompts that begin with the same examples share their first tokens, which are computed once for all of them. A
+        # few tokens are not worth a pass of their own; and one token at least is left, because it predicts the next one.
+        shared = len(os.path.commonprefix(list(map(tuple, prompts))))
+        shared = min(shared, min(map(len, prompts)) - 1) if shared >= 16 and len(prompts) > 1 else 0
         cache = DynamicCache(config=self.model.config)
+        if shared:
+            start = torch.tensor([prompts[0][:shared]], device=device)
+            self._logits(start, torch.ones_like(start), torch.arange(shared, device=device)[None], cache)
+            cache.batch_repeat_interleave(len(prompts))
+        # The rest of P prompts, left-padded to T tokens, so that every row's next token is sampled from the last position.
+        rests = [list(prompt[shared:]) for prompt in prompts]
+        width = max(map(len, rests))
+        input_ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
+        mask = torch.tensor([[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]  # (P, T)
         logits = self._logits(input_ids, mask, positions, cache)  # (P, V)
         # From here on there is a row for each of the B responses.
         repeats = torch.tensor([len(group) for group in seeds], device=device)
