@@ -80,7 +80,7 @@ MADE := $(RAW)/test.jsonl
 MAKE_DATA := -m experiments.toy
 RUN := $(PY)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --seed $(SEED) --resume \
-	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --warmup-steps 5 --weight-decay 0.01 --micro-batch-tokens 16384
+	--max-prompt-tokens 64 --max-response-tokens 24 --lr-schedule cosine --lr-warmup-steps 5 --weight-decay 0.01 --micro-batch-tokens 16384
 GRPO := --lr 3e-4 --prompts-per-step 32 --mini-batch-prompts 16
 DISTILL := --lr 2e-3
 WARMUP := --mini-batch-prompts 16
@@ -143,13 +143,13 @@ RUN := $(VENV)/bin/torchrun --nproc_per_node=$(GPUS) $(if $(filter 1,$(NODES)),-
 # The weights and optimizer states of a 70B teacher need two nodes.
 LARGE := $(if $(filter llama,$(PAIR)),--tensor-parallel 8)
 SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing $(LARGE)
-TEACHER_BUDGET := --passes 10
-SFT_TEACHER_BUDGET := --passes 2
-DIRECT_BUDGET := --passes 10
-STAGE3_BUDGET := --passes 10
-WARMUP_BUDGET := --passes 1
-OPD_BUDGET := --passes 1
-BRIDGE_BUDGET := --passes 2
+TEACHER_BUDGET := --epochs 10
+SFT_TEACHER_BUDGET := --epochs 2
+DIRECT_BUDGET := --epochs 10
+STAGE3_BUDGET := --epochs 10
+WARMUP_BUDGET := --epochs 1
+OPD_BUDGET := --epochs 1
+BRIDGE_BUDGET := --epochs 2
 TESTS := math500 aime24 aime25
 EVALUATE := --seed $(SEED) $(LARGE)
 $(if $(MODELS_$(PAIR)),,$(error PAIR=$(PAIR) is unknown; give qwen3-8b, qwen3-14b or llama))

@@ -61,7 +61,7 @@ class SamplerConfig:
     stop: tuple[str, ...] = ()  # stop strings, such as "\n": a response ends at the first token that contains one
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
-    max_sequences: int = 512  # sequences that each process samples at a time; lower it when memory runs out
+    max_num_seqs: int = 512  # sequences that each process samples at a time; lower it when memory runs out
     kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
     cpu_bfloat16: bool = False  # compute in bfloat16 on a CPU too: about twice as fast on many, but less exact
@@ -77,9 +77,9 @@ class TrainingConfig(SamplerConfig):
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
     exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
-    max_steps: int | None = None  # number of steps, in the place of --passes; the data are repeated as needed
+    max_steps: int | None = None  # number of steps, in the place of --epochs; the data are repeated as needed
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls towards a tenth of --lr; not in the paper
-    warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code; not in this paper)
+    lr_warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (Table 8; Table 9 does not say)
     micro_batch_tokens: int | None = None  # positions in one pass; by default 16,384 on a GPU and 2,048 on a CPU
@@ -116,7 +116,7 @@ def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "top_k":  # -1: all tokens
             flag = f"--{name.replace('_', '-')} {value}"
             coefficient = "float" in str(field_.type) and name not in POSITIVE
-            zero = coefficient or name == "seed" or name.endswith("warmup_steps") or name in may_be_zero
+            zero = coefficient or name in ("seed", "lr_warmup_steps", *may_be_zero)
             if value < 0 or (value == 0 and not zero):
                 raise InputError(f"{flag} is too small; give {'zero or more' if zero else 'a number above zero'}")
             if not value < 2**32:  # the end of NumPy's seeds, to which vLLM passes ours on; all else is far below it
@@ -452,14 +452,14 @@ def optimizer_step(
     return norm if math.isfinite(norm) else math.nan
 
 
-def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_steps: int = 0) -> float:
-    """Rises linearly to `peak` in `warmup_steps`, then stays, or falls as a cosine towards a tenth of it.
+def learning_rate(step: int, total_steps: int, peak: float, schedule: str, lr_warmup_steps: int = 0) -> float:
+    """Rises linearly to `peak` in `lr_warmup_steps`, then stays, or falls as a cosine towards a tenth of it.
 
     `step` counts from 0.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+    if step < lr_warmup_steps:
+        return peak * (step + 1) / lr_warmup_steps
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = (step - lr_warmup_steps) / max(1, total_steps - lr_warmup_steps)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -35,7 +35,7 @@ from common import InputError, Problem, SamplerConfig
 from lib import data
 from lib.engines import Sampling, check_engine, check_lengths, make_engine
 from lib.files import locked, whole
-from lib.lineage import code_version, consumed_problems, hardware, history_notes, read_lineage, read_run
+from lib.lineage import code_version, hardware, history_notes, problems_trained_on, read_lineage, read_run
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config, load_generation_config
 from lib.rewards import Reward, grade, make_grader
@@ -99,7 +99,7 @@ def evaluate_model(
     Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
     lineage = common.on_rank_0(lambda: read_lineage(model))
-    trained_on = consumed_problems(lineage)
+    trained_on = problems_trained_on(lineage)
     for note in history_notes(lineage):
         common.print0(f"{label}: {note}")
     directory = sample_directories(cfg.out, [label])[label]
@@ -124,7 +124,7 @@ def sample_missing(
 ) -> None:
     """Samples and grades what is missing from the file, in parts, so that an interruption loses at most one of them."""
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
-    at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.k)
+    at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.k)
     done = len(prompts) - len(file.missing)
     with common.progress_bar(len(prompts), caption, "problem", initial=done) as bar:
         for start in range(0, len(file.missing), at_a_time):

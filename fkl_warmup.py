@@ -65,7 +65,7 @@ class Config(TrainingConfig):
     rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
     keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from right and finished ones
-    passes: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
+    epochs: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
     mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
     rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
     temperature: float = 1.0  # the teacher's sampling temperature (Table 9)
@@ -175,7 +175,7 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
         )
     engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-    at_a_time = max(1, common.world_size() * cfg.max_sequences // cfg.rollouts_per_prompt)
+    at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.rollouts_per_prompt)
     with common.progress_bar(len(missing), "responses to learn from", "prompt") as bar:
         while missing:
             part = missing[:at_a_time]
@@ -192,14 +192,14 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
 def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) -> list[int]:
     """The cache's rows in the order of training: each problem in turn, with all its responses to learn from.
 
-    With `--max-steps` there are as many passes as the updates need.
+    With `--max-steps` there are as many epochs as the updates need.
     """
-    in_a_pass = sum(len(learnt_from(cache, problem, cfg.keep)) for problem in problems)
-    if not in_a_pass:
+    per_epoch = sum(len(learnt_from(cache, problem, cfg.keep)) for problem in problems)
+    if not per_epoch:
         raise InputError("--keep correct leaves nothing, because no response is right and finished; give --keep all")
     enough = cfg.max_steps and cfg.max_steps * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
-    passes = math.ceil(enough / in_a_pass) if enough else cfg.passes
-    order = data.problem_batches(problems, 1, passes, "warmup", cfg.seed)
+    epochs = math.ceil(enough / per_epoch) if enough else cfg.epochs
+    order = data.problem_batches(problems, 1, epochs, "warmup", cfg.seed)
     return [row for [problem] in order for row in learnt_from(cache, problem, cfg.keep)][:enough]
 
 
@@ -241,7 +241,7 @@ def main(cfg: Config) -> None:
             # 2. Train the student on the teacher's responses: towards its distributions (fkl), or on its tokens (sft).
             rollouts = [cache[row] for row in mini_batches[step]]
             num_tokens = common.count_tokens(rollouts)  # of all ranks and micro-batches
-            lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
+            lr = common.learning_rate(step, len(mini_batches), cfg.lr, cfg.lr_schedule, cfg.lr_warmup_steps)
             loss_sum = 0.0
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):

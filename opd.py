@@ -63,8 +63,8 @@ from lib.scores import Validation
 class Config(TrainingConfig):
     model: str  # student to train: a directory (the warmup's, for the two-stage bridge), or a name on the hub
     teacher: str  # teacher to learn from, with the student's tokenizer
-    estimator: Literal["full", "sampled"] = "full"  # KL over the whole vocabulary, or from the sampled token alone
-    passes: int = 1  # passes over the data, without --max-steps (Table 9: 1 epoch)
+    estimator: Literal["exact", "sampled"] = "exact"  # KL over the whole vocabulary, or from the sampled token alone
+    epochs: int = 1  # passes over the data, without --max-steps (Table 9: 1 epoch)
     prompts_per_step: int = 64  # prompts in an update (Table 9: mini-batch)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt (Table 9)
     temperature: float = 1.0  # the student's sampling temperature (Table 9)
@@ -187,7 +187,7 @@ def main(cfg: Config) -> None:
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
         validation = Validation(cfg, tokenizer, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, "opd", cfg.seed, cfg.max_steps)
+        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "opd", cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
             validation.score(step, policy)
@@ -204,11 +204,11 @@ def main(cfg: Config) -> None:
 
             # 2. Move the student towards the teacher's distributions at the student's states.
             num_tokens = common.count_tokens(rollouts)  # of the whole update: every rank has all rollouts
-            lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
+            lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.lr_warmup_steps)
             loss_sum, statistics = 0.0, []  # of this rank; optimizer_step only asks whether the sum is finite
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
-                    if cfg.estimator == "full":
+                    if cfg.estimator == "exact":
                         result = exact_kl_loss(policy, teacher, batch, vocab_size)
                     else:
                         result = sampled_kl_loss(policy, teacher, batch, vocab_size, cfg.importance_cap)

@@ -23,7 +23,7 @@ import common
 import teacher_grpo
 from common import InputError
 from lib import data
-from lib.lineage import consumed_problems, history_notes, read_lineage
+from lib.lineage import history_notes, problems_trained_on, read_lineage
 
 
 @dataclass
@@ -39,8 +39,8 @@ def main(cfg: Config) -> None:
     lineage = common.on_rank_0(lambda: read_lineage(cfg.model))
     for note in history_notes(lineage):
         common.print0(f"--model {cfg.model}: {note}")
-    consumed = consumed_problems(lineage)
-    seen = sum(problem.id in consumed for problem in problems)
+    trained_on = problems_trained_on(lineage)
+    seen = sum(problem.id in trained_on for problem in problems)
     if seen and not cfg.replay:
         raise InputError(
             f"--half {cfg.half}: on {seen} of its {len(problems)} problems --model {cfg.model!r} or a checkpoint before it was "

@@ -55,7 +55,7 @@ from lib.scores import Validation
 @dataclass
 class Config(TrainingConfig):
     model: str  # checkpoint to train: a directory, or a name on the hub
-    passes: int = 10  # passes over the data, without --max-steps (Table 8: "GRPO epochs")
+    epochs: int = 10  # passes over the data, without --max-steps (Table 8: "GRPO epochs")
     prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches of Table 8 (authors' earlier code)
     mini_batch_prompts: int = 8  # prompts in an optimizer step (Table 8)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt, the group (G; not given in Table 8)
@@ -256,7 +256,7 @@ def main(cfg: Config) -> None:
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
         validation = Validation(cfg, tokenizer, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.passes, "grpo", cfg.seed, cfg.max_steps)
+        batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "grpo", cfg.seed, cfg.max_steps)
 
         for step in run.steps(len(batches)):
             validation.score(step, policy)
@@ -276,7 +276,7 @@ def main(cfg: Config) -> None:
                 rollout.reward, rollout.advantage = reward, advantage
 
             # 2. Update the policy, one mini-batch after another.
-            lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.warmup_steps)
+            lr = common.learning_rate(step, len(batches), cfg.lr, cfg.lr_schedule, cfg.lr_warmup_steps)
             with run.phase("update"):
                 metrics = update(policy, reference, optimizer, rollouts, lr, cfg)
 

@@ -47,7 +47,7 @@ def history(lineage: dict, scores: dict[str, str], role: str = "") -> list[str]:
     line = f"{role}{lineage['path']}"
     if "stage" in lineage:
         cfg = lineage["config"]
-        line += f"  [{lineage['stage']}, {cfg['half']}, {len(lineage['consumed'])} labels, {lineage['steps']} steps"
+        line += f"  [{lineage['stage']}, {cfg['half']}, {len(lineage['trained_on'])} labels, {lineage['steps']} steps"
         for name in MEASURES:
             if None not in (lineage.get("first", {}).get(name), lineage.get("last", {}).get(name)):
                 line += f", {name} {lineage['first'][name]:.3g} -> {lineage['last'][name]:.3g}"
@@ -76,7 +76,7 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
             k: v for k, v in lineage.get("config", {}).items() if k not in ("out", "resume", "track", "accept_changes")
         }
         parents = {f"{role} weights": parent["sha256"] for role, parent in lineage.get("parents", {}).items()}
-        labels = sorted(lineage.get("consumed", ()))
+        labels = sorted(lineage.get("trained_on", ()))
         sessions = {}
         for session in lineage.get("sessions", [lineage]):
             machine = {name: session.get(name) for name in ("code", "hardware", "ranks")}

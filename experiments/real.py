@@ -206,7 +206,7 @@ def make_student(cfg: Config, student: Path, healing: list[dict[str, str]]) -> N
         subprocess.run(
             [sys.executable, "fkl_warmup.py", "--model", str(pruned), "--teacher", cfg.teacher, "--out", str(healed),
              "--data", str(made / "healing.jsonl"), "--exclude", "--resume", *WORDING,
-             "--mini-batch-prompts", "8", "--passes", "3", "--lr", "1e-4", "--lr-schedule", "cosine",
+             "--mini-batch-prompts", "8", "--epochs", "3", "--lr", "1e-4", "--lr-schedule", "cosine",
              *["--cpu-bfloat16"] * cfg.cpu_bfloat16],
             check=True,
         )  # fmt: skip

@@ -41,7 +41,7 @@ import common
 import lib.plots
 from common import InputError
 from evaluate import markdown_table, percent
-from lib.lineage import consumed_problems, read_run
+from lib.lineage import problems_trained_on, read_run
 from lib.plots import COLOURS, label_lines
 from lib.scores import mean_and_error, paired_difference
 
@@ -440,7 +440,7 @@ def cost(directory: str, checkpoint: str) -> dict[str, float] | None:
     stages = list(stages_behind(lineage, whose).values())
     if not stages or any("trained_tokens" not in record for _, record in stages):
         return None
-    spent = {"labels": len(consumed_problems(lineage)), "student_sampled": 0, "student_trained": 0, "teacher_sampled": 0,
+    spent = {"labels": len(problems_trained_on(lineage)), "student_sampled": 0, "student_trained": 0, "teacher_sampled": 0,
              "teacher_trained": 0, "cpu_minutes": sum(record["cpu_seconds"] for _, record in stages) / 60}  # fmt: skip
     for trained, record in stages:
         spent[f"{trained}_trained"] += record["trained_tokens"]

@@ -309,22 +309,22 @@ def load_training_problems(cfg) -> list[Problem]:
 
 
 def problem_batches(
-    problems: Sequence[Problem], size: int, passes: int, stage: str, seed: int, limit: int | None = None
+    problems: Sequence[Problem], size: int, epochs: int, stage: str, seed: int, limit: int | None = None
 ) -> list[list[Problem]]:
-    """Shuffled passes over the problems, cut into batches of `size`: `limit` batches, or without it `passes` passes.
+    """Shuffled epochs over the problems, cut into batches of `size`: `limit` batches, or without it `epochs` epochs.
 
     The order depends on `stage` as well as on the seed. Otherwise a run of OPD with a step limit would see the problems
     that the warmup before it has seen, and the whole bridge fewer problems than what it is compared with.
-    The tail of a pass is filled from the next one, so every batch is full; without `limit` the last one may be cut short.
+    The tail of an epoch is filled from the next one, so every batch is full; without `limit` the last one may be cut short.
     A batch can therefore hold a problem more than once.
     """
     if limit is not None:
-        passes = math.ceil(limit * size / len(problems))
+        epochs = math.ceil(limit * size / len(problems))
     order: list[Problem] = []
-    for number in range(passes):
-        one_pass = list(problems)
-        random.Random(f"{stage}/{seed}/{number}").shuffle(one_pass)
-        order += one_pass
+    for number in range(epochs):
+        one_epoch = list(problems)
+        random.Random(f"{stage}/{seed}/{number}").shuffle(one_epoch)
+        order += one_epoch
     return [order[start : start + size] for start in range(0, len(order), size)][:limit]
 
 

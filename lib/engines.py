@@ -104,14 +104,14 @@ def make_engine(
         return VLLMEngine(model, tokenizer, cfg, sleeps, alone)
     shared = policy is not None and not is_sharded(policy)
     replica = policy.model if shared else load_causal_lm(model, compute_dtype(cfg), this_device())
-    return TorchEngine(replica, tokenizer, cfg.max_sequences, cfg.stop)
+    return TorchEngine(replica, tokenizer, cfg.max_num_seqs, cfg.stop)
 
 
 class TorchEngine:
     """Batched sampling with a key/value cache from any causal LM that transformers loads. Needs nothing but PyTorch.
 
     A prompt is computed once and its cache is repeated for its samples. Finished rows are removed from the batch as
-    soon as they are a quarter of it. `max_sequences` limits the rows of one batch, and so the size of the cache.
+    soon as they are a quarter of it. `max_num_seqs` limits the rows of one batch, and so the size of the cache.
 
     The model's own forward and transformers' dynamic cache serve any architecture. A static cache was slower on a CPU,
     because every token attends to all of its room (results/sampling/decoders.md).
@@ -120,9 +120,9 @@ class TorchEngine:
     tensor_parallel = 1
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_sequences: int = 512, stop: Sequence[str] = ()
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_num_seqs: int = 512, stop: Sequence[str] = ()
     ):
-        self.max_sequences, self.stop = max_sequences, stop
+        self.max_num_seqs, self.stop = max_num_seqs, stop
         self._use(model, tokenizer)
 
     def _use(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -157,7 +157,7 @@ class TorchEngine:
         """One completion for each seed of each prompt. `prompts[i]` are token ids, `seeds[i]` its samples' seeds."""
         completions: list[list[Completion]] = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that a batch needs little padding
-        per_batch = max(1, self.max_sequences // max(1, max(map(len, seeds), default=1)))
+        per_batch = max(1, self.max_num_seqs // max(1, max(map(len, seeds), default=1)))
         for start in range(0, len(by_length), per_batch):
             batch = by_length[start : start + per_batch]
             rows = self._generate_batch([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
@@ -302,7 +302,7 @@ class VLLMEngine:
             dtype=self.dtype,
             skip_tokenizer_init=True,  # token ids go in and come out
             max_model_len=max_tokens,
-            max_num_seqs=cfg.max_sequences,
+            max_num_seqs=cfg.max_num_seqs,
             kv_cache_memory_bytes=cache and int(cache * GIB),
             # vLLM does not start unless this share of the GPU is free, and the trainer may hold most of it by then. Where
             # the cache's size is given, nothing else reads the share.

@@ -57,7 +57,7 @@ def read_run(directory: str | Path) -> dict:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         run = None
-    if not isinstance(run, dict) or not {"stage", "parents", "consumed"} <= run.keys():
+    if not isinstance(run, dict) or not {"stage", "parents", "trained_on"} <= run.keys():
         raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
     return run
 
@@ -69,15 +69,15 @@ def ancestry(lineage: dict) -> Iterator[dict]:
         yield from ancestry(parent)
 
 
-def consumed_problems(lineage: dict) -> set[str]:
+def problems_trained_on(lineage: dict) -> set[str]:
     """Ids of every labelled problem that a checkpoint's weights have been trained on, through all its ancestors: what a
     held-out half (2H) may not contain.
     """
-    return {problem for record in ancestry(lineage) for problem in record.get("consumed", ())}
+    return {problem for record in ancestry(lineage) for problem in record.get("trained_on", ())}
 
 
 def history_notes(lineage: dict) -> list[str]:
-    """Why `consumed_problems` may be incomplete, one sentence for each reason; none if nothing is wrong."""
+    """Why `problems_trained_on` may be incomplete, one sentence for each reason; none if nothing is wrong."""
     if "stage" not in lineage:
         return ["no history on record: held-out labels cannot be checked"]
     return [
@@ -143,7 +143,7 @@ def new_record(cfg, parents: dict[str, str]) -> dict:
         "parents": {role: read_lineage(model) for role, model in parents.items()},
         "reward_sha256": reward,
         "id_rule": ID_RULE,
-        "consumed": [],
+        "trained_on": [],
         "warnings": {},
         "sessions": [session],
         "seconds": 0.0,

@@ -220,7 +220,7 @@ class Run:
             problem = self._load(path, policy, optimizer) if saved else "its run.json is damaged"
             if not common.all_max({"failed": bool(problem)})["failed"]:
                 self.steps_done = saved["steps"]
-                kept = ("consumed", "seconds", "cpu_seconds", "trained_tokens", "warnings", "tracker_run")
+                kept = ("trained_on", "seconds", "cpu_seconds", "trained_tokens", "warnings", "tracker_run")
                 self.record.update({name: saved[name] for name in kept if name in saved})
                 self.record["sessions"] = saved["sessions"] + self.record["sessions"]
                 self.record["sessions"][-1]["first_step"] = self.steps_done
@@ -367,7 +367,7 @@ class Run:
         nodes the directory must be one that all of them see. Collective; an OSError leaves the previous state in place.
         """
         self.steps_done = steps
-        self.record["consumed"] = sorted({*self.record["consumed"], *(problem.id for problem in trained_on)})
+        self.record["trained_on"] = sorted({*self.record["trained_on"], *(problem.id for problem in trained_on)})
         # The checkpoint comes first: if the process is killed between the two, the resumed run writes it again.
         if self.export_every and steps % self.export_every == 0 and steps != self.total_steps:
             with whole_for_all(self.partial / f"step-{steps:06d}") as unfinished:

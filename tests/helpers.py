@@ -23,7 +23,7 @@ SMALL = dict(exclude=(), max_prompt_tokens=64, max_response_tokens=8, lr=1e-2, s
 
 
 def grpo(model, data, out, config=teacher_grpo.Config, **settings):
-    sizes = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, passes=1)
+    sizes = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, epochs=1)
     return config(model=model, data=data, out=str(out), **{**SMALL, **sizes, **settings})
 
 
@@ -39,10 +39,10 @@ def distill(model, teacher, data, out, **settings):
 
 # Of each stage: its script, and a Config of a few steps.
 RUNS = {
-    "teacher": lambda s, t, data, out, **k: (teacher_grpo, grpo(t, data, out, **{"passes": 2, **k})),
-    "warmup": lambda s, t, data, out, **k: (fkl_warmup, warmup(s, t, data, out, **{"passes": 2, **k})),
+    "teacher": lambda s, t, data, out, **k: (teacher_grpo, grpo(t, data, out, **{"epochs": 2, **k})),
+    "warmup": lambda s, t, data, out, **k: (fkl_warmup, warmup(s, t, data, out, **{"epochs": 2, **k})),
     "bridge": lambda s, t, data, out, **k: (opd, distill(s, t, data, out, **k)),
-    "student": lambda s, t, data, out, **k: (student_grpo, grpo(s, data, out, student_grpo.Config, **{"passes": 3, **k})),
+    "student": lambda s, t, data, out, **k: (student_grpo, grpo(s, data, out, student_grpo.Config, **{"epochs": 3, **k})),
 }  # fmt: skip
 
 

@@ -42,12 +42,12 @@ GRPO = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, req
 def stages(student: str, teacher: str, validation: str) -> dict:
     """Script and settings by name; some save in every step, some in every second; one validates and exports."""
     return {
-        "teacher": (teacher_grpo, dict(model=teacher, passes=2, save_every=2, **GRPO)),
-        "warmup": (fkl_warmup, dict(model=student, teacher=teacher, passes=2, mini_batch_prompts=4, max_sequences=6,
+        "teacher": (teacher_grpo, dict(model=teacher, epochs=2, save_every=2, **GRPO)),
+        "warmup": (fkl_warmup, dict(model=student, teacher=teacher, epochs=2, mini_batch_prompts=4, max_num_seqs=6,
                                     rollouts_per_prompt=2, save_every=1)),
         "bridge": (opd, dict(model=student, teacher=teacher, prompts_per_step=3, rollouts_per_prompt=2, save_every=2,
-                             passes=2, validate=(validation,), validate_every=1, export_every=2)),
-        "student": (student_grpo, dict(model=student, half="full", passes=1, save_every=1, **GRPO)),
+                             epochs=2, validate=(validation,), validate_every=1, export_every=2)),
+        "student": (student_grpo, dict(model=student, half="full", epochs=1, save_every=1, **GRPO)),
     }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def outcome(out: Path) -> dict:
     return {
         "weights": [path.read_bytes() for path in sorted(out.rglob("model.safetensors"))],
         "metrics": metrics(out),
-        "record": [record.get(name) for name in ("consumed", "steps", "validation", "warnings", "trained_tokens")],
+        "record": [record.get(name) for name in ("trained_on", "steps", "validation", "warnings", "trained_tokens")],
         "samples": (out / "samples.jsonl").read_text(),
         "rollouts": cached_rows(out / "teacher_rollouts"),
         "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),

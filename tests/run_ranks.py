@@ -44,7 +44,7 @@ def chain(engine: str, tensor_parallel: str) -> None:
         "teacher": dict(model=teacher, half="1H", **grpo),
         "warmup": dict(model=student, teacher=f"{out}/teacher", half="1H", mini_batch_prompts=2, rollouts_per_prompt=2,
                        max_response_tokens=8 * LONGER),
-        "bridge": dict(model=f"{out}/warmup", teacher=f"{out}/teacher", half="1H", prompts_per_step=4, passes=2,
+        "bridge": dict(model=f"{out}/warmup", teacher=f"{out}/teacher", half="1H", prompts_per_step=4, epochs=2,
                        rollouts_per_prompt=1, max_response_tokens=16 * LONGER, activation_checkpointing=True),
         "student": dict(model=f"{out}/bridge", half="2H", **grpo),
     }  # fmt: skip

@@ -44,7 +44,7 @@ def test_bad_response_files(tmp_path, lines, message):
 def checkpoint(directory, half: str, **metrics) -> str:
     directory.mkdir()
     (directory / "run.json").write_text(
-        json.dumps({"stage": "opd", "parents": {}, "consumed": [], "config": {"half": half}})
+        json.dumps({"stage": "opd", "parents": {}, "trained_on": [], "config": {"half": half}})
     )
     (directory / "metrics.jsonl").write_text(json.dumps({"step": 0, **metrics}) + "\n")
     return str(directory)

@@ -229,23 +229,23 @@ def test_every_turn_of_a_chat_counts_in_the_id(tmp_path):
 # The order of training
 
 
-@given(count=st.integers(1, 30), size=st.integers(1, 12), passes=st.integers(1, 4), seed=st.integers(0, 5))
-def test_batches_cover_every_pass_once_each_in_its_own_order(count, size, passes, seed):
+@given(count=st.integers(1, 30), size=st.integers(1, 12), epochs=st.integers(1, 4), seed=st.integers(0, 5))
+def test_batches_cover_every_pass_once_each_in_its_own_order(count, size, epochs, seed):
     problems = [Problem(str(i), "", "") for i in range(count)]
-    batches = problem_batches(problems, size, passes, "opd", seed)
+    batches = problem_batches(problems, size, epochs, "opd", seed)
     flat = [problem.id for batch in batches for problem in batch]
-    assert all(len(batch) == size for batch in batches[:-1]) and len(flat) == count * passes
+    assert all(len(batch) == size for batch in batches[:-1]) and len(flat) == count * epochs
     orders = [tuple(flat[start : start + count]) for start in range(0, len(flat), count)]
     assert all(sorted(order) == sorted(p.id for p in problems) for order in orders)
     if count > 20:
-        assert len(set(orders)) == passes and problem_batches(problems, size, passes, "warmup", seed) != batches
-        assert problem_batches(problems, size, passes, "opd", seed + 1) != batches
+        assert len(set(orders)) == epochs and problem_batches(problems, size, epochs, "warmup", seed) != batches
+        assert problem_batches(problems, size, epochs, "opd", seed + 1) != batches
 
 
 def test_max_steps_alone_decides_where_it_is_given():
     problems = [Problem(str(i), "", "") for i in range(5)]
-    for passes in (1, 10**9):  # one pass has fewer steps, and a billion would not fit into memory
-        assert problem_batches(problems, 3, passes, "opd", 0, 4) == problem_batches(problems, 3, 3, "opd", 0)[:4]
+    for epochs in (1, 10**9):  # one pass has fewer steps, and a billion would not fit into memory
+        assert problem_batches(problems, 3, epochs, "opd", 0, 4) == problem_batches(problems, 3, 3, "opd", 0)[:4]
 
 
 # Prompts

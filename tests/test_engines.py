@@ -86,7 +86,7 @@ def test_end_of_sequence_is_kept_and_nothing_follows_it():
 def test_a_request_depends_on_its_seed_alone():
     model, seeds = tiny_model(), [[1, 2, 3], [4], [5, 6], [7]]
     together = TorchEngine(model, TOKENIZER).generate(PROMPTS, seeds, Sampling(16))
-    two_at_a_time = TorchEngine(model, TOKENIZER, max_sequences=3).generate(PROMPTS, seeds, Sampling(16))
+    two_at_a_time = TorchEngine(model, TOKENIZER, max_num_seqs=3).generate(PROMPTS, seeds, Sampling(16))
     backwards = TorchEngine(model, TOKENIZER).generate(PROMPTS[::-1], seeds[::-1], Sampling(16))[::-1]
     ids, *others = [
         [[completion.token_ids for completion in group] for group in groups]

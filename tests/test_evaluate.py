@@ -122,7 +122,7 @@ def test_a_score_on_training_problems_is_marked(student, test_problems, tmp_path
     """In the table, under it and at the bar: the text of the picture is checked where it is drawn."""
     model = shutil.copytree(student, tmp_path / "trained")
     seen = [problem.id for problem in lib.data.load_problems(test_problems)][:2]
-    (model / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "consumed": seen}))
+    (model / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "trained_on": seen}))
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Axes, "text", lambda axes, x, y, text, **options: drawn.append(text))

@@ -63,7 +63,7 @@ def replace(old: str, new: str):
         (replace("--seed 0", "--seed 0 --tensor-parallel 3"), "--tensor-parallel 3 must divide .* processes .8."),
         (replace("--seed 0", "--seed 0 --max-response-tokens 41000"), "'Qwen/Qwen3-8B' has 40960 positions"),
         (replace("--seed 0", "--seed 0 --max-prompt-tokens 50"), "than --max-prompt-tokens 50"),
-        (replace("--passes 1\n", "--passes 0\n"), "--passes 0 is too small"),
+        (replace("--epochs 1\n", "--epochs 0\n"), "--epochs 0 is too small"),
         (replace("Qwen/Qwen3-1.7B", "Qwen3-1.7B"), "--model 'Qwen3-1.7B' is not a checkpoint directory"),
     ],
 )

@@ -98,7 +98,7 @@ def test_sigkill_at_many_moments_in_every_stage(student, teacher, problems, tmp_
 
 def test_a_signal_ends_the_step_saves_it_and_the_run_resumes_bit_for_bit(teacher, problems, tmp_path, capfd):
     """One run, stopped by each signal in turn; no state would have been saved without them."""
-    straight = grpo(teacher, problems, tmp_path / "straight", passes=2, save_every=1000)
+    straight = grpo(teacher, problems, tmp_path / "straight", epochs=2, save_every=1000)
     teacher_grpo.main(straight)
     config = dataclasses.replace(straight, out=str(tmp_path / "out"), resume=True)
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -126,7 +126,7 @@ def test_a_signal_ends_the_step_saves_it_and_the_run_resumes_bit_for_bit(teacher
 
 
 def test_a_later_signal_acts_at_once_and_an_ignored_one_stays_ignored(teacher, problems, tmp_path, monkeypatch):
-    config = grpo(teacher, problems, tmp_path / "out", passes=2)
+    config = grpo(teacher, problems, tmp_path / "out", epochs=2)
     monkeypatch.setattr(lib.runs, "COPY_SECONDS", 0)
     twice = lambda run: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
     error = interrupt(teacher_grpo.main, config, 1, twice, raises=KeyboardInterrupt)
@@ -156,7 +156,7 @@ def test_two_ranks_stop_after_the_same_step_and_our_sentence_is_the_last(teacher
         lib.runs.Run.log = signalled
         common.cli(teacher_grpo.main, teacher_grpo.Config)
     """))  # fmt: skip
-    config = grpo(teacher, problems, tmp_path / "out", passes=2, save_every=1000)
+    config = grpo(teacher, problems, tmp_path / "out", epochs=2, save_every=1000)
     done = launch(2, str(script), *command_line(teacher_grpo, config)[2:])
     said = done.stderr.splitlines()
     assert done.returncode == 1 and said[-1].startswith("stopped by SIGUSR1 after step 3, which is saved"), done.stderr
@@ -173,7 +173,7 @@ def test_two_ranks_stop_after_the_same_step_and_our_sentence_is_the_last(teacher
 
 def test_a_state_counts_once_it_has_loaded(teacher, problems, tmp_path, capsys):
     """Otherwise the one before it, which is there if the run was killed before it was removed; never a fresh start."""
-    config, both = grpo(teacher, problems, tmp_path / "cut", passes=1, resume=True), tmp_path / "both"
+    config, both = grpo(teacher, problems, tmp_path / "cut", epochs=1, resume=True), tmp_path / "both"
     interrupt(teacher_grpo.main, config, 1)
     shutil.copytree(tmp_path / "cut.partial" / "state-000001", both / "state-000001")
     interrupt(teacher_grpo.main, config, 2)
@@ -193,14 +193,14 @@ def test_a_state_counts_once_it_has_loaded(teacher, problems, tmp_path, capsys):
             teacher_grpo.main(config)
         assert len(metrics(tmp_path / "cut.partial")) == 2
         shutil.copytree(both / "state-000002", tmp_path / "cut.partial" / "state-000002", dirs_exist_ok=True)
-    teacher_grpo.main(grpo(teacher, problems, tmp_path / "straight", passes=1))
+    teacher_grpo.main(grpo(teacher, problems, tmp_path / "straight", epochs=1))
     assert_same_weights(tmp_path / "straight", tmp_path / "0")
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "0")
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("in a reward"), InputError("in a reward"), OSError(28, "disk full")])
 def test_logs_are_kept_when_a_run_ends_before_its_first_state(failure, teacher, problems, tmp_path, monkeypatch):
-    config, partial = grpo(teacher, problems, tmp_path / "out", passes=1, save_every=2), tmp_path / "out.partial"
+    config, partial = grpo(teacher, problems, tmp_path / "out", epochs=1, save_every=2), tmp_path / "out.partial"
 
     def fail(*arguments, **options):
         raise failure
@@ -218,7 +218,7 @@ def test_logs_are_kept_when_a_run_ends_before_its_first_state(failure, teacher, 
 
 
 def test_a_checkpoint_along_the_way_is_written_again_after_a_kill(teacher, problems, tmp_path, monkeypatch):
-    config = grpo(teacher, problems, tmp_path / "out", passes=1, export_every=2)
+    config = grpo(teacher, problems, tmp_path / "out", epochs=1, export_every=2)
     write = lib.runs.Run._write_state
 
     def die(run, *arguments):
@@ -243,7 +243,7 @@ def test_a_checkpoint_along_the_way_is_written_again_after_a_kill(teacher, probl
 
 
 def test_other_weights_or_another_stage_are_not_resumed_with(student, teacher, problems, tmp_path, monkeypatch):
-    config = grpo(teacher, problems, tmp_path / "out", passes=1, resume=True)
+    config = grpo(teacher, problems, tmp_path / "out", epochs=1, resume=True)
     interrupt(teacher_grpo.main, config, 2)
     with pytest.raises(InputError, match="had seed = 0, now it is 1, and lr = 0.01, now it is 0.5; go back to"):
         teacher_grpo.main(dataclasses.replace(config, lr=0.5, seed=1))
@@ -269,7 +269,7 @@ def test_changed_code_and_a_changed_reward_are_not_resumed_with_unless_accepted(
     source, reward = (ROOT / "teacher_grpo.py").read_text(), tmp_path / "rewards.py"
     (tmp_path / "my_stage.py").write_text(source)
     reward.write_text("def length(row, response):\n    return len(response)\n")
-    settings = dict(passes=1, resume=True, reward=f"{reward}:length")
+    settings = dict(epochs=1, resume=True, reward=f"{reward}:length")
     stage = load_script(tmp_path / "my_stage.py")
     interrupt(stage.main, grpo(teacher, problems, tmp_path / "out", stage.Config, **settings), 2)
     files = record(tmp_path / "out.partial" / "state-000002")["sessions"][0]["files"]
@@ -324,7 +324,7 @@ def test_a_tracker_gets_the_metrics_and_a_resumed_run_continues_its_run(
     teacher, problems, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "trackio.py").write_text(FAKE.format(path=str(tmp_path / "calls")))
-    config = grpo(teacher, problems, tmp_path / "out", passes=1, resume=True, track="trackio")
+    config = grpo(teacher, problems, tmp_path / "out", epochs=1, resume=True, track="trackio")
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(InputError, match="--track trackio cannot be imported .*; run pip"):
         teacher_grpo.main(config)
@@ -472,7 +472,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
 
 def test_three_skipped_steps_in_a_row_end_the_run_and_leave_the_batch(teacher, problems, tmp_path, monkeypatch):
     """They are counted across a resume."""
-    config, partial = grpo(teacher, problems, tmp_path / "out", passes=2), tmp_path / "out.partial"
+    config, partial = grpo(teacher, problems, tmp_path / "out", epochs=2), tmp_path / "out.partial"
     with monkeypatch.context() as patch:
         break_loss(patch, "teacher", {1, 2, 3}, float("inf"))
         interrupt(teacher_grpo.main, config, 3)

@@ -117,7 +117,7 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
     seen, update = [], teacher_grpo.update
     recording = lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest)
     monkeypatch.setattr(teacher_grpo, "update", recording)
-    settings = dict(reward=reward, passes=6, prompts_per_step=6, rollouts_per_prompt=8, require_finished=True)
+    settings = dict(reward=reward, epochs=6, prompts_per_step=6, rollouts_per_prompt=8, require_finished=True)
     teacher_grpo.main(grpo(teacher, data, tmp_path / "out", **settings))
     rewards = [line["reward"] for line in metrics(tmp_path / "out")]
     for line, rollouts in zip(rewards, seen, strict=True):
@@ -220,7 +220,7 @@ def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypat
 def test_a_coefficient_that_a_fork_adds_may_be_0():
     fork = dataclasses.make_dataclass("Fork", [("length_penalty", float, 0.0), ("samples", int, 3)], bases=(teacher_grpo.Config,), kw_only=True)  # fmt: skip
     settings = dict(model="", data="", out="")
-    check_settings(fork(**settings, kl_coef=0, weight_decay=0.0, seed=0, warmup_steps=0))
+    check_settings(fork(**settings, kl_coef=0, weight_decay=0.0, seed=0, lr_warmup_steps=0))
     for wrong in (dict(lr=0.0), dict(temperature=0), dict(samples=0), dict(length_penalty=-1.0), dict(clip_ratio=0.0), dict(length_penalty=math.nan)):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(wrong)).replace("_", "-")):
             check_settings(fork(**settings, **wrong))

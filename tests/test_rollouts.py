@@ -25,7 +25,7 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
     tokenizer = toy.make_tokenizer()
     first, other = lib.data.load_problems(problems)[:2]
     prompts = lib.data.tokenize_prompts(tokenizer, [first, other], toy.WORDING)
-    engine = TorchEngine(tiny_model(), tokenizer, max_sequences=3)
+    engine = TorchEngine(tiny_model(), tokenizer, max_num_seqs=3)
 
     def sample(*chosen):
         rollouts = sample_rollouts(engine, chosen, prompts, 3, Sampling(8), seed_key=(0, 5))
@@ -68,7 +68,7 @@ def names(updates) -> list[list[tuple[str, int]]]:
 
 
 def test_the_responses_to_a_problem_stay_together(student, teacher, problems, tmp_path, trained_on):
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", passes=2))
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", epochs=2))
     batches = lib.data.problem_batches(lib.data.load_problems(problems), 3, 2, "warmup", 0)
     assert [[name for name, _ in update] for update in names(trained_on)] == [
         [problem.id for problem in batch for _ in range(2)] for batch in batches
@@ -82,7 +82,7 @@ def test_a_limited_warmup_samples_what_it_uses(
     """The same as the first steps of a longer one, which can go on with its rollouts."""
     monkeypatch.setattr(fkl_warmup, "grade", grade_by_parity)
     at_a_time = {"all": 512, "correct": 2}[keep]  # sequences: all problems, or one
-    settings = dict(keep=keep, loss="sft", mini_batch_prompts=1, max_response_tokens=16, max_sequences=at_a_time)
+    settings = dict(keep=keep, loss="sft", mini_batch_prompts=1, max_response_tokens=16, max_num_seqs=at_a_time)
     whole = tmp_path / "whole_rollouts"
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "whole", **settings, rollouts=str(whole)))
     every = names(trained_on)
@@ -103,8 +103,8 @@ def test_a_limited_warmup_samples_what_it_uses(
     assert_same_weights(tmp_path / "whole", tmp_path / "long")
 
 
-def test_passes_repeat_until_max_steps(student, teacher, problems, tmp_path, monkeypatch, trained_on):
-    """--keep correct keeps what is right and finished; --passes, which is 1, does not end the run."""
+def test_epochs_repeat_until_max_steps(student, teacher, problems, tmp_path, monkeypatch, trained_on):
+    """--keep correct keeps what is right and finished; --epochs, which is 1, does not end the run."""
     monkeypatch.setattr(fkl_warmup, "grade", grade_by_parity)
     settings = dict(keep="correct", loss="sft", mini_batch_prompts=4, max_response_tokens=16)
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", **settings, max_steps=7))
@@ -214,7 +214,7 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
         user = {"role": "user", "content": problem.prompt + INSTRUCTION}
         chat = [user, {"role": "assistant", "content": text}]
         expected.append(tokenizer.apply_chat_template(chat, return_dict=False))
-    assert len(trained_on) == 3  # passes are repeated
+    assert len(trained_on) == 3  # epochs are repeated
     for update in trained_on:
         assert sorted(r.prompt_ids + r.response_ids for r in update) == sorted(expected)
         assert {r.finish_reason for r in update} == {"stop"} and all(r.response_ids[-1] == 1 for r in update)
@@ -225,7 +225,7 @@ def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained
     lineage = lib.lineage.read_lineage(str(tmp_path / "out"))  # for Stage 3 and the audit
     assert lineage["parents"].keys() == {"model", "rollouts"}
     assert lineage["parents"]["rollouts"] == {"path": texts, "sha256": lib.lineage.file_sha256(Path(texts))}
-    assert lib.lineage.consumed_problems(lineage) == {known[0].id, known[1].id, known[3].id}
+    assert lib.lineage.problems_trained_on(lineage) == {known[0].id, known[1].id, known[3].id}
 
 
 @pytest.mark.parametrize("content, words", [

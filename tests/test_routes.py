@@ -90,7 +90,7 @@ def test_the_pretrained_model_is_asked_in_the_same_words_everywhere():
     assert (ROOT / wording["prompt"].removeprefix("@")).is_file()
 
 
-@pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("real", "max-steps"), ("paper", "passes")])
+@pytest.mark.parametrize("scale, budget", [("toy", "max-steps"), ("real", "max-steps"), ("paper", "epochs")])
 def test_matched_routes_differ_in_what_they_contrast_alone(scale, budget):
     def options(route: str, script: str) -> dict[str, str]:
         [found] = [options for name, options in plan(route, SCALE=scale) if name == script]

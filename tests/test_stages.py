@@ -97,7 +97,7 @@ def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problem
 
     grade_with(monkeypatch, all_right)
     models = [AutoModelForCausalLM.from_pretrained(model).double().eval() for model in (student, teacher)]
-    for estimator in ("full", "sampled"):
+    for estimator in ("exact", "sampled"):
         settings = dict(estimator=estimator, prompts_per_step=5, max_steps=1, micro_batch_tokens=60)
         opd.main(distill(student, teacher, problems, tmp_path / estimator, **settings))
         [line] = metrics(tmp_path / estimator)
@@ -112,7 +112,7 @@ def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problem
             columns.append((of_sampled(q - p), -(p.exp() * p).sum(1), (p.exp() * (p - q)).sum(1), mismatch))
         reward, entropy, kl, mismatch = map(torch.cat, zip(*columns))
         expected = {
-            "reverse_kl": kl.mean() if estimator == "full" else -reward.mean(), "entropy": entropy.mean(),
+            "reverse_kl": kl.mean() if estimator == "exact" else -reward.mean(), "entropy": entropy.mean(),
             "dense_reward": reward.mean(), "dense_reward_std": reward.std(correction=0),
             "dense_reward_min": reward.min(), "frac_dense_reward_outliers": (reward < -5).double().mean(),
             "accuracy": 1.0, "response_tokens": len(reward) / 10,
@@ -123,21 +123,26 @@ def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problem
         assert line["sampler_mismatch"] == pytest.approx(mismatch.mean().item(), abs=1e-6)
 
 
-def test_labels_that_only_a_teacher_used_are_consumed():
+def test_labels_that_only_a_teacher_used_count():
     """Those of the teacher's ancestors, too."""
-    record = lambda *consumed, **parents: {"path": "x", "stage": "opd", "consumed": list(consumed), "parents": parents}
+    record = lambda *trained_on, **parents: {
+        "path": "x",
+        "stage": "opd",
+        "trained_on": list(trained_on),
+        "parents": parents,
+    }
     teacher = record("b", model=record("c"), teacher=record("d"))
-    assert lib.lineage.consumed_problems(record("a", model=record(), teacher=teacher)) == {"a", "b", "c", "d"}
+    assert lib.lineage.problems_trained_on(record("a", model=record(), teacher=teacher)) == {"a", "b", "c", "d"}
 
 
-def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
+def test_lineage_names_ancestors_and_every_problem_trained_on(chain, problems):
     every = lib.data.load_problems(problems)
     half = {name: {problem.id for problem in lib.data.half_of(every, name)} for name in ("1H", "2H")}
     lineage = lib.lineage.read_lineage(str(chain / "bridge"))
-    assert lib.lineage.consumed_problems(lineage) == half["1H"]
-    assert lib.lineage.consumed_problems(lib.lineage.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
+    assert lib.lineage.problems_trained_on(lineage) == half["1H"]
+    assert lib.lineage.problems_trained_on(lib.lineage.read_lineage(str(chain / "student"))) == half["1H"] | half["2H"]
     assert lineage["stage"] == "opd" and lineage["parents"]["teacher"]["stage"] == "teacher_grpo"
-    assert lineage["consumed"] and set(lineage["consumed"]) <= half["1H"]  # the problems that OPD itself sampled on
+    assert lineage["trained_on"] and set(lineage["trained_on"]) <= half["1H"]  # the problems that OPD itself sampled on
     assert lineage["parents"]["model"]["sha256"] == lib.lineage.read_lineage(str(chain / "warmup"))["sha256"]
     teacher = lib.lineage.last_rl_stage(lineage["parents"]["teacher"])
     assert teacher["stage"] == "teacher_grpo" and 0 <= teacher["first"]["reward"] <= 1
@@ -145,7 +150,7 @@ def test_lineage_names_ancestors_and_every_consumed_problem(chain, problems):
     assert lib.lineage.last_rl_stage(lineage["parents"]["model"]["parents"]["model"]) is None
 
 
-def test_stage_3_refuses_consumed_labels_unless_it_is_the_replay(chain, problems, tmp_path):
+def test_stage_3_refuses_labels_trained_on_unless_it_is_the_replay(chain, problems, tmp_path):
     bridge = str(chain / "bridge")
     with pytest.raises(InputError, match="on 6 of its 6 problems --model .* already trained"):
         student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="1H"))
@@ -171,9 +176,9 @@ def test_stage_3_is_stage_1(student, problems, tmp_path):
 
 
 @pytest.mark.parametrize("stage, estimator, key, factor", [("warmup", None, "forward_kl", 0.7),
-                         ("bridge", "full", "reverse_kl", 0.7), ("bridge", "sampled", "reverse_kl", 0.95)])  # fmt: skip
+                         ("bridge", "exact", "reverse_kl", 0.7), ("bridge", "sampled", "reverse_kl", 0.95)])  # fmt: skip
 def test_distillation_lowers_its_kl(stage, estimator, key, factor, student, teacher, problems, tmp_path):
-    settings = dict(passes=8, max_steps=20) if stage == "warmup" else dict(passes=6, estimator=estimator)
+    settings = dict(epochs=8, max_steps=20) if stage == "warmup" else dict(epochs=6, estimator=estimator)
     script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", **settings)
     script.main(config)
     values = [line[key] for line in metrics(tmp_path / "out")]
@@ -184,7 +189,7 @@ def test_the_controls_share_the_warmups_rollouts(student, teacher, problems, tmp
     settings = dict(rollouts=str(tmp_path / "rollouts"))
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", **settings))
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").glob("shard-*/*")}
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings, loss="sft", passes=2))
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings, loss="sft", epochs=2))
     assert {path: path.stat().st_mtime_ns for path in files} == files  # sampled once
     assert metrics(tmp_path / "sft")[-1]["cross_entropy"] < metrics(tmp_path / "sft")[0]["cross_entropy"]
     with pytest.raises(InputError, match="holds other rollouts"):
@@ -202,7 +207,7 @@ def test_filtered_sft_learns_from_right_answers_alone(student, teacher, problems
     grade_with(monkeypatch, two_right)
     settings = dict(loss="sft", keep="correct", mini_batch_prompts=1)
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings))
-    assert set(json.loads((tmp_path / "sft" / "run.json").read_text())["consumed"]) == right and len(right) == 2
+    assert set(json.loads((tmp_path / "sft" / "run.json").read_text())["trained_on"]) == right and len(right) == 2
     grade_with(monkeypatch, lambda rollouts, grader: [setattr(rollout, "correct", False) for rollout in rollouts])
     with pytest.raises(InputError, match="no response is right and finished"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
@@ -235,7 +240,7 @@ def test_every_step_samples_anew(stage, student, teacher, problems, tmp_path, mo
 
     grade_with(monkeypatch, keep)
     for seed in (0, 1):
-        script, config = RUNS[stage](student, teacher, problems, tmp_path / str(seed), seed=seed, passes=2)
+        script, config = RUNS[stage](student, teacher, problems, tmp_path / str(seed), seed=seed, epochs=2)
         script.main(config)
     # Short responses may come twice by chance. Half of the groups would, if a pass or a seed made no difference.
     assert len(groups) >= 24 and len(set(map(str, groups))) > 0.7 * len(groups)
@@ -270,7 +275,7 @@ def test_the_optimizer_has_the_settings_of_the_config(stage, student, teacher, p
     made, adamw, clip = [], torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(k) or adamw(*a, **k))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: made.append(limit) or clip(p, limit))
-    settings = dict(lr=3e-3, weight_decay=0.03, max_grad_norm=0.3, lr_schedule="cosine", warmup_steps=2, passes=4)
+    settings = dict(lr=3e-3, weight_decay=0.03, max_grad_norm=0.3, lr_schedule="cosine", lr_warmup_steps=2, epochs=4)
     script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=4, **settings)
     script.main(config)
     assert made[0]["lr"] == 3e-3 and made[0]["weight_decay"] == 0.03 and set(made[1:]) == {0.3}
@@ -285,25 +290,25 @@ def test_a_token_that_the_tokenizer_does_not_have_ends_a_response(problems, teac
     toy.make_tokenizer().save_pretrained(tmp_path / "padded")
     rollouts = []
     grade_with(monkeypatch, lambda batch, grader: rollouts.extend(batch) or made_up_grades(batch, grader))
-    for estimator in ("full", "sampled"):
+    for estimator in ("exact", "sampled"):
         settings = dict(estimator=estimator, max_steps=2, rollouts_per_prompt=8)
         opd.main(distill(str(tmp_path / "padded"), teacher, problems, tmp_path / estimator, **settings))
     assert max(token for rollout in rollouts for token in rollout.response_ids) < len(toy.VOCABULARY)
     cut = [r for r in rollouts if r.finish_reason == "length" and len(r.response_ids) < 8]
     assert cut and all(len(r.response_ids) == len(r.logprobs) for r in cut)
-    assert all(not line["skipped_steps"] for line in metrics(tmp_path / "full") + metrics(tmp_path / "sampled"))
+    assert all(not line["skipped_steps"] for line in metrics(tmp_path / "exact") + metrics(tmp_path / "sampled"))
 
 
-TABLE_8 = dict(lr=1e-6, passes=10, mini_batch_prompts=8, max_prompt_tokens=3072, max_response_tokens=16384,
+TABLE_8 = dict(lr=1e-6, epochs=10, mini_batch_prompts=8, max_prompt_tokens=3072, max_response_tokens=16384,
                clip_ratio=0.2, max_grad_norm=1.0, kl_coef=5e-4)  # fmt: skip
-TABLE_9 = dict(lr=1e-6, passes=1, rollouts_per_prompt=8, max_prompt_tokens=2048, max_response_tokens=16384,
+TABLE_9 = dict(lr=1e-6, epochs=1, rollouts_per_prompt=8, max_prompt_tokens=2048, max_response_tokens=16384,
                temperature=1.0)  # fmt: skip
-EARLIER_CODE = dict(weight_decay=0.1, warmup_steps=0, thinking=False, rollouts_per_prompt=8, temperature=1.0)
+EARLIER_CODE = dict(weight_decay=0.1, lr_warmup_steps=0, thinking=False, rollouts_per_prompt=8, temperature=1.0)
 DEFAULTS = {
     teacher_grpo: {**TABLE_8, **EARLIER_CODE, "half": "full", "prompts_per_step": 32, "inner_epochs": 1},
     student_grpo: {**TABLE_8, **EARLIER_CODE, "half": "2H", "replay": False},
     fkl_warmup: {**TABLE_9, **EARLIER_CODE, "mini_batch_prompts": 64, "loss": "fkl", "keep": "all"},
-    opd: {**TABLE_9, **EARLIER_CODE, "prompts_per_step": 64, "estimator": "full"},
+    opd: {**TABLE_9, **EARLIER_CODE, "prompts_per_step": 64, "estimator": "exact"},
     evaluate: dict(k=16, temperature=0.7, top_p=0.8, top_k=20, thinking=False, data=("math500", "aime24", "aime25"),
                    max_prompt_tokens=3072, max_response_tokens=16384),
 }  # fmt: skip

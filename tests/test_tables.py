@@ -134,7 +134,7 @@ def write_checkpoint(run: str, name: str, seed: int, stage: str, model: dict, **
     """A checkpoint's run.json as a stage writes it, in numbers that the seed scales; returns it as a parent's record."""
     scaled = {key: value * (1 + seed) for key, value in record.items() if isinstance(value, (int, float))}
     parents = {"model": model} | ({"teacher": record["teacher"]} if "teacher" in record else {})
-    written = {"stage": stage, "parents": parents, "consumed": record["consumed"].split(), **scaled}
+    written = {"stage": stage, "parents": parents, "trained_on": record["trained_on"].split(), **scaled}
     path = Path(run, name, "run.json")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(written))
@@ -148,15 +148,17 @@ def write_chain(run: str, seed: int) -> None:
     def write(name, stage, model, **record):
         return write_checkpoint(run, name, seed, stage, model, **record)
 
-    write("full/direct", "teacher_grpo", raw[0], consumed="a b c", trained_tokens=64_000, cpu_seconds=30)
-    teacher = write("1H/rl/teacher", "teacher_grpo", raw[1], consumed="a b", trained_tokens=1_000, cpu_seconds=60)
-    warmup = write("1H/rl/warmup", "fkl_warmup", raw[0], teacher=teacher, consumed="a b", sampled_tokens=2_000,
+    write("full/direct", "teacher_grpo", raw[0], trained_on="a b c", trained_tokens=64_000, cpu_seconds=30)
+    teacher = write("1H/rl/teacher", "teacher_grpo", raw[1], trained_on="a b", trained_tokens=1_000, cpu_seconds=60)
+    warmup = write("1H/rl/warmup", "fkl_warmup", raw[0], teacher=teacher, trained_on="a b", sampled_tokens=2_000,
                    trained_tokens=4_000, cpu_seconds=120)  # fmt: skip
-    bridge = write("1H/rl/bridge", "opd", warmup, teacher=teacher, consumed="a", trained_tokens=8_000, cpu_seconds=240)
-    write("1H/rl/bridge-2H", "student_grpo", bridge, consumed="c", trained_tokens=16_000, cpu_seconds=480)
-    sft = write("1H/sft/teacher", "fkl_warmup", raw[1], teacher=raw[1], consumed="a", sampled_tokens=100_000,
+    bridge = write(
+        "1H/rl/bridge", "opd", warmup, teacher=teacher, trained_on="a", trained_tokens=8_000, cpu_seconds=240
+    )
+    write("1H/rl/bridge-2H", "student_grpo", bridge, trained_on="c", trained_tokens=16_000, cpu_seconds=480)
+    sft = write("1H/sft/teacher", "fkl_warmup", raw[1], teacher=raw[1], trained_on="a", sampled_tokens=100_000,
                 trained_tokens=200_000, cpu_seconds=6)  # fmt: skip
-    write("1H/sft/bridge", "opd", raw[0], teacher=sft, consumed="a b", trained_tokens=400_000, cpu_seconds=12)
+    write("1H/sft/bridge", "opd", raw[0], teacher=sft, trained_on="a b", trained_tokens=400_000, cpu_seconds=12)
 
 
 COSTS = {  # labels, tokens that the student sampled and trained on, the same of the teacher, CPU minutes; of seed 0
@@ -176,7 +178,7 @@ def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path):
     for seed, run in enumerate(runs):
         write_chain(run, seed)
     # Only one run has a record of this one, so it has no mean.
-    write_checkpoint(runs[0], "full/rl/bridge", 0, "opd", {}, consumed="a", trained_tokens=1, cpu_seconds=1)
+    write_checkpoint(runs[0], "full/rl/bridge", 0, "opd", {}, trained_on="a", trained_tokens=1, cpu_seconds=1)
     results, text = written(tmp_path / "tables", runs)
     assert results["costs"].keys() == COSTS.keys()
     for checkpoint, (labels, *spent) in COSTS.items():

@@ -99,12 +99,12 @@ def test_validation_problems_are_never_trained_on(stage, student, teacher, probl
     if stage == "student":  # may have been trained on by a checkpoint before, and Stage 3 has then nothing to refuse
         seen = [problem.id for problem in lib.data.load_problems(str(tmp_path / "some.jsonl"))]
         student = shutil.copytree(student, tmp_path / "student")
-        (student / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "consumed": seen}))
+        (student / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "trained_on": seen}))
         student = str(student)
     script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", half="full")
     script.main(dataclasses.replace(config, validate=(str(tmp_path / "some.jsonl"),)))
     trained, held_out = (
-        set(record(tmp_path / "out")["consumed"]),
+        set(record(tmp_path / "out")["trained_on"]),
         {problem.id for problem in lib.data.load_problems(str(tmp_path / "some.jsonl"))},
     )
     assert len(trained) == 8 and len(held_out) == 4 and not trained & held_out
@@ -119,15 +119,15 @@ def test_a_checkpoint_along_the_way_serves_every_later_stage(student, teacher, p
     batches = lib.data.problem_batches(lib.data.load_problems(problems), 4, 1, "grpo", 0)
     first = {problem.id for problem in batches[0]}
     lineage = lib.lineage.read_lineage(str(early))
-    assert lib.lineage.consumed_problems(lineage) == first and lineage["parents"]["model"]["path"] == teacher
+    assert lib.lineage.problems_trained_on(lineage) == first and lineage["parents"]["model"]["path"] == teacher
     assert lib.lineage.last_rl_stage(lineage)["stage"] == "teacher_grpo"
     opd.main(distill(student, str(early), problems, tmp_path / "bridge", max_steps=2, export_every=1))
     assert "C1: the teacher was trained with RL" in capsys.readouterr().out
     bridge = tmp_path / "bridge" / "step-000001"
-    consumed = lib.lineage.consumed_problems(lib.lineage.read_lineage(str(bridge)))
-    assert consumed == first | set(record(bridge)["consumed"]) and len(record(bridge)["consumed"]) == 3
+    trained_on = lib.lineage.problems_trained_on(lib.lineage.read_lineage(str(bridge)))
+    assert trained_on == first | set(record(bridge)["trained_on"]) and len(record(bridge)["trained_on"]) == 3
     assert (bridge / "generation_config.json").read_text() == (tmp_path / "bridge/generation_config.json").read_text()
-    with pytest.raises(InputError, match=rf"on {len(consumed)} of its 12 problems --model .*step-000001"):
+    with pytest.raises(InputError, match=rf"on {len(trained_on)} of its 12 problems --model .*step-000001"):
         student_grpo.main(grpo(str(bridge), problems, tmp_path / "x", student_grpo.Config, half="full"))
     fkl_warmup.main(warmup(str(bridge), str(early), problems, tmp_path / "warmup", max_steps=1))
 

@@ -32,7 +32,7 @@ def pair(request, tmp_path_factory):
     policy.model.save_pretrained(directory)
     TOKENIZER.save_pretrained(directory)
     cfg = teacher_grpo.Config(
-        "", data="", out="", max_prompt_tokens=388, max_response_tokens=12, max_sequences=64, stop=STOP[request.param]
+        "", data="", out="", max_prompt_tokens=388, max_response_tokens=12, max_num_seqs=64, stop=STOP[request.param]
     )
     return policy, VLLMEngine(str(directory), TOKENIZER, cfg)
 

@@ -146,7 +146,7 @@ def test_a_kl_to_the_teacher_that_rises_is_a_warning_and_one_that_starts_high_is
 
 def test_a_warning_is_printed_once_in_a_run_and_is_in_its_record(student, problems, tmp_path, capsys, monkeypatch):
     """A random model is never right. The run dies after the warning and goes on from a state that was saved then."""
-    config = grpo(student, problems, tmp_path / "out", passes=5, save_every=1, resume=True)
+    config = grpo(student, problems, tmp_path / "out", epochs=5, save_every=1, resume=True)
     update = teacher_grpo.update
     seen = []
 

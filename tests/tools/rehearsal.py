@@ -125,7 +125,7 @@ def leave_checkpoint(cfg, trained_on: list[str]) -> None:
     """What follows finds a checkpoint as this stage would have written it, without weights."""
     parents = {role: getattr(cfg, role) for role in ("model", "teacher") if hasattr(cfg, role)}
     line = {"step": 0, "reward" if hasattr(cfg, "kl_coef") else "reverse_kl": 0.5}
-    written = {"consumed": trained_on, "steps": 1, "first": line, "last": line}
+    written = {"trained_on": trained_on, "steps": 1, "first": line, "last": line}
     record = {**lib.lineage.new_record(cfg, parents), **written}
     shutil.rmtree(f"{cfg.out}.partial")
     shutil.copytree(cfg.model, cfg.out)
