@@ -111,17 +111,20 @@ MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT) $(BFL
 RUN := $(PY)
 # Problems are plain text after two examples, and a response ends with its line.
 TASK := --prompt @experiments/real_prompt.txt --no-chat-template --stop '\n' \
-	--max-prompt-tokens 64 --max-response-tokens 20 $(BFLOAT16) --seed $(SEED)
-SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/test.jsonl --validate $(RAW)/validation.jsonl --validate-k 2 \
-	--resume $(TASK) --weight-decay 0.01 --micro-batch-tokens 2048
+	--max-prompt-tokens 96 --max-response-tokens 20 $(BFLOAT16) --seed $(SEED)
+SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) \
+	--weight-decay 0.01 --micro-batch-tokens 2048
 GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
 DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
 OPD := --prompts-per-step 8 --lr 2e-5 --lr-schedule cosine
-TEACHER_BUDGET := --max-steps 32
-DIRECT_BUDGET := --max-steps 36
-WARMUP_BUDGET := --max-steps 10
-OPD_BUDGET := --max-steps 16
+VALIDATE := --validate $(RAW)/validation.jsonl --validate-k 2 --validate-every
+TEACHER_BUDGET := --max-steps 32 $(VALIDATE) 8
+SFT_TEACHER_BUDGET := --max-steps 10
+DIRECT_BUDGET := --max-steps 78 --export-every 26 $(VALIDATE) 13
+STAGE3_BUDGET := --max-steps 26
+WARMUP_BUDGET := --max-steps 10 $(VALIDATE) 10
+OPD_BUDGET := --max-steps 16 $(VALIDATE) 8
 BRIDGE_BUDGET := --max-steps 26
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 2 $(TASK)
@@ -248,9 +251,11 @@ endif
 DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
 DEMO_LABELS := "direct GRPO" "RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
 ifeq ($(SCALE),real)
-# Every row is on the half 1H, so that the rows compare what is done with the same labels; only Stage 3 has 2H.
-TRANSFER := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/opd_only 1H/rl/sft_only \
-	1H/rl/bridge_sampled 1H/rl/bridge-2H 1H/rl/bridge-replay
+# Every row is on the half 1H, so that the rows compare what is done with the same labels. One run of direct GRPO makes two
+# rows: its checkpoint after as many updates as the bridge makes, and its end, after as much CPU time.
+AS_MANY_UPDATES := 1H/direct/step-000026
+$(S)/$(AS_MANY_UPDATES)/run.json: $(S)/1H/direct/run.json ;
+TRANSFER := 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/direct $(AS_MANY_UPDATES) 1H/raw/bridge 1H/rl/opd_only 1H/rl/sft_only
 HELD_OUT :=
 DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H
 DEMO_LABELS := "direct GRPO" "bridge from the raw teacher" "RL'd teacher" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"

