@@ -19,7 +19,8 @@ decides, because a handful of runs may agree by chance.
 
 A table says what each row cost, with the teacher behind it, by the run.json of its checkpoint.
 
-Written: tables.md, results.json (the same figures, unrounded) and routes.png (bars, rewards in GRPO, KL in OPD).
+Written: tables.md, results.json (the same figures, unrounded), routes.png (bars, rewards in GRPO, KL in OPD) and, for
+SCALE=real, time.png (accuracy against CPU time).
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ import common
 import lib.plots
 from common import InputError
 from evaluate import markdown_table, percent
+from lib.files import json_lines
 from lib.lineage import problems_trained_on, read_run
-from lib.plots import COLOURS, label_lines
+from lib.plots import COLOURS, Curve, draw_panels, label_lines
 from lib.scores import mean_and_error, paired_difference
 
 Pair = Literal["qwen3-8b", "qwen3-14b", "llama"]
@@ -400,6 +402,7 @@ def collect(cfg: Config) -> dict:
         "entries": {c: {name: average(runs, c, name) for name in names} for c in checkpoints},
         "each": each,
         "costs": average_costs(cfg.runs, checkpoints),
+        "over_time": over_time(cfg.runs),
         "orderings": [
             {"prediction": claim.prediction, "claim": claim.text, "first": claim.first, "relation": claim.relation,
              "second": claim.second, "data": name,
@@ -458,6 +461,63 @@ def average_costs(directories: tuple[str, ...], checkpoints: Iterable[str]) -> d
         for checkpoint, each in costs.items()
         if None not in each
     }
+
+
+# Accuracy against CPU time
+
+
+OVER_TIME = {  # name of a curve -> the stages behind it
+    "direct GRPO": ("1H/direct",),
+    "bridge, with its teacher": ("1H/rl/teacher", "1H/rl/warmup", "1H/rl/bridge"),
+    "the teacher (Stage 1)": ("1H/rl/teacher",),
+}
+
+
+def validations(directory: Path) -> tuple[list[tuple[float, float]], float]:
+    """A stage's validations as (CPU minutes since its start, accuracy), and all its minutes, without the validations'.
+
+    A stage records its CPU time when it ends. Here it is spread over the steps by the seconds that they took.
+    """
+    lines = json_lines(directory / "metrics.jsonl")
+    seconds = [sum(value for name, value in line.items() if name.startswith("seconds_")) for line in lines]
+    minutes_a_second = read_run(str(directory))["cpu_seconds"] / 60 / sum(seconds)
+    spent, points = 0.0, []
+    for line, of_line in zip(lines, seconds):
+        if "validation_validation" in line:
+            points.append((spent, line["validation_validation"]))
+        else:
+            spent += minutes_a_second * of_line
+    return points, spent
+
+
+def over_time(directories: Sequence[str]) -> dict[str, list[list[tuple[float, float]]]]:
+    """The points of the curves in OVER_TIME, of each run; no curves if a run lacks one of the stages."""
+    stages = {stage for stages in OVER_TIME.values() for stage in stages}
+    if not all(Path(run, stage, "run.json").exists() for run in directories for stage in stages):
+        return {}
+    curves: dict[str, list] = {name: [] for name in OVER_TIME}
+    for name, stages in OVER_TIME.items():
+        for run in directories:
+            start, points = 0.0, []
+            for stage in stages:
+                found, minutes = validations(Path(run, stage))
+                if stage == stages[-1] or not stage.endswith("teacher"):
+                    points += [(start + at, accuracy) for at, accuracy in found]
+                start += minutes
+            # While its teacher is trained, the student stays what it is.
+            curves[name].append([(0.0, points[0][1]), *points] if points[0][0] else points)
+    return curves
+
+
+def draw_over_time(curves: dict[str, list], picture: Path) -> None:
+    """The curves' mean over the runs, with the range of the runs as error bars."""
+    drawn = []
+    for (name, runs), colour in zip(curves.items(), COLOURS):
+        minutes, accuracy = np.array(runs).transpose(2, 0, 1)  # (runs, points) each
+        mean = 100 * accuracy.mean(0)
+        spread = np.stack([mean - 100 * accuracy.min(0), 100 * accuracy.max(0) - mean])
+        drawn.append(Curve(name, minutes.mean(0), mean, spread if len(runs) > 1 else None, colour))
+    draw_panels({f"validation accuracy in %, mean and range of {len(runs)} runs": drawn}, picture, True, "CPU minutes")
 
 
 # From results.json to tables.md and routes.png
@@ -655,6 +715,8 @@ def main(cfg: Config) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if not cfg.results:
         draw(results, out / "routes.png")
+    if results.get("over_time"):
+        draw_over_time(results["over_time"], out / "time.png")
     print(text)
     print(f"wrote {out}: tables.md, results.json{'' if cfg.results else ', routes.png'}")
 

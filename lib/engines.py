@@ -167,10 +167,10 @@ class TorchEngine:
 
     def _generate_batch(self, prompts, seeds, sampling: Sampling) -> Iterator[Completion]:
         device = self.model.device
-        # Prompts that begin with the same examples share their first tokens, which are computed once for all of them. A
-        # few tokens are not worth a pass of their own; and one token at least is left, because it predicts the next one.
-        shared = len(os.path.commonprefix(list(map(tuple, prompts))))
-        shared = min(shared, min(map(len, prompts)) - 1) if shared >= 16 and len(prompts) > 1 else 0
+        # Prompts that begin with the same examples share their first tokens, which are computed once for all of them. The
+        # last token is never among these, because it predicts the first one to be sampled; and a few are not worth a pass.
+        shared = len(os.path.commonprefix([tuple(prompt[:-1]) for prompt in prompts]))
+        shared = shared if shared >= 16 and len(prompts) > 1 else 0
         cache = DynamicCache(config=self.model.config)
         if shared:
             start = torch.tensor([prompts[0][:shared]], device=device)
@@ -179,8 +179,9 @@ class TorchEngine:
         # The rest of P prompts, left-padded to T tokens, so that every row's next token is sampled from the last position.
         rests = [list(prompt[shared:]) for prompt in prompts]
         width = max(map(len, rests))
-        input_ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
-        mask = torch.tensor([[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)
+        padding = [width - len(rest) for rest in rests]
+        input_ids = torch.tensor([[0] * n + rest for n, rest in zip(padding, rests)], device=device)
+        mask = torch.tensor([[1] * shared + [0] * n + [1] * (width - n) for n in padding], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]  # (P, T)
         logits = self._logits(input_ids, mask, positions, cache)  # (P, V)
         # From here on there is a row for each of the B responses.

@@ -38,7 +38,7 @@ def label_lines(axis) -> None:
         )  # fmt: skip
 
 
-def draw_panels(panels: dict[str, list[Curve]], picture: Path, labels: bool) -> None:
+def draw_panels(panels: dict[str, list[Curve]], picture: Path, labels: bool, x: str = "step") -> None:
     """One panel of curves for each title: below one another with `labels` at the ends of the lines, or in three columns
     with legends.
     """
@@ -67,7 +67,7 @@ def draw_panels(panels: dict[str, list[Curve]], picture: Path, labels: bool) -> 
             axis.legend(fontsize=8, frameon=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.supxlabel("step", fontsize=11, **({} if labels else {"y": 0.03 / rows}))
+    figure.supxlabel(x, fontsize=11, **({} if labels else {"y": 0.03 / rows}))
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
 
