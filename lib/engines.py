@@ -169,9 +169,10 @@ class TorchEngine:
         device = self.model.device
         # Prompts that begin with the same examples share their first tokens, which are computed once for all of them. The
         # last token is never among these, because it predicts the first one to be sampled; and a few are not worth a pass.
+        # After them comes padding, over which a sliding window would not reach far enough.
         shared = len(os.path.commonprefix([tuple(prompt[:-1]) for prompt in prompts]))
-        shared = shared if shared >= 16 and len(prompts) > 1 else 0
         cache = DynamicCache(config=self.model.config)
+        shared = shared if shared >= 16 and len(prompts) > 1 and not any(cache.is_sliding) else 0
         if shared:
             start = torch.tensor([prompts[0][:shared]], device=device)
             self._logits(start, torch.ones_like(start), torch.arange(shared, device=device)[None], cache)
