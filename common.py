@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -55,18 +56,21 @@ class SamplerConfig:
     """How prompts are written and where responses are sampled: the same in training and in the evaluation."""
 
     _: KW_ONLY
+    # the settings to begin with
     out: str  # directory to write
+    seed: int = 0  # decides the order of the data and every sampled response
+    # prompts and grading
     prompt: str = "{problem}" + INSTRUCTION  # what is asked, with {problem} in it (authors' earlier code); or @FILE
     chat_template: bool = True  # render prompts with the tokenizer's chat template, if it has one, or as plain text
     stop: tuple[str, ...] = ()  # stop strings, such as "\n": a response ends at the first token that contains one
     thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
+    reward: str | None = None  # FILE.py:function that rewards responses, truncated ones too; its code is run
+    # sampling
     engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
     max_num_seqs: int = 512  # sequences that each process samples at a time; lower it when memory runs out
     kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
     cpu_bfloat16: bool = False  # compute in bfloat16 on a CPU too: about twice as fast on many, but less exact
-    reward: str | None = None  # FILE.py:function that rewards responses, truncated ones too; its code is run
-    seed: int = 0  # decides the order of the data and every sampled response
 
 
 @dataclass
@@ -74,24 +78,27 @@ class TrainingConfig(SamplerConfig):
     """What Stages 1, 2a, 2b and 3 have in common."""
 
     _: KW_ONLY
+    # the settings to begin with
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
-    exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
     max_steps: int | None = None  # number of steps, in the place of --epochs; the data are repeated as needed
+    resume: bool = False  # continue an interrupted run of the same settings, if there is one
+    # training
+    exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls towards a tenth of --lr; not in the paper
     lr_warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (Table 8; Table 9 does not say)
     micro_batch_tokens: int | None = None  # positions in one pass; by default 16,384 on a GPU and 2,048 on a CPU
     activation_checkpointing: bool = False  # compute activations again in the backward pass, which saves memory
+    # saving, validating and watching
     save_every: int = 20  # steps between saved training states, from which --resume continues
+    export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
     validate: tuple[str, ...] = ()  # problem sets on which avg@k is measured while the stage trains (Table 8)
     validate_every: int = 20  # steps between two validations; there is one before the first step and one at the end
     validate_k: int = 4  # responses sampled for each validation problem
-    export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
-    resume: bool = False  # continue an interrupted run of the same settings, if there is one
-    accept_changes: bool = False  # with --resume: go on with changed code or a changed --reward, which is recorded
     track: Literal["trackio", "wandb"] | None = None  # also send the metrics to this tracker, which has to be installed
+    accept_changes: bool = False  # with --resume: go on with changed code or a changed --reward, which is recorded
 
 
 class InputError(ValueError):
@@ -159,19 +166,43 @@ def parse(main: Callable, config: type):
     """The settings of the command line. For --help it prints the docstring of `main`'s file and the settings, and exits."""
     # A shell expands the ~ of `--out ~/runs/x`, and not that of `--out=~/runs/x` or of an argument in quotes.
     words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
-    if not {"-h", "--help"} & set(words):
-        return tyro.cli(config, args=words, description="")
-    handler = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without a traceback
-    try:
-        explanation = sys.modules[main.__module__].__doc__ + "\n"
-        # tyro would join the lines of commands, and leave paragraphs in one line.
-        for line in re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", explanation).splitlines():
+    if {"-h", "--help"} & set(words):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without a traceback
+        explanation = re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", sys.modules[main.__module__].__doc__)
+        for line in explanation.splitlines():
             indent = "  " * line.startswith("- ")
-            print(line if line.startswith("    ") else textwrap.fill(line, 80, subsequent_indent=indent))
-        tyro.cli(config, args=words, description="")
-    finally:
-        sys.stdout.flush()
-        signal.signal(signal.SIGPIPE, handler)
+            print(line if line.startswith("    ") else textwrap.fill(line, 100, subsequent_indent=indent))
+        print("\n".join(settings_help(config)))
+        sys.exit()
+    return tyro.cli(config, args=words, description="")
+
+
+def settings_help(config: type) -> list[str]:
+    """The part of --help that explains the settings of a Config, in groups. A stage's own come before the inherited ones.
+
+    In the source of a Config a line with nothing but a comment begins a group, and the comment beside a setting explains
+    it.
+    """
+    settings = {setting.name: setting for setting in dataclasses.fields(config)}
+    groups: dict[str, list[str]] = {}
+    for base in config.__mro__[:-1]:
+        group = "settings"
+        for line in inspect.getsource(base).splitlines():
+            if heading := re.fullmatch(r"    # (.+)", line):
+                group = heading[1]
+            elif (found := re.fullmatch(r"    (\w+): .+?  # (.+)", line)) and found[1] in settings:
+                setting = settings.pop(found[1])
+                kind = str(setting.type).removesuffix(" | None").replace("tuple[str, ...]", "str ...")
+                kind = re.sub(r"Literal\[(.+)\]", lambda m: re.sub("['\" ]", "", m[1]).replace(",", "|"), kind)
+                no = "[no-]" if setting.default is True else ""
+                name = f"  --{no}{setting.name.replace('_', '-')} {'' if kind == 'bool' else kind}".ljust(29)
+                value = " ".join(setting.default) if isinstance(setting.default, tuple) else repr(setting.default)
+                told = " (required)" if setting.default is dataclasses.MISSING else f" (default {value})"
+                told = told * (value not in ("", "None", "False"))
+                wrapped = textwrap.wrap(found[2] + told, 70)
+                first = [name + " " + wrapped.pop(0)] if len(name) == 29 else [name]
+                groups.setdefault(group, []).extend([*first, *(" " * 30 + more for more in wrapped)])
+    return [line for group, lines in groups.items() for line in ("", f"{group}:", *lines)]
 
 
 def read_texts(cfg) -> None:

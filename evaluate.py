@@ -46,10 +46,12 @@ from lib.verifier import Verifier
 
 @dataclass
 class Config(SamplerConfig):
+    # the settings to begin with
     models: tuple[str, ...]  # checkpoints to evaluate: directories, or names on the hub
     labels: tuple[str, ...] = ()  # names of the checkpoints in the tables; by default those of their directories
     data: tuple[str, ...] = ("math500", "aime24", "aime25")  # data sets: names, files or owner/name:split
     k: int = 16  # responses sampled for each problem (App. F)
+    # sampling
     temperature: float = 0.7  # sampling temperature; 0 is greedy decoding (authors' earlier code; not in this paper)
     top_p: float = 0.8  # sample from the likeliest tokens that hold this much probability (authors' earlier code)
     top_k: int = 20  # sample from this many likeliest tokens, -1 for all (authors' earlier code)

@@ -60,18 +60,21 @@ from lib.verifier import Verifier
 
 @dataclass
 class Config(TrainingConfig):
+    # the settings to begin with
     model: str  # student to train: a directory, or a name on the hub
     teacher: str | None = None  # teacher to learn from, with the student's tokenizer; none if --rollouts is a file
+    epochs: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
+    lr: float = 1e-6  # learning rate (Table 9)
+    rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
+    # warmup
+    mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
     rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
     keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from right and finished ones
-    epochs: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
-    mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
-    rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
+    # sampling
     temperature: float = 1.0  # the teacher's sampling temperature (Table 9)
     max_prompt_tokens: int = 2048  # longest prompt (Table 9)
     max_response_tokens: int = 16384  # length at which a response is cut (Table 9)
-    lr: float = 1e-6  # learning rate (Table 9)
 
 
 def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int) -> TokenKL:

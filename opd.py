@@ -4,8 +4,8 @@ r"""Stage 2b: on-policy distillation, OPD, of the student from the trained teach
 
 The student pi_theta samples responses y = (y_1 .. y_T) to prompts x. A state s_t = (x, y_<t) is a prompt with the
 response so far, and d_student are the states that the student's own responses go through. At each of them the frozen
-teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is how far the student's
-is from it.
+teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is the KL from the student's
+distribution to the teacher's.
 
 This is the reverse KL, with the student first, of one token at a time. The states are treated as constants: no gradient
 goes through the sampling of them.
@@ -61,17 +61,20 @@ from lib.scores import Validation
 
 @dataclass
 class Config(TrainingConfig):
+    # the settings to begin with
     model: str  # student to train: a directory (the warmup's, for the two-stage bridge), or a name on the hub
     teacher: str  # teacher to learn from, with the student's tokenizer
-    estimator: Literal["exact", "sampled"] = "exact"  # KL over the whole vocabulary, or from the sampled token alone
     epochs: int = 1  # passes over the data, without --max-steps (Table 9: 1 epoch)
-    prompts_per_step: int = 64  # prompts in an update (Table 9: mini-batch)
+    lr: float = 1e-6  # learning rate (Table 9)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt (Table 9)
+    # on-policy distillation
+    prompts_per_step: int = 64  # prompts in an update (Table 9: mini-batch)
+    estimator: Literal["exact", "sampled"] = "exact"  # KL over the whole vocabulary, or from the sampled token alone
+    importance_cap: float = 2.0  # largest ratio of trainer to sampler; only for --estimator sampled
+    # sampling
     temperature: float = 1.0  # the student's sampling temperature (Table 9)
     max_prompt_tokens: int = 2048  # longest prompt (Table 9)
     max_response_tokens: int = 16384  # length at which a response is cut (Table 9)
-    importance_cap: float = 2.0  # largest ratio of trainer to sampler; only for --estimator sampled
-    lr: float = 1e-6  # learning rate (Table 9)
 
 
 FAR_KL = 1.0  # nats a token, our rule of thumb: the teacher finds the tokens 2.7 times less likely on average (C2)

@@ -29,7 +29,9 @@ from lib.lineage import history_notes, problems_trained_on, read_lineage
 @dataclass
 class Config(teacher_grpo.Config):
     _: KW_ONLY
+    # the settings to begin with
     half: Literal["full", "1H", "2H"] = "2H"  # labels to train on; the default assumes that Stages 1 and 2 used 1H
+    # GRPO
     replay: bool = False  # train on purpose on labels that were used already: the replay control of Table 2
 
 

@@ -54,21 +54,24 @@ from lib.scores import Validation
 
 @dataclass
 class Config(TrainingConfig):
+    # the settings to begin with
     model: str  # checkpoint to train: a directory, or a name on the hub
     epochs: int = 10  # passes over the data, without --max-steps (Table 8: "GRPO epochs")
+    lr: float = 1e-6  # learning rate (Table 8)
+    rollouts_per_prompt: int = 8  # responses sampled for each prompt, the group (G; not given in Table 8)
+    # GRPO
     prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches of Table 8 (authors' earlier code)
     mini_batch_prompts: int = 8  # prompts in an optimizer step (Table 8)
-    rollouts_per_prompt: int = 8  # responses sampled for each prompt, the group (G; not given in Table 8)
     inner_epochs: int = 1  # passes of updates over each rollout batch
-    temperature: float = 1.0  # divides the logits in sampling and in every log-probability (authors' earlier code)
-    max_prompt_tokens: int = 3072  # longest prompt (Table 8)
-    max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
     require_finished: bool = True  # the verifier rewards only responses that ended before the length limit
     clip_ratio: float = 0.2  # epsilon: the policy ratio is clipped to 1 - epsilon .. 1 + epsilon (Table 8)
     kl_coef: float = 5e-4  # beta, weight of the KL to the stage's initial policy (Table 8); 0 drops the reference model
     normalize_by_std: bool = True  # divide advantages by the group's standard deviation
     importance_cap: float = 2.0  # largest ratio of trainer to sampler by which a token is weighted
-    lr: float = 1e-6  # learning rate (Table 8)
+    # sampling
+    temperature: float = 1.0  # divides the logits in sampling and in every log-probability (authors' earlier code)
+    max_prompt_tokens: int = 3072  # longest prompt (Table 8)
+    max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
 
 
 def rewards_of(rollouts: list[Rollout], require_finished: bool) -> Tensor:
