@@ -173,7 +173,7 @@ TABLES = {
     ),
 }  # fmt: skip
 # SCALE=real has every row on 1H, so that all rows compare what is done with the same labels.
-DIRECT = "1H/direct/step-000026"  # the direct GRPO run after as many updates of the student as the bridge makes
+DIRECT = "1H/direct/step-000020"  # the direct GRPO run after as many updates of the student as the bridge makes
 TABLES_1H = {
     "Rows on half of the labels (1H)": (
         Row("-", "the raw student", "student"),
@@ -261,7 +261,8 @@ VERDICTS = (
     "**Orderings**, by the paper's predictions and as it finds them on MATH-500. Differences are in points and taken "
     "problem by problem, ± one standard error. {spread} An ordering (>) holds, or is REVERSED, if the interval leaves out "
     "zero, and is otherwise not resolved. An equality (=) does not hold if the interval leaves out zero; otherwise no "
-    "difference is resolved, which does not show that there is none: the interval says how large it may be."
+    "difference is resolved, which does not show that there is none: the interval says how large it may be. In brackets is how "
+    "many runs would resolve a difference if its mean and its spread over runs stayed as they are."
 )
 ONE_RUN = "The 95 % interval is by Student's t over {problems} problems of one run; another seed may differ by more."
 SEVERAL_RUNS = (
@@ -323,6 +324,13 @@ def difference(each: Sequence[tuple[float, float]], problems: int) -> dict[str, 
         "interval": max(quantile(df) * error for error, df in tests),
         "p": max(p_value(mean, error, df) for error, df in tests),
     }
+
+
+def runs_needed(each: Sequence[tuple[float, float]]) -> int | None:
+    """How many runs would resolve the mean of these if mean and spread over runs stayed as they are; None if over 199."""
+    mean, error = mean_and_error(np.array(each, float)[:, 0])
+    spread = error * len(each) ** 0.5
+    return next((n for n in range(len(each) + 1, 200) if quantile(n - 1) * spread / n**0.5 < abs(mean)), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -586,7 +594,7 @@ def ordering_tables(results: dict) -> list[str]:
         lines = [
             [o["claim"], o["data"], signed(o["mean"], o["se"]), interval(o), *map(small, (o["p"], o["p_holm"])),
              ", ".join(signed(*run) for run in o["runs"]),
-             paper_difference(o["first"], o["second"], results["pair"]), o["verdict"]]
+             paper_difference(o["first"], o["second"], results["pair"]), o["verdict"] + outlook(o, runs)]
             for o in orderings if o["prediction"] == prediction
         ]  # fmt: skip
         if lines:
@@ -608,6 +616,12 @@ def summary(orderings: list[dict]) -> list[str]:
         f"false verdict at 5 %. Of the {len(resolved)} resolved verdicts {len(resolved) - len(lost)} survive it"
         + (f", and these do not: {'; '.join(lost)}." if lost else "."),
     ]
+
+
+def outlook(ordering: dict, runs: int) -> str:
+    if runs == 1 or ordering["p"] < 0.05:
+        return ""
+    return f" ({runs_needed(ordering['runs']) or 'over 199'} runs might)"
 
 
 def signed(mean: float, error: float) -> str:
