@@ -19,7 +19,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .DELETE_ON_ERROR:
-.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check test test-rest test-all lint clean
+.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check test test-rest lint clean
 .SECONDARY: # Make would delete a checkpoint that is only on the way to another one.
 
 setup: $(VENV)/installed
@@ -59,8 +59,6 @@ test: setup
 # The tests with vLLM, many kills, machine code and the whole corpora of the verifier.
 test-rest: setup $(TESTED_WITH)
 	$(PYTEST) --maxprocesses 2 -m rest
-
-test-all: test test-rest
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -119,7 +117,7 @@ DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
 OPD := --prompts-per-step 8 --lr 2e-5 --lr-schedule cosine
 VALIDATE := --validate $(RAW)/validation.jsonl --validate-k 2 --validate-every
-TEACHER_BUDGET := --max-steps 20 $(VALIDATE) 10
+TEACHER_BUDGET := --max-steps 32 $(VALIDATE) 8
 SFT_TEACHER_BUDGET := --max-steps 10
 DIRECT_BUDGET := --max-steps 55 --export-every 20 $(VALIDATE) 11
 STAGE3_BUDGET := --max-steps 20
@@ -166,64 +164,59 @@ $(RAW)/test.jsonl: | setup
 
 # In the recipes below $* is HALF, or HALF/TEACHER, or the checkpoint from which Stage 3 continues.
 half = $(firstword $(subst /, ,$*))
-begin = @echo "$1, labels $(half) -> $(@D)"
 # Where the teacher of HALF/TEACHER is (the raw model, HALF/direct, or HALF/TEACHER/teacher), and the file make waits for.
 teacher_of = $(or $(if $(filter raw,$(notdir $1)),$(TEACHER)),$(if $(filter same,$(notdir $1)),$(S)/$(1:same=direct)),$(S)/$1/teacher)
-teacher = $(call teacher_of,$*)
 trained_teacher = $(if $(filter raw,$(notdir $1)),$(MADE),$(call teacher_of,$1)/run.json)
+distilled = --teacher $(call teacher_of,$*) $(DISTILL)
+
+# $(call train,TITLE,SCRIPT,ITS OWN SETTINGS,HALF)
+define train
+@echo "$1, labels $(or $4,$(half)) -> $(@D)"
+$(RUN) $2 --half $(or $4,$(half)) --out $(@D) $(SETTINGS) $3
+endef
 
 # Make must not delete the record of a checkpoint if the process that wrote it fails at its very end.
 WHATS := /rl/teacher /direct /sft/teacher /warmup /bridge /bridge_sampled /opd_only /fkl_only /sft_only -2H -replay
 .PRECIOUS: $(addprefix $(S)/%,$(addsuffix /run.json,$(WHATS)))
+.SECONDEXPANSION:
 
 $(S)/%/rl/teacher/run.json: $(MADE) | setup
-	$(call begin,Stage 1: GRPO of the teacher)
-	$(RUN) teacher_grpo.py --model $(TEACHER) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(TEACHER_BUDGET)
+	$(call train,Stage 1: GRPO of the teacher,teacher_grpo.py,--model $(TEACHER) $(GRPO) $(TEACHER_BUDGET))
 
 $(S)/%/direct/run.json: $(MADE) | setup
-	$(call begin,Direct GRPO of the student)
-	$(RUN) teacher_grpo.py --model $(STUDENT) --half $* --out $(@D) $(SETTINGS) $(GRPO) $(DIRECT_BUDGET)
+	$(call train,Direct GRPO of the student,teacher_grpo.py,--model $(STUDENT) $(GRPO) $(DIRECT_BUDGET))
 
 $(S)/%/sft/teacher/run.json: $(MADE) | setup
-	$(call begin,SFT of the teacher on its own right answers)
-	$(RUN) fkl_warmup.py --loss sft --keep correct --model $(TEACHER) --teacher $(TEACHER) --half $* --out $(@D) \
-		$(SETTINGS) $(DISTILL) $(WARMUP) $(SFT_TEACHER_BUDGET)
+	$(call train,SFT of the teacher on its own right answers,fkl_warmup.py,--loss sft --keep correct --model $(TEACHER) \
+		--teacher $(TEACHER) $(DISTILL) $(WARMUP) $(SFT_TEACHER_BUDGET))
 
-.SECONDEXPANSION:
-distill = --teacher $(teacher) --half $(half) --out $(@D) $(SETTINGS) $(DISTILL)
 $(S)/%/warmup/run.json: $$(call trained_teacher,%) | setup
-	$(call begin,Stage 2a: forward-KL warmup of the student)
-	$(RUN) fkl_warmup.py --model $(STUDENT) $(distill) $(WARMUP) --rollouts $(@D).rollouts $(WARMUP_BUDGET)
+	$(call train,Stage 2a: forward-KL warmup of the student,fkl_warmup.py,--model $(STUDENT) $(distilled) $(WARMUP) \
+		--rollouts $(@D).rollouts $(WARMUP_BUDGET))
 
 $(S)/%/bridge/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,Stage 2b: on-policy distillation of the student)
-	$(RUN) opd.py --model $(<D) $(distill) $(OPD) $(OPD_BUDGET)
+	$(call train,Stage 2b: on-policy distillation of the student,opd.py,--model $(<D) $(distilled) $(OPD) $(OPD_BUDGET))
 
 $(S)/%/bridge_sampled/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,Stage 2b with the sampled estimator)
-	$(RUN) opd.py --estimator sampled --model $(<D) $(distill) $(OPD) $(OPD_BUDGET)
+	$(call train,Stage 2b with the sampled estimator,opd.py,--estimator sampled --model $(<D) $(distilled) $(OPD) $(OPD_BUDGET))
 
 # BRIDGE_BUDGET is for what replaces both stages of the bridge: as many updates of the student as the two make together.
 $(S)/%/opd_only/run.json: $$(call trained_teacher,%) | setup
-	$(call begin,On-policy distillation without the warmup)
-	$(RUN) opd.py --model $(STUDENT) $(distill) $(OPD) $(BRIDGE_BUDGET)
+	$(call train,On-policy distillation without the warmup,opd.py,--model $(STUDENT) $(distilled) $(OPD) $(BRIDGE_BUDGET))
 
-# The warmup's rollouts serve these two as well.
+# The next two use the warmup's rollouts again.
 $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,Forward KL alone)
-	$(RUN) fkl_warmup.py --model $(STUDENT) $(distill) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
+	$(call train,Forward KL alone,fkl_warmup.py,--model $(STUDENT) $(distilled) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET))
 
 $(S)/%/sft_only/run.json: $(S)/%/warmup/run.json | setup
-	$(call begin,SFT of the student on the teacher's responses)
-	$(RUN) fkl_warmup.py --loss sft --model $(STUDENT) $(distill) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET)
+	$(call train,SFT of the student on the teacher's responses,fkl_warmup.py,--loss sft --model $(STUDENT) $(distilled) $(WARMUP) \
+		--rollouts $(<D).rollouts $(BRIDGE_BUDGET))
 
 $(S)/%-2H/run.json: $(S)/%/run.json | setup
-	@echo "Stage 3: GRPO of the student, labels 2H -> $(@D)"
-	$(RUN) student_grpo.py --model $(<D) --half 2H --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
+	$(call train,Stage 3: GRPO of the student,student_grpo.py,--model $(<D) $(GRPO) $(STAGE3_BUDGET),2H)
 
 $(S)/%-replay/run.json: $(S)/%/run.json | setup
-	$(call begin,Control of Stage 3: GRPO of the student without new labels)
-	$(RUN) student_grpo.py --model $(<D) --half 1H --replay --out $(@D) $(SETTINGS) $(GRPO) $(STAGE3_BUDGET)
+	$(call train,Control of Stage 3: GRPO of the student without new labels,student_grpo.py,--model $(<D) --replay $(GRPO) $(STAGE3_BUDGET))
 
 # The routes, by the names that the first version of the paper gave them.
 R1 := full/direct
@@ -237,55 +230,43 @@ ROUTES := R1 R2 R3-full R5-half R6 R7 R8
 .PHONY: $(ROUTES)
 $(ROUTES): %: $(S)/$$($$@)/run.json
 
-# All labels upstream (Tables 1, 2 top and 6), and half of them held out (Tables 2 bottom, 4 and 5).
-TRANSFER := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
+# The rows of the paper's tables: all labels upstream (Tables 1, 2 top and 6), and half of them held out (2 bottom, 4, 5).
+ROWS := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
 	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/rl/bridge_sampled) \
-	full/rl/fkl_only
-HELD_OUT := 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
+	full/rl/fkl_only 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
+DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
 ifeq ($(PAIR),llama)
 # Table 3 has only these.
-TRANSFER := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
-HELD_OUT :=
+ROWS := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
 endif
-DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H
-DEMO_LABELS := "direct GRPO" "RL'd teacher" "warmup (2a)" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
 ifeq ($(SCALE),real)
 # Every row is on the half 1H, so that the rows compare what is done with the same labels. One run of direct GRPO makes two
 # rows: its checkpoint after as many updates as the bridge makes, and its end, after as much CPU time.
 AS_MANY_UPDATES := 1H/direct/step-000020
 $(S)/$(AS_MANY_UPDATES)/run.json: $(S)/1H/direct/run.json ;
-TRANSFER := 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/direct $(AS_MANY_UPDATES) 1H/raw/bridge 1H/rl/opd_only 1H/rl/sft_only
-HELD_OUT :=
+ROWS := 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/direct $(AS_MANY_UPDATES) 1H/raw/bridge 1H/rl/opd_only 1H/rl/sft_only
 DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H
-DEMO_LABELS := "direct GRPO" "bridge from the raw teacher" "RL'd teacher" "bridge (2a+2b)" "bridge + GRPO on 2H (3)"
 endif
 
 # Evaluations on the problems of $(POOL). Settings are chosen on validation problems, results are reported on test problems.
 REPORT := $(S)/report-$(POOL)
-begin_evaluation = @echo "Evaluation on $(TESTS) -> $(@D)"
-evaluate = $(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) \
-	--out $(@D) $(EVALUATE)
+define evaluate
+@echo "Evaluation on $(TESTS) -> $(@D)"
+$(RUN) evaluate.py --models $(STUDENT) $(TEACHER) $(1:%=$(S)/%) --labels student teacher $1 --data $(TESTS) --out $(@D) $(EVALUATE)
+endef
 
-$(REPORT)/transfer/results.json: $(TRANSFER:%=$(S)/%/run.json)
-	$(begin_evaluation)
-	$(call evaluate,$(TRANSFER))
+$(REPORT)/tables/results.json: $(ROWS:%=$(S)/%/run.json)
+	$(call evaluate,$(ROWS))
 
-$(REPORT)/held_out/results.json: $(HELD_OUT:%=$(S)/%/run.json)
-	$(begin_evaluation)
-	$(call evaluate,$(HELD_OUT))
-
-SAME_MODEL := $(filter $(STUDENT),$(TEACHER))
 $(REPORT)/demo/results.json: $(DEMO:%=$(S)/%/run.json)
-	$(begin_evaluation)
-	$(RUN) evaluate.py --models $(STUDENT) $(if $(SAME_MODEL),,$(TEACHER)) $(DEMO:%=$(S)/%) \
-		--labels "raw student" $(if $(SAME_MODEL),,"raw teacher") $(DEMO_LABELS) --data $(TESTS) --out $(@D) $(EVALUATE) > /dev/null
+	$(call evaluate,$(DEMO)) > /dev/null
 
-# The paper's tables from one run, and, on the toy, from several seeds, two checkpoints at a time.
-tables: $(REPORT)/transfer/results.json $(if $(HELD_OUT),$(REPORT)/held_out/results.json)
+# The paper's tables from one run.
+tables: $(REPORT)/tables/results.json
 	$(PY) -m experiments.tables --runs $(S) --pool $(POOL) --out $(REPORT) $(if $(PAIR),--pair $(PAIR))
 
-# Two seeds at a time. experiments/run_plan.py saves every stage the start of an interpreter.
+# The same on the toy from several seeds, two at a time. experiments/run_plan.py saves every stage the start of an interpreter.
 SEEDS ?= 0 1 2 3 4
 JOBS ?= 2
 PLAN := $(MAKE) --no-print-directory -n
@@ -295,7 +276,7 @@ paper-toy: setup
 	$(PY) -m experiments.tables --runs $(SEEDS:%=$(RUNS)/seed%) --pool $(POOL) --out $(RUNS)/tables-$(POOL)
 
 demo: $(REPORT)/demo/results.json
-	@$(PY) -m experiments.tables --demo $(DEMO:%=$(S)/%) --labels $(DEMO_LABELS) --out $(<D)
+	@$(PY) -m experiments.tables --demo --runs $(S) --pool $(POOL) --out $(<D)
 	@$(if $(DENSITY),$(PY) -m experiments.density --student $(STUDENT) --teacher $(S)/1H/rl/teacher --raw-teacher $(TEACHER) \
 		--bridge $(S)/1H/rl/bridge --data $(TESTS) --out $(<D) $(DENSITY))
 
@@ -303,19 +284,15 @@ demo: $(REPORT)/demo/results.json
 demo-real:
 	@$(MAKE) --no-print-directory demo SCALE=real
 
-# The toy chain as on a machine with several GPUs: two processes, sharded weights, and a vLLM engine in each. The models'
-# attention heads are larger than the demo's, because vLLM's attention on a CPU needs that.
-LAUNCH := $(VENV)/bin/torchrun --standalone --nproc_per_node=2
-D := $(RUNS)/distributed/seed$(SEED)
+# The toy's demo as on a machine with several GPUs: two processes, sharded weights, and a vLLM engine in each. The models'
+# attention heads are larger, because vLLM's attention on a CPU needs that.
 DISTRIBUTED_STEPS ?= 10
 distributed-demo: setup $(TESTED_WITH)
-	rm -rf $(D)
-	$(MAKE) --no-print-directory R5-half RUNS=$(RUNS)/distributed RUN="$(LAUNCH)" MAKE_DATA="$(MAKE_DATA) --head-dim 32" \
-		GRPO="--lr 1e-3 --mini-batch-prompts 16 --engine vllm" DISTILL="--lr 2e-3 --engine vllm" \
-		$(foreach stage,TEACHER WARMUP OPD STAGE3,$(stage)_BUDGET="--max-steps $(DISTRIBUTED_STEPS)")
-	$(LAUNCH) evaluate.py --models $(D)/raw/raw_student $(D)/raw/raw_teacher $(D)/1H/rl/teacher $(D)/1H/rl/warmup \
-		$(D)/1H/rl/bridge $(D)/1H/rl/bridge-2H --data $(D)/raw/test.jsonl --out $(D)/report \
-		$(EVALUATE) --k 4 --max-prompt-tokens 64 --engine vllm
+	rm -rf $(RUNS)/distributed
+	$(MAKE) --no-print-directory demo RUNS=$(RUNS)/distributed RUN="$(VENV)/bin/torchrun --standalone --nproc_per_node=2" \
+		MAKE_DATA="$(MAKE_DATA) --head-dim 32" GRPO="--lr 1e-3 --mini-batch-prompts 16 --engine vllm" \
+		DISTILL="--lr 2e-3 --engine vllm" EVALUATE="$(EVALUATE) --k 4 --max-prompt-tokens 64 --engine vllm" DENSITY= \
+		$(foreach stage,TEACHER DIRECT WARMUP OPD STAGE3,$(stage)_BUDGET="--max-steps $(DISTRIBUTED_STEPS)")
 
 # What only a GPU can show, in at most 8 minutes. Without a .venv it runs with $(PYTHON) as it is.
 gpu-check:

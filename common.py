@@ -109,6 +109,14 @@ class AlreadyFinished(InputError):
     """With --resume nothing is left to do. This is a success: the sentence is printed, and the exit status is 0."""
 
 
+class Stopped(BaseException):
+    """A signal has ended a run after a step, which is saved."""
+
+    def __init__(self, number: int, sentence: str):
+        super().__init__(sentence)
+        self.number = number  # of the signal; the exit status is 128 more
+
+
 POSITIVE = {"temperature", "top_p", "clip_ratio", "importance_cap", "lr", "max_grad_norm", "kv_cache_gib"}
 
 
@@ -132,7 +140,7 @@ def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
 
 def cli(main: Callable, config: type) -> None:
     """Runs `main` with the settings of the command line. The exit status is 2 after an `InputError`, 1 after a failure,
-    and 128 + the signal's number after a signal (lib.runs.StopSignal).
+    and 128 + the signal's number after a signal.
 
     Under torchrun every process runs `main` and finds the same fault in the input. Rank 0 reports it and exits, and
     torchrun then ends the others.
@@ -145,15 +153,12 @@ def cli(main: Callable, config: type) -> None:
         main(cfg)
     except AlreadyFinished as finished:
         print0(str(finished))
-    except InputError as error:
-        status = 2
+    except (InputError, KeyboardInterrupt, Stopped) as error:
+        status = 2 if isinstance(error, InputError) else 128 + getattr(error, "number", signal.SIGINT)
         if rank():
-            time.sleep(10)  # Rank 0 reports what all ranks find, and torchrun ends this one meanwhile.
-        sentence = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        last_words(f"error: {sentence}" if rank() == 0 else f"error on rank {rank()}: {sentence}")
-    except KeyboardInterrupt as error:
-        status = 130
-        last_words("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", ())]))
+            time.sleep(10)  # rank 0 reports what all ranks find, and torchrun ends this one meanwhile
+        sentence = "; ".join([str(error) or "stopped by Ctrl-C", *getattr(error, "__notes__", ())])
+        last_words(f"error: {sentence}" if status == 2 else sentence)
     except BaseException:
         if not dist.is_initialized():
             raise
@@ -320,16 +325,8 @@ def start_process(alone_too: bool = False) -> None:
     if cuda:
         torch.cuda.set_device(this_device())
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # Python objects travel over gloo
-    if not torchrun:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-        return
-    try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    except dist.DistError as error:
-        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise InputError(
-            f"the processes of this run cannot meet at {meeting} ({first_line(error)}); give torchrun another port"
-        ) from None
+    alone = {} if torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
 
 
 def exit_process(status: int) -> None:

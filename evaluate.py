@@ -2,20 +2,17 @@
 
     python evaluate.py --models runs/direct runs/bridge --data math500 aime24 aime25 --out runs/report
 
-Each problem is answered k times under one decoding setting. A problem's score is the mean correctness of its k answers,
-and a data set's entry is the mean score, ± the standard error over problems. Two checkpoints are compared problem by
-problem: the standard error of their difference is that of the paired differences, which is smaller than the two entries
-suggest.
+A problem's score is the mean correctness of its k answers, and a data set's entry is the mean score, ± the standard
+error over problems. Two checkpoints are compared problem by problem: the standard error of their difference is that of
+the paired differences, which is smaller than the two entries suggest.
 
 The paper says that its ± is over problems, too. For AIME it cannot be: with 30 problems and 16 samples such an error is
-expected to be at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 % where the paper prints 1.4.
+expected to be at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 % where the paper prints 1.4. It does not state its
+decoding; the defaults are those of the authors' code for their earlier papers.
 
-The paper does not state its decoding. The defaults are those of the authors' code for their earlier papers: temperature
-0.7, top-p 0.8, top-k 20, without thinking.
-
-Written to the output directory: every sample (<checkpoint>/<data set>-<hash of the settings>.jsonl), results.json,
-table.md and bars.png. Samples of the same weights, prompts, end tokens and decoding are used again, so the same command
-continues an evaluation that was killed. Samples of other settings have files of their own and stay.
+The output directory gets every sample (<checkpoint>/<data set>-<hash of the settings>.jsonl), results.json, table.md and
+bars.png. Samples of the same weights, prompts, end tokens and decoding are used again, so the same command continues an
+evaluation that was killed.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +29,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import common
-from common import InputError, Problem, SamplerConfig
+from common import InputError, SamplerConfig
 from lib import data
-from lib.engines import Sampling, check_engine, check_lengths, make_engine
+from lib.engines import Sampling, check_engine, make_engine
 from lib.files import locked, whole
-from lib.lineage import code_version, hardware, history_notes, problems_trained_on, read_lineage, read_run
+from lib.lineage import code_version, hardware, history_notes, problems_trained_on, read_lineage
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config, load_generation_config
 from lib.rewards import Reward, grade, make_grader
 from lib.rollouts import sample_rollouts
-from lib.scores import SampleFile, grader_sha256, paired_difference, sample_directories, sha256, summarise
+from lib.scores import SampleFile, TokenizedSets, grader_sha256, paired_difference, sha256, summarise, tokenize_sets
 from lib.verifier import Verifier
 
 
@@ -59,7 +57,7 @@ class Config(SamplerConfig):
     max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
 
 
-# The settings that decide what is sampled, beside the weights, the rendered prompts and the end tokens.
+# The settings that decide the samples, beside the weights, the rendered prompts and the end tokens.
 DECODING = ("k", "temperature", "top_p", "top_k", "max_response_tokens", "cpu_bfloat16", "seed")
 
 
@@ -93,38 +91,48 @@ class Engines:
         return engine
 
 
-def evaluate_model(
-    model: str, label: str, cfg: Config, datasets: dict[str, list[Problem]], grader: Verifier | Reward, engines: Engines
-) -> dict:
+@dataclass
+class Checkpoint:
+    """One of --models, with its tokenizer and its prompts."""
+
+    model: str
+    label: str
+    directory: Path  # of its samples, inside the report
+    lineage: dict  # its run.json and the hash of its weights
+    tokenizer: PreTrainedTokenizerBase
+    sets: TokenizedSets  # the problems of each data set, and their prompts' token ids by problem id
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, cfg: Config, grader: Verifier | Reward, engines: Engines
+) -> dict[str, dict]:
     """Samples, grades and summarises one checkpoint on every data set; samples already on disk are used again.
 
     Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
-    lineage = common.on_rank_0(lambda: read_lineage(model))
-    trained_on = problems_trained_on(lineage)
-    for note in history_notes(lineage):
-        common.print0(f"{label}: {note}")
-    directory = sample_directories(cfg.out, [label])[label]
-    tokenizer, report = data.load_tokenizer(model), {}
-    for name, problems in datasets.items():
-        prompts = data.tokenize_prompts(tokenizer, problems, cfg)
-        settings = {"sha256": lineage["sha256"]} | {setting: getattr(cfg, setting) for setting in DECODING}
+    for note in history_notes(checkpoint.lineage):
+        common.print0(f"{checkpoint.label}: {note}")
+    trained_on, weights = problems_trained_on(checkpoint.lineage), checkpoint.lineage["sha256"]
+    tokenizer, report = checkpoint.tokenizer, {}
+    for name, (problems, prompts) in checkpoint.sets.items():
+        settings = {"sha256": weights} | {setting: getattr(cfg, setting) for setting in DECODING}
         settings["prompts"] = sha256([[problem.id, prompts[problem.id]] for problem in problems])
-        settings["end_tokens"] = data.end_tokens(load_generation_config(model), tokenizer, cfg.stop)
-        file = SampleFile(directory, name, settings, problems, cfg.k, grader_sha256(cfg.reward, problems))
+        settings["end_tokens"] = data.end_tokens(load_generation_config(checkpoint.model), tokenizer, cfg.stop)
+        file = SampleFile(checkpoint.directory, name, settings, problems, cfg.k, grader_sha256(cfg, problems))
         file.grade_again(grader)
         if file.missing:
-            sample_missing(file, engines.get(model, tokenizer), prompts, cfg, grader, f"{label} {name}")
+            engine = engines.get(checkpoint.model, tokenizer)
+            sample_missing(file, engine, prompts, cfg, grader, f"{checkpoint.label} {name}")
         summary = common.on_rank_0(lambda: summarise(file.in_order(), cfg.k))
         seen = sum(problem.id in trained_on for problem in problems)
-        report[name] = {**summary, "trained_on": seen, "sha256": lineage["sha256"], "samples": str(file.path)}
+        report[name] = {**summary, "trained_on": seen, "sha256": weights, "samples": str(file.path)}
     return report
 
 
 def sample_missing(
     file: SampleFile, engine, prompts: dict, cfg: Config, grader: Verifier | Reward, caption: str
 ) -> None:
-    """Samples and grades what is missing from the file, in parts, so that an interruption loses at most one of them."""
+    """Samples and grades the file's missing problems, in parts, so that an interruption loses at most one of them."""
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.k)
     done = len(prompts) - len(file.missing)
@@ -203,55 +211,54 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def prepare(cfg: Config) -> tuple[dict[str, str], dict[str, list[Problem]]]:
-    """The checkpoints by label and the problems by data set. Wrong settings are refused here, before a model loads."""
+def prepare(cfg: Config) -> list[Checkpoint]:
+    """Reads the problems, and renders and tokenises them for each checkpoint. Wrong settings are refused here, before a
+    model loads.
+    """
     if not cfg.models:
         raise InputError("there is nothing to evaluate; name checkpoints with --models")
     common.check_settings(cfg, may_be_zero=("temperature",))
     if cfg.top_p > 1 or not (cfg.top_k >= 1 or cfg.top_k == -1):
         raise InputError(f"--top-p {cfg.top_p} and --top-k {cfg.top_k} must be at most 1, and at least 1 or -1 for all")
     labels = cfg.labels or tuple(Path(os.path.abspath(model)).name for model in cfg.models)
-    if len(set(labels)) != len(cfg.models) or len(labels) != len(cfg.models):
+    directories = [re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in labels]
+    if len(labels) != len(cfg.models) or len({*directories} - {""}) < len(labels):
         raise InputError(
-            f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models"
+            f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models, with letters or "
+            "digits that tell it from the others, because it names a directory"
         )
-    sample_directories(cfg.out, labels)
-    datasets = {Path(source).stem: data.load_problems(source, reward=cfg.reward) for source in cfg.data}
-    if len(datasets) < len(cfg.data):
-        raise InputError(f"--data {list(cfg.data)}: two sets have one name, and the report needs two; rename a file")
-    for model in cfg.models:
+    sets = data.load_sets(cfg.data, "--data", cfg.reward)
+    checkpoints = []
+    for model, label, directory in zip(cfg.models, labels, directories):
         tokenizer = data.load_tokenizer(model, "--models")
         data.stop_tokens(tokenizer, cfg.stop)
         check_checkpoint(model, data.vocab_size(tokenizer), packs=False)
         check_engine(cfg, model)
-        for problems in datasets.values():
-            check_lengths(cfg, model, data.tokenize_prompts(tokenizer, problems, cfg).values())
-        common.on_rank_0(lambda: read_run(model))
-    return dict(zip(labels, cfg.models)), datasets
+        tokenized = tokenize_sets(sets, tokenizer, cfg, model)
+        lineage = common.on_rank_0(lambda: read_lineage(model))
+        checkpoints.append(Checkpoint(model, label, Path(cfg.out) / directory, lineage, tokenizer, tokenized))
+    return checkpoints
 
 
 def main(cfg: Config) -> None:
-    models, datasets = prepare(cfg)
-    engines, results = Engines(cfg, models.values()), {}
+    checkpoints = prepare(cfg)
+    engines = Engines(cfg, cfg.models)
     in_use = f"--out {cfg.out!r} is in use by another process; name another, or wait for it"
     with locked(Path(cfg.out), in_use), make_grader(cfg) as grader:
-        for label, model in models.items():
-            results[label] = evaluate_model(model, label, cfg, datasets, grader, engines)
-        common.on_rank_0(lambda: write_report(results, models, cfg))
+        results = {each.label: evaluate_checkpoint(each, cfg, grader, engines) for each in checkpoints}
+        common.on_rank_0(lambda: write_report(results, checkpoints, cfg))
 
 
-def write_report(results: dict[str, dict[str, dict]], models: dict[str, str], cfg: Config) -> None:
+def write_report(results: dict[str, dict[str, dict]], checkpoints: list[Checkpoint], cfg: Config) -> None:
     """table.md, bars.png and, last because make takes it for the whole report, results.json."""
     out = Path(cfg.out)
     tables = report_tables(results, cfg)
-    configs = {label: load_config(model).get_text_config() for label, model in models.items()}
+    configs = {each.label: load_config(each.model).get_text_config() for each in checkpoints}
     sizes = {label: f"{c.num_hidden_layers} x {c.hidden_size} (layers x width)" for label, c in configs.items()}
     draw_bars(results, f"avg@{cfg.k} ± SE over problems (%)", out / "bars.png", sizes)
     settings = {**dataclasses.asdict(cfg), "code": code_version(), "hardware": hardware()}
-    for name, text in (
-        ("table.md", tables),
-        ("results.json", json.dumps({"settings": settings, "results": results}) + "\n"),
-    ):
+    record = json.dumps({"settings": settings, "results": results}) + "\n"
+    for name, text in (("table.md", tables), ("results.json", record)):
         with whole(out / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
     print("\n" + tables)

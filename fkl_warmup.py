@@ -7,14 +7,12 @@ are the states s_t = (x, y_<t) that these responses go through. At each of them 
 the teacher's distribution of the next token over the whole vocabulary. The stage brings the student close to the
 teacher before the student samples for itself in Stage 2b (condition C2, minimal deviation).
 
-Differences from the paper:
-- The cache holds the teacher's *responses*. Its distributions over the vocabulary would take 300 KB for each token, so
-  its forward pass over the cached tokens is repeated instead, and the KL stays exact.
+Difference from the paper: the cache holds the teacher's *responses*. Its distributions over the vocabulary would take
+300 KB for each token, so its forward pass over the cached tokens is repeated instead, and the KL stays exact.
 
-Our choices where the paper is silent:
-- L_F is a mean over all tokens of an update, so long responses weigh more.
-- "Mini-batch 64" in Table 9 counts prompts: an update has 64 times `rollouts_per_prompt` responses. The problems are
-  shuffled, and all responses to one come together.
+Our choices where the paper is silent: L_F is a mean over all tokens of an update, so long responses weigh more.
+"Mini-batch 64" in Table 9 counts prompts: an update has 64 times `rollouts_per_prompt` responses. The problems are
+shuffled, and all responses to one come together.
 
 The same script trains the controls that learn from the sampled tokens instead of the distributions:
 - `--loss sft` is teacher-sample SFT (Tables 2, 5 and 6): cross-entropy on the teacher's tokens.
@@ -106,24 +104,23 @@ def sft_loss(student: Policy, batch: Batch) -> Tensor:
 
 def learns_from_texts(cfg: Config) -> bool:
     """Whether `--rollouts` names a file of texts. Raises InputError unless there is one source that the loss can use."""
-    if not (cfg.rollouts or "").endswith(".jsonl"):
-        if cfg.teacher is None:
-            raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
-        return False
-    if cfg.loss == "fkl" or cfg.teacher is not None:
+    texts = (cfg.rollouts or "").endswith(".jsonl")
+    if not texts and cfg.teacher is None:
+        raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
+    if texts and (cfg.loss == "fkl" or cfg.teacher is not None):
         raise InputError(
             f"--rollouts {cfg.rollouts!r} holds texts, from which --loss sft learns without a --teacher; give these two "
             "settings, or a directory in --rollouts"
         )
-    if not Path(cfg.rollouts).is_file():
+    if texts and not Path(cfg.rollouts).is_file():
         raise InputError(f"--rollouts {cfg.rollouts!r} is not a file; check the path")
-    return True
+    return texts
 
 
 def rollout_identity(
     cfg: Config, source_sha256: str, problems: Sequence[Problem], prompts: dict[str, list[int]], tokenizer
 ) -> dict:
-    """What the cached rollouts follow from: a cache made with anything else is refused.
+    """All that decides the cached rollouts: a cache with another identity is refused.
 
     `source_sha256` is the hash of the teacher, or of the file of texts. The token ids of the prompts stand for all
     settings that word them.
@@ -146,50 +143,39 @@ def learnt_from(cache: RolloutCache, problem: Problem, keep: str) -> list[int]:
     return [row for row in cache.rows.get(problem.id, ()) if keep == "all" or cache.right[row]]
 
 
-def missing_problems(cache: RolloutCache, order: Sequence[Problem], cfg: Config) -> list[Problem]:
-    """The problems, in the order of training, that the updates need and the cache lacks.
-
-    A limited run samples only the beginning of a longer one. With `--keep correct` nobody knows beforehand how many
-    problems `--max-steps` updates need, so all are missing until enough of the responses to learn from are there.
-    """
-    missing, enough, found = [], (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt, 0
-    for problem in order:
-        if found >= enough:
-            break
-        if problem.id in cache.rows:
-            found += len(learnt_from(cache, problem, cfg.keep))
-        else:
-            missing.append(problem)
-            found += cfg.rollouts_per_prompt if cfg.keep == "all" else 0
-    return missing
-
-
 def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: Verifier | Reward, cfg: Config) -> None:
-    """Samples from the teacher what the cache lacks, in parts, so that an interruption loses at most one of them."""
+    """Samples the missing rollouts from the teacher, in parts, so that an interruption loses at most one of them.
+
+    With `--max-steps` it samples the problems that the updates need, which are the first in the order of training. With
+    `--keep correct` nobody knows beforehand how many these are, so it goes on until the responses are enough.
+    """
     order = [problem for [problem] in data.problem_batches(problems, 1, 1, "warmup", cfg.seed)]
-    missing = missing_problems(cache, order, cfg)
-    if not missing:
-        return
-    if cfg.validate and chosen_engine(cfg.engine) == "vllm":
-        raise InputError(
-            f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the teacher's "
-            "missing rollouts; make those first, with --rollouts DIR --max-steps 1 and with --exclude in the place of "
-            "--validate"
-        )
-    engine = make_engine(cfg, cfg.teacher, tokenizer, alone=True)
-    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
+    enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
+    if cfg.max_steps and cfg.keep == "all":
+        order = order[: cfg.max_steps * cfg.mini_batch_prompts]
     at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.rollouts_per_prompt)
-    with common.progress_bar(len(missing), "responses to learn from", "prompt") as bar:
-        while missing:
-            part = missing[:at_a_time]
-            rollouts = sample_rollouts(
-                engine, part, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
-            )
-            grade(rollouts, grader)
-            cache.append(rollouts)
+    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
+    engine, found = None, 0
+    with common.progress_bar(len(order), "responses to learn from", "prompt") as bar:
+        while order and found < enough:
+            part, order = order[:at_a_time], order[at_a_time:]
+            if missing := [problem for problem in part if problem.id not in cache.rows]:
+                if cfg.validate and chosen_engine(cfg.engine) == "vllm":  # which has room for one engine in a process
+                    raise InputError(
+                        f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the "
+                        "teacher's missing rollouts; make those first, by this command with --rollouts DIR and another "
+                        "--out, and with --exclude in the place of --validate, which can be stopped when its training begins"
+                    )
+                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, alone=True)
+                rollouts = sample_rollouts(
+                    engine, missing, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
+                )
+                grade(rollouts, grader)
+                cache.append(rollouts)
+            found += sum(len(learnt_from(cache, problem, cfg.keep)) for problem in part)
             bar.update(len(part))
-            missing = missing_problems(cache, order, cfg)
-    engine.sleep()
+    if engine:
+        engine.sleep()
 
 
 def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) -> list[int]:
@@ -208,12 +194,12 @@ def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) ->
 
 def main(cfg: Config) -> None:
     role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
-    problems, tokenizer, prompts = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
+    problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
 
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
 
-        # 1. Sample from the teacher, once; or read what another model has written.
+        # 1. Sample from the teacher, once; or read texts that another model has written.
         identity = rollout_identity(cfg, run.record["parents"][role]["sha256"], problems, prompts, tokenizer)
         shared = cfg.rollouts and role == "teacher"
         directory = Path(cfg.rollouts) if shared else run.partial / "teacher_rollouts"
@@ -236,7 +222,9 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
-        validation = Validation(cfg, tokenizer, engine, grader, run)
+        if engine:
+            engine.sleep()  # a resumed run may train long before its next validation
+        validation = Validation(cfg, validation_sets, engine, grader, run)
 
         for step in run.steps(len(mini_batches)):
             validation.score(step, policy)

@@ -177,7 +177,7 @@ def report_c1(teacher_record: dict) -> None:
 
 
 def main(cfg: Config) -> None:
-    problems, tokenizer, prompts = prepare(cfg, cfg.teacher)
+    problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher)
 
     with Run(cfg, parents={"model": cfg.model, "teacher": cfg.teacher}) as run, make_grader(cfg) as grader:
         report_c1(run.record["parents"]["teacher"])
@@ -188,7 +188,7 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
-        validation = Validation(cfg, tokenizer, engine, grader, run)
+        validation = Validation(cfg, validation_sets, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "opd", cfg.seed, cfg.max_steps)
 

@@ -22,8 +22,8 @@ from typing import Literal
 import common
 import teacher_grpo
 from common import InputError
-from lib import data
 from lib.lineage import history_notes, problems_trained_on, read_lineage
+from lib.runs import prepare
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Config(teacher_grpo.Config):
 
 
 def main(cfg: Config) -> None:
-    problems = data.load_training_problems(cfg)
-    data.load_tokenizer(cfg.model)  # raises if there is no such checkpoint
+    prepared = prepare(cfg)
+    problems = prepared[0]
     lineage = common.on_rank_0(lambda: read_lineage(cfg.model))
     for note in history_notes(lineage):
         common.print0(f"--model {cfg.model}: {note}")
@@ -52,7 +52,7 @@ def main(cfg: Config) -> None:
         raise InputError(
             f"--replay: --model {cfg.model!r} was trained on none of the problems of half {cfg.half}; leave --replay out"
         )
-    teacher_grpo.main(cfg)
+    teacher_grpo.main(cfg, prepared)
 
 
 if __name__ == "__main__":

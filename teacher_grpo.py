@@ -243,12 +243,13 @@ def update(
     }
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config, prepared: tuple | None = None) -> None:
+    """Stage 1, or what calls it with the problems and prompts that it has `prepared` (Stage 3)."""
     if cfg.rollouts_per_prompt < 2:
         raise InputError(
             f"--rollouts-per-prompt {cfg.rollouts_per_prompt} leaves nothing to compare a response with; give 2 or more"
         )
-    problems, tokenizer, prompts = prepare(cfg)
+    problems, tokenizer, prompts, validation_sets = prepared or prepare(cfg)
 
     with Run(cfg, parents={"model": cfg.model}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
@@ -257,7 +258,7 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
-        validation = Validation(cfg, tokenizer, engine, grader, run)
+        validation = Validation(cfg, validation_sets, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "grpo", cfg.seed, cfg.max_steps)
 

@@ -21,7 +21,7 @@ import common
 from common import InputError
 from evaluate import markdown_table, percent
 from lib.files import json_lines, whole
-from lib.lineage import read_lineage
+from lib.lineage import read_lineage, settings_and_parents
 from lib.verifier import Verifier
 
 
@@ -72,10 +72,6 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
     """
     facts = []
     for lineage in (first, second):
-        settings = {
-            k: v for k, v in lineage.get("config", {}).items() if k not in ("out", "resume", "track", "accept_changes")
-        }
-        parents = {f"{role} weights": parent["sha256"] for role, parent in lineage.get("parents", {}).items()}
         labels = sorted(lineage.get("trained_on", ()))
         sessions = {}
         for session in lineage.get("sessions", [lineage]):
@@ -84,9 +80,8 @@ def differences(first: dict, second: dict) -> dict[str, tuple]:
             for name, value in {**machine, **session.get("packages", {}), **files}.items():
                 sessions.setdefault(name, []).append(str(value))
         facts.append({
-            **settings, **parents, "stage": lineage.get("stage"), "steps": lineage.get("steps"),
+            **settings_and_parents(lineage), "steps": lineage.get("steps"),
             "labels": f"{len(labels)} (sha256 {hashlib.sha256(' '.join(labels).encode()).hexdigest()[:8]})",
-            "reward file": lineage.get("reward_sha256"),
             **{name: ", then ".join(dict.fromkeys(values)) for name, values in sessions.items()},
         })  # fmt: skip
     names = dict.fromkeys([*facts[0], *facts[1]])

@@ -4,16 +4,15 @@ The sparse reward is one bit: whether the answer at the end is right. The dense 
 response the number log pi_T(y_t | s_t) - log pi_theta(y_t | s_t), one summand of Eq. 3: how much likelier the teacher
 finds the token than the student that has written it. So a teacher can say in which step a response goes wrong.
 
-For a few problems three rows are drawn: a response of the student, coloured by the dense reward from the trained
-teacher; the same response, coloured by that from the raw teacher; and a response of the bridged student to the same
-problem. The problems are the first of the file to which the student gives a wrong answer.
+For a few problems to which the student gives a wrong answer three rows are drawn: this answer, coloured by the dense
+reward from the RL'd teacher; the same answer, coloured by that from the raw teacher; and an answer of the bridged student.
 
     python -m experiments.density --student runs/toy/seed0/raw/raw_student --teacher runs/toy/seed0/1H/rl/teacher \
         --raw-teacher runs/toy/seed0/raw/raw_teacher --bridge runs/toy/seed0/1H/rl/bridge \
         --data runs/toy/seed0/raw/test.jsonl --out runs/toy/seed0/density --max-response-tokens 24
 
-Written: density.png. In the toy's answers the wrong steps are known, so there it is also counted and printed how often
-the lowest dense reward of a wrong answer is at a wrong step.
+Written: density.png. The toy's wrong steps are known, so there it also prints how often the lowest dense reward of a
+wrong answer is at a wrong step.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import torch
 import transformers.utils
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor
@@ -41,10 +40,9 @@ from common import Problem, Rollout, SamplerConfig
 from experiments import toy
 from kernels import fused_linear_logprob
 from lib import data
-from lib.engines import Sampling, check_engine, check_lengths, make_engine
-from lib.files import check_writable
+from lib.engines import Sampling, check_lengths, make_engine
 from lib.packing import make_batches
-from lib.policy import Policy, check_checkpoint, compute_dtype, load_causal_lm
+from lib.policy import Policy, compute_dtype, load_causal_lm
 from lib.rewards import grade, make_grader
 from lib.rollouts import sample_rollouts
 from lib.scores import mean_and_error
@@ -56,8 +54,8 @@ class Config(SamplerConfig):
     student: str  # checkpoint whose wrong responses are shown
     teacher: str  # teacher after Stage 1, which gives the dense reward
     raw_teacher: str  # the same teacher before Stage 1, to compare with
+    bridge: str  # student after Stages 2a and 2b, whose responses to the same problems are shown
     data: str  # problems: a .jsonl or .parquet file, math500 or another short name, or owner/name:split on the hub
-    bridge: str | None = None  # student after Stages 2a and 2b, to show its responses to the same problems
     problems: int = 3  # number of problems to show
     tried: int = 32  # problems that the student answers, the first of the data, from which those to show are taken
     responses: int = 1  # responses to each of these problems
@@ -74,24 +72,6 @@ class Shown(NamedTuple):
     rewards: Tensor  # (T,) float32, the dense reward of each token in nats
 
 
-def prepare(cfg: Config) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]]]:
-    """The problems, the tokenizer and the prompts, once wrong settings have been refused, before any weights load."""
-    common.check_settings(cfg)
-    tokenizer = data.load_tokenizer(cfg.student, "--student")
-    problems = data.load_problems(cfg.data)[: cfg.tried]
-    prompts = data.tokenize_prompts(tokenizer, problems, cfg)
-    others = {"--teacher": cfg.teacher, "--raw-teacher": cfg.raw_teacher}
-    others |= {"--bridge": cfg.bridge} if cfg.bridge else {}
-    for argument, model in others.items():
-        data.check_same_tokenizer(cfg.student, model, problems, cfg, ("--student", argument))
-    for model in (cfg.student, *others.values()):
-        check_checkpoint(model, data.vocab_size(tokenizer))
-        check_lengths(cfg, model, prompts.values())
-    check_engine(cfg, cfg.student)
-    check_writable(cfg.out)
-    return problems, tokenizer, prompts
-
-
 def sample(
     cfg: Config, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, prompts: dict[str, list[int]]
 ) -> tuple[list[Rollout], list[Rollout], list[Rollout]]:
@@ -106,17 +86,15 @@ def sample(
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
             rollouts = sample_rollouts(engine, problems, prompts, count, sampling, seed_key=(cfg.seed, "density"))
             grade(rollouts, grader)
-            return [rollout for rollout in rollouts if rollout.response_ids]
+            return rollouts
 
-        own, bridged = answers(problems, cfg.responses), []
+        own = answers(problems, cfg.responses)
         shown: dict[str, Rollout] = {}
         for rollout in sorted(own, key=lambda r: (not find_mistakes(r, tokenizer), why(r) != "wrong", r.sample)):
             shown.setdefault(rollout.problem.id, rollout)
         chosen = list(shown.values())[: cfg.problems]
-        if cfg.bridge:
-            engine.load(cfg.bridge, tokenizer)
-            bridged = answers([rollout.problem for rollout in chosen], 1)
-    return own, chosen, bridged
+        engine.load(cfg.bridge, tokenizer)
+        return own, chosen, answers([rollout.problem for rollout in chosen], 1)
 
 
 @torch.no_grad()
@@ -132,6 +110,14 @@ def logprobs_under(model: str, rollouts: Sequence[Rollout], cfg: Config, vocab_s
         for index in batch.rollout_index.unique().tolist():
             found[index] = logprobs[batch.rollout_index == index].cpu()
     return [found[index] for index in range(len(rollouts))]
+
+
+def dense_rewards(
+    teacher: str, student: str, rollouts: Sequence[Rollout], cfg: Config, vocab_size: int
+) -> list[Tensor]:
+    """Of each rollout log pi_T(y_t | s_t) - log pi_theta(y_t | s_t) of its T tokens: (T,) float32, nats."""
+    theirs, own = (logprobs_under(model, rollouts, cfg, vocab_size) for model in (teacher, student))
+    return [first - second for first, second in zip(theirs, own)]
 
 
 # Where an answer to the toy's problems goes wrong
@@ -150,9 +136,8 @@ def wrong_steps(tokens: Sequence[str], expression: str) -> list[int] | None:
     form = [*written, " \\boxed{", *results[-1:], "}", toy.EOS]
     if list(tokens[1:]) != form or tokens[0] not in toy.HABITS or not set(results) <= set("0123456789"):
         return None
-    right = [
-        toy.work_out(before + step, 0.0, random.Random())[0] for before, step in zip([expression[0], *results], steps)
-    ]
+    starts = [expression[0], *results]
+    right = [toy.work_out(start + step, 0.0, random.Random())[0] for start, step in zip(starts, steps)]
     return [5 + 4 * number for number, (result, wanted) in enumerate(zip(results, right)) if result != wanted]
 
 
@@ -174,115 +159,105 @@ def lowest_at_a_mistake(
     return mean_and_error(np.array([np.mean(group) for group in groups.values()]))
 
 
-# The picture. All text in it is untrusted.
+# The picture. All text in it is untrusted. Sizes and places are in inches.
 
 LIMIT = 8.0  # nats; dense rewards beyond it, or beyond its negative, have the darkest colour
+WIDTH, MARGIN, ROOM = 12.1, 0.25, 10.2  # of the picture, of the space on its left, and of a line of tokens
+CELL = 0.56  # height of a token
+INK = "#1c1c1c"
 
 
 def nats(reward: float) -> str:
-    """-0.04 -> 0, -7.91 -> −7.9, with the sign that is as wide as a plus."""
-    return f"{reward:.1f}".replace("-", "−") if abs(reward) >= 0.05 else "0"
-
-
-def shade(reward: float) -> tuple[str, str]:
-    """The colour behind a token, from red (the teacher would not say it) over white to blue, and that of its text."""
-    colour = colormaps["RdBu"](0.5 + 0.5 * max(-1.0, min(1.0, reward / LIMIT)))
-    brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    return to_hex(colour), "#1c1c1c" if brightness > 0.5 else "#ffffff"
+    """-0.04 -> 0, -7.91 -> −7.9, -10.04 -> −10, with the sign that is as wide as a plus."""
+    if abs(reward) < 0.05:
+        return "0"
+    return f"{reward:.{1 if abs(reward) < 9.95 else 0}f}".replace("-", "−")
 
 
 def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def texts_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the cell of each token says, in one short line. A last token that only ends the response is called so."""
+def cell_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Each token in one short line of printable characters. A last token that only ends the response is called "end"."""
     texts = tokenizer.batch_decode([[token] for token in rollout.response_ids])
     texts = [printable(text.strip(" ") or text).replace("\n", "⏎").replace(" ", "␣") for text in texts]
-    return [clipped(t, 14) for t in texts[:-1]] + [
-        "end" if rollout.response_ids[-1] in tokenizer.all_special_ids else clipped(texts[-1], 14)
-    ]
+    if rollout.response_ids[-1] in tokenizer.all_special_ids:
+        texts[-1] = "end"
+    return [clipped(text, 14) for text in texts]
 
 
-def wrap(widths: Sequence[float], room: float) -> list[list[int]]:
-    """Indices of cells of these widths in lines that are at most `room` wide."""
+def lines_of(widths: Sequence[float], lowest: int) -> list[list[int]]:
+    """Indices of cells of these widths in lines that fit into ROOM: at most four lines, around the cell `lowest`."""
     lines: list[list[int]] = []
     left = 0.0
     for index, width in enumerate(widths):
         if not lines or width > left:
             lines.append([])
-            left = room
+            left = ROOM
         lines[-1].append(index)
         left -= width
-    return lines
-
-
-def around(lines: list[list[int]], index: int, most: int) -> list[list[int]]:
-    """At most `most` successive lines, with the one that holds `index` among them."""
-    at = next(number for number, line in enumerate(lines) if index in line)
-    start = max(0, min(at - most // 2, len(lines) - most))
-    return lines[start : start + most]
+    at = next(number for number, line in enumerate(lines) if lowest in line)
+    start = max(0, min(at - 2, len(lines) - 4))
+    return lines[start : start + 4]
 
 
 def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, said: str, picture: Path) -> None:
-    """The rows of each problem under a title, of which `said` is the last sentence. Sizes and places are in inches.
-
-    Of a long response only the lines around the lowest reward are drawn.
-    """
-    room, margin, cell, width = 10.2, 0.25, 0.56, 12.1
-    rows: list[tuple] = []  # of each its height, its text or cells, and the response that ends with it
-    for responses in groups:
-        problem = responses[0].rollout.problem
-        question = clipped(printable(" ".join(problem.prompt.split())), 60)
-        rows.append((0.62, f"{question}    right answer: {clipped(printable(problem.answer), 20)}", None))
-        for shown in responses:
-            texts = texts_of(shown.rollout, tokenizer)
-            widths = [max(0.38, 0.125 * len(text) + 0.13) for text in texts]
-            lines = wrap(widths, room)
-            kept = around(lines, int(shown.rewards.argmin()), most=4)
-            part = f" ({sum(map(len, kept))} of its {len(texts)} tokens)" if len(kept) < len(lines) else ""
-            rows.append((0.32, shown.title + part, None))
-            for line in kept:
-                cells = [(texts[at], widths[at], float(shown.rewards[at])) for at in line]
-                rows.append((cell + 0.1, cells, shown.rollout if line is kept[-1] else None))
-    height = 2.2 + sum(row[0] for row in rows)
-    figure = Figure(figsize=(width, height))
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    """The rows of each problem under a title, of which `said` is the last sentence."""
+    figure = Figure()
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
 
     def put(x: float, y: float, text: str, **style) -> None:
-        axis.text(x, y, text, parse_math=False, **{"va": "center", "color": "#1c1c1c", **style})
+        axis.text(x, y, text, parse_math=False, **{"va": "center", "color": INK, **style})
 
-    put(margin, 0.36, "Sparse reward is one bit at the end of an answer.", size=19, weight="bold")
-    put(margin, 0.74, "Dense reward is a number on every token.", size=19, weight="bold")
-    put(margin, 1.1, said, size=13.5)
+    put(MARGIN, 0.36, "Sparse reward is one bit at the end of an answer.", size=19, weight="bold")
+    put(MARGIN, 0.74, "Dense reward is a number on every token.", size=19, weight="bold")
+    put(MARGIN, 1.1, said, size=13.5)
     top = 1.25
-    for tall, content, ended in rows:
-        if isinstance(content, str) and tall > 0.5:
-            put(margin, top + tall - 0.15, content, size=15, weight="bold", family="monospace")
-        elif isinstance(content, str):
-            put(margin, top + tall - 0.15, content, size=13)
-            put(margin + room + 0.77, top + tall - 0.15, "sparse reward", size=12, ha="center")
-        left = margin
-        for text, wide, reward in () if isinstance(content, str) else content:
-            back, front = shade(reward)
-            style = dict(facecolor=back, edgecolor="#c8c8c8", lw=0.6)
-            axis.add_patch(Rectangle((left + 0.015, top), wide - 0.03, cell, **style))
-            put(left + wide / 2, top + 0.21, text, size=15, ha="center", family="monospace", color=front)
-            number = dict(text=nats(reward), color=front if nats(reward) != "0" else "#8a8a8a")
-            put(left + wide / 2, top + 0.45, size=10, ha="center", **number)
-            left += wide
-        if ended is not None:
-            left = margin + room + 0.17
-            style = dict(boxstyle="round,pad=0.03", facecolor="white", edgecolor="#1c1c1c", lw=1.6)
-            axis.add_patch(FancyBboxPatch((left, top + 0.06), 1.2, cell - 0.12, **style))
-            earned = float(bool(ended.correct)) if ended.reward is None else ended.reward
-            text = f"{'✓' if ended.correct else '✗'} {why(ended)}: {earned:.3g}"
-            put(left + 0.6, top + cell / 2, text, size=13 if len(text) < 12 else 10, ha="center", weight="bold")
-        top += tall
-    bar = figure.add_axes((margin / width, 0.56 / height, 1 - 2 * margin / width, 0.16 / height))
+    for responses in groups:
+        problem = responses[0].rollout.problem
+        question = clipped(printable(" ".join(problem.prompt.split())), 60)
+        title = f"{question}    right answer: {clipped(printable(problem.answer), 20)}"
+        put(MARGIN, top + 0.47, title, size=15, weight="bold", family="monospace")
+        top += 0.62
+        for shown in responses:
+            texts = cell_texts(shown.rollout, tokenizer)
+            widths = [max(0.38, 0.125 * len(text) + 0.13) for text in texts]
+            lines = lines_of(widths, int(shown.rewards.argmin()))
+            count = sum(map(len, lines))
+            part = f" ({count} of its {len(texts)} tokens)" if count < len(texts) else ""
+            put(MARGIN, top + 0.17, shown.title + part, size=13)
+            put(MARGIN + ROOM + 0.77, top + 0.17, "sparse reward", size=12, ha="center")
+            top += 0.32
+            for line in lines:
+                left = MARGIN
+                for at in line:
+                    reward, width = float(shown.rewards[at]), widths[at]
+                    colour = colormaps["RdBu"](0.5 + 0.5 * max(-1.0, min(1.0, reward / LIMIT)))
+                    dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] <= 0.5
+                    corner, front = (left + 0.015, top), "#ffffff" if dark else INK
+                    axis.add_patch(Rectangle(corner, width - 0.03, CELL, facecolor=colour, edgecolor="#c8c8c8", lw=0.6))
+                    put(left + width / 2, top + 0.21, texts[at], size=15, ha="center", family="monospace", color=front)
+                    number = nats(reward)
+                    grey = "#8a8a8a" if number == "0" else front
+                    put(left + width / 2, top + 0.45, number, size=10, ha="center", color=grey)
+                    left += width
+                top += CELL + 0.1
+            left, middle, rollout = MARGIN + ROOM + 0.17, top - 0.1 - CELL / 2, shown.rollout
+            style = dict(boxstyle="round,pad=0.03", facecolor="white", edgecolor=INK, lw=1.6)
+            axis.add_patch(FancyBboxPatch((left, middle - 0.22), 1.2, 0.44, **style))
+            earned = float(bool(rollout.correct)) if rollout.reward is None else rollout.reward
+            text = f"{'✓' if rollout.correct else '✗'} {why(rollout)}: {earned:.3g}"
+            put(left + 0.6, middle, text, size=13 if len(text) < 12 else 10, ha="center", weight="bold")
+    height = top + 0.95
+    figure.set_size_inches(WIDTH, height)
+    axis.set(xlim=(0, WIDTH), ylim=(height, 0))
+    bar = figure.add_axes((MARGIN / WIDTH, 0.56 / height, 1 - 2 * MARGIN / WIDTH, 0.16 / height))
     figure.colorbar(ScalarMappable(Normalize(-LIMIT, LIMIT), "RdBu"), bar, orientation="horizontal", extend="both")
-    bar.set_xlabel("dense reward in nats: how much likelier the teacher finds a token than its student", size=13)
+    bar.set_xlabel(
+        "dense reward in nats: log-probability of a token under the teacher, minus that under the student", size=13
+    )
     bar.tick_params(labelsize=12)
     with warnings.catch_warnings():  # a token may have characters that the font lacks, which are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph")
@@ -292,48 +267,54 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
 
 def main(cfg: Config) -> None:
     transformers.utils.logging.disable_progress_bar()  # otherwise each of the loaded models would draw one
-    problems, tokenizer, prompts = prepare(cfg)
+    common.check_settings(cfg)
+    tokenizer = data.load_tokenizer(cfg.student, "--student")
+    problems = data.load_problems(cfg.data)[: cfg.tried]
+    prompts = data.tokenize_prompts(tokenizer, problems, cfg)
+    models = {
+        "--student": cfg.student,
+        "--teacher": cfg.teacher,
+        "--raw-teacher": cfg.raw_teacher,
+        "--bridge": cfg.bridge,
+    }
+    for argument, model in models.items():
+        data.check_same_tokenizer(cfg.student, model, problems, cfg, ("--student", argument))
+        check_lengths(cfg, model, prompts.values())
     own, chosen, bridged = sample(cfg, problems, tokenizer, prompts)
 
-    # The dense reward of the student's answers from both teachers, and of the bridged student's from the trained one.
-    mistaken = [rollout for rollout in own if find_mistakes(rollout, tokenizer)]
-    scored = chosen + mistaken
     size = data.vocab_size(tokenizer)
-    student, raw = (logprobs_under(model, scored, cfg, size) for model in (cfg.student, cfg.raw_teacher))
-    trained = logprobs_under(cfg.teacher, scored + bridged, cfg, size)
-    from_trained = [theirs - own for theirs, own in zip(trained, student)]
-    from_raw = [theirs - own for theirs, own in zip(raw, student)]
-    groups = {
-        rollout.problem.id: [
-            Shown("The student's answer, and its dense reward from the trained teacher", rollout, by_trained),
+    mistaken = [rollout for rollout in own if find_mistakes(rollout, tokenizer)]
+    from_rl = dense_rewards(cfg.teacher, cfg.student, chosen + mistaken, cfg, size)
+    from_raw = dense_rewards(cfg.raw_teacher, cfg.student, chosen + mistaken, cfg, size)
+    of_bridged = dense_rewards(cfg.teacher, cfg.bridge, bridged, cfg, size)
+    groups = [
+        [
+            Shown("The student's answer, and its dense reward from the RL'd teacher", rollout, by_rl),
             Shown("The same answer, and its dense reward from the raw teacher", rollout, by_raw),
+            Shown("The bridged student's own answer, and its dense reward from the RL'd teacher", other, rewards),
         ]
-        for rollout, by_trained, by_raw in zip(chosen, from_trained, from_raw)
-    }
-    for rollout, theirs, own in zip(
-        bridged, trained[len(scored) :], logprobs_under(cfg.bridge, bridged, cfg, size) if bridged else []
-    ):
-        title = "The bridged student's own answer, and its dense reward from the trained teacher"
-        groups[rollout.problem.id].append(Shown(title, rollout, theirs - own))
+        for rollout, by_rl, by_raw, other, rewards in zip(chosen, from_rl, from_raw, bridged, of_bridged)
+    ]
 
-    said = ""
+    picture, said = Path(cfg.out) / "density.png", ""
     if mistaken:
         wrong = [find_mistakes(rollout, tokenizer) for rollout in mistaken]
-        by_trained, by_raw = (
+        by_rl, by_raw = (
             "{:.0f} ± {:.0f} %".format(*(100 * x for x in lowest_at_a_mistake(mistaken, wrong, rewards[len(chosen) :])))
-            for rewards in (from_trained, from_raw)
+            for rewards in (from_rl, from_raw)
         )
         chance = np.mean([len(places) / len(r.response_ids) for places, r in zip(wrong, mistaken)])
-        said = (
-            f"The trained teacher's lowest number is at a wrong step in {by_trained} of the wrong step-by-step answers."
-        )
+        said = f"The RL'd teacher's lowest number is at a wrong step in {by_rl} of the wrong step-by-step answers."
         print(
-            f"In {len(mistaken)} wrong step-by-step answers to {len({r.problem.id for r in mistaken})} problems the lowest "
-            f"dense reward is at a wrong step in {by_trained} with the trained teacher, and in {by_raw} with the raw one "
-            f"(a token picked blindly: {100 * chance:.0f} %)."
+            "The dense reward of a token is its log-probability under the teacher, minus that under the student. In "
+            f"{len(mistaken)} wrong\nstep-by-step answers of the raw student to {len({r.problem.id for r in mistaken})} "
+            f"problems it is lowest at a wrong step in {by_rl} with the RL'd\nteacher, and in {by_raw} with the raw one. "
+            f"A token picked at random is at a wrong step in {100 * chance:.0f} %."
         )
-    draw(list(groups.values()), tokenizer, said, Path(cfg.out) / "density.png")
-    print(f"wrote {Path(cfg.out) / 'density.png'}, the token-reward heatmap of {len(groups)} problems")
+    draw(groups, tokenizer, said, picture)
+    print(
+        f"wrote {picture}: the dense reward of each token in answers to {len(groups)} problems (token-reward heatmap)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Writes what `make demo` starts from: a checkable task, a tokenizer, and a raw teacher and student to be trained on
-it.
+"""Makes the toy of `make demo`: a checkable task, a tokenizer, and a raw teacher and student to be trained on the task.
 
     python -m experiments.toy --out runs/toy/seed0 --seed 0        (about half a minute on two CPU cores)
 
@@ -16,11 +15,11 @@ The raw models are pretrained on demonstrations of several habits, each announce
 Most demonstrations are rough, guessed or aimless, so a raw model is mostly wrong although it *can* be careful: as in
 the paper, there is a better behaviour for the sparse reward to find. A part of each batch is careful work whose first
 token is given and not learned, so that the skill grows without the habit. The student is smaller and its pretraining
-stops earlier. Pretraining stops at a measured skill (accuracy on validation problems when a response is made to begin
-with "Carefully:"), because after a fixed number of steps students of different seeds differ too much in skill.
+stops earlier. Pretraining stops at a measured skill (`careful_accuracy`), because after a fixed number of steps students
+of different seeds differ too much in skill.
 
-Written: tokenizer and weights in raw_teacher/ and raw_student/ (Qwen3 architecture), and train.jsonl (labelled,
-160 problems), validation.jsonl and test.jsonl, which share no problem with one another or with the demonstrations.
+Written: tokenizer and weights in raw_teacher/ and raw_student/ (Qwen3 architecture), and train.jsonl (labelled),
+validation.jsonl and test.jsonl, which share no problem with one another or with the demonstrations.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from transformers import PreTrainedTokenizerFast
 import common
 from common import INSTRUCTION, Problem, Rollout
 from kernels import fused_linear_logprob
-from lib.data import new_problem, tokenize_prompts
+from lib.data import problem_id, tokenize_prompts
 from lib.engines import Sampling, TorchEngine
 from lib.packing import make_batches
 from lib.policy import Policy
@@ -71,16 +70,11 @@ class Config:
     seed: int = 0  # decides the problems, the demonstrations and the weights
     train_problems: int = 160  # number of labelled problems
     test_problems: int = 250  # number of test problems, and of validation problems
-    teacher_skill: float = 0.9  # pretraining stops at this accuracy inside the careful habit
-    student_skill: float = 0.5  # the same for the student; less is too little for sparse reward, more leaves no gap
-    max_steps: int = 3000  # largest number of pretraining steps
     head_dim: int = 16  # size of the attention heads; vLLM needs at least 32 on a CPU
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 26 tokens. The whole instruction is one of them, so a prompt has the usual form but stays
-    short.
-    """
+    """A tokenizer of 26 tokens, one of which is the whole instruction: a prompt has the usual form but is short."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     words = sorted(vocabulary, key=len, reverse=True)
     pattern = "|".join("".join(f"\\x{{{ord(character):x}}}" for character in word) for word in words)
@@ -96,7 +90,8 @@ def make_problem(rng: random.Random) -> Problem:
     digits = [rng.randrange(10) for _ in range(5)]
     operators = [rng.choice("+-*") for _ in range(4)]
     expression = str(digits[0]) + "".join(f"{op}{digit}" for op, digit in zip(operators, digits[1:]))
-    return new_problem(TASK + expression, work_out(expression, 0.0, rng)[-1])
+    prompt = TASK + expression
+    return Problem(problem_id(prompt), prompt, work_out(expression, 0.0, rng)[-1])
 
 
 def work_out(expression: str, error_rate: float, rng: random.Random) -> list[str]:
@@ -132,22 +127,26 @@ class Recipe:
 
     hidden_size: int
     layers: int
-    heads: int
-    habit_mix: dict[str, float]
-    skill: float
-    batch: int = 128
-    peak_lr: float = 4e-3
+    habits: dict[str, float]  # how often each habit is demonstrated
+    skill: float  # pretraining stops at this careful accuracy
 
 
+RECIPES = {
+    "raw_teacher": Recipe(64, 2, {"Carefully:": 0.12, "Roughly:": 0.58, "Guess:": 0.30}, skill=0.9),
+    # With less skill sparse reward finds too little; with more the student leaves no gap to its teacher.
+    "raw_student": Recipe(32, 1, {"Carefully:": 0.10, "Roughly:": 0.35, "Guess:": 0.25, "Hmm,": 0.30}, skill=0.5),
+}
 PRACTICE = 0.6  # share of the demonstrations that are careful work whose first token is given
+STEPS, BATCH, LR = 3000, 128, 4e-3  # at most so many steps, of so many demonstrations, at this peak learning rate
 
 
-def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], reserved: set[str]) -> None:
-    """Pretrains one raw model on fresh demonstrations until its careful habit reaches the wanted skill, and saves
-    it.
+def pretrain(name: str, cfg: Config, validation: list[Problem], reserved: set[str]) -> None:
+    """Pretrains one raw model on fresh demonstrations until it has its recipe's skill, and saves it.
+
+    No demonstration is of a problem whose id is in `reserved`.
     """
     torch.set_num_threads(1)
-    rng = random.Random(f"{cfg.seed}/{name}")
+    recipe, rng = RECIPES[name], random.Random(f"{cfg.seed}/{name}")
     torch.manual_seed(common.request_seed(cfg.seed, name))
     tokenizer = make_tokenizer()
     policy = Policy(
@@ -157,8 +156,8 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
                 hidden_size=recipe.hidden_size,
                 intermediate_size=4 * recipe.hidden_size,
                 num_hidden_layers=recipe.layers,
-                num_attention_heads=recipe.heads,
-                num_key_value_heads=recipe.heads // 2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
                 head_dim=cfg.head_dim,
                 initializer_range=0.1,  # the usual 0.02 is made for wide models, and trains these three times slower
                 max_position_embeddings=128,
@@ -168,36 +167,23 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
             )
         )
     )
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    bar = tqdm(range(cfg.max_steps), desc=f"pretraining {name}", unit="step")
-    skill = 0.0
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = tqdm(range(STEPS), desc=f"pretraining {name}", unit="step")
     for step in bar:
-        problems = [
-            problem for problem in (make_problem(rng) for _ in range(recipe.batch)) if problem.id not in reserved
-        ]
-        habits = rng.choices(list(recipe.habit_mix), list(recipe.habit_mix.values()), k=len(problems))
+        problems = [problem for problem in (make_problem(rng) for _ in range(BATCH)) if problem.id not in reserved]
         practised = int(PRACTICE * len(problems))
-        rollouts = [
-            *as_rollouts(
-                tokenizer, problems[:practised], [demonstrate(p, "Carefully:", rng) for p in problems[:practised]]
-            ),
-            *as_rollouts(
-                tokenizer,
-                problems[practised:],
-                [demonstrate(p, habit, rng) for p, habit in zip(problems[practised:], habits)],
-            ),
-        ]
+        chosen = rng.choices(list(recipe.habits), list(recipe.habits.values()), k=len(problems))
+        habits = ["Carefully:"] * practised + chosen[: len(problems) - practised]
+        responses = [demonstrate(problem, habit, rng) for problem, habit in zip(problems, habits)]
+        rollouts = as_rollouts(tokenizer, problems, responses)
         for rollout in rollouts[:practised]:
-            rollout.prompt_ids, rollout.response_ids = (
-                rollout.prompt_ids + rollout.response_ids[:1],
-                rollout.response_ids[1:],
-            )
-            rollout.logprobs = rollout.logprobs[1:]
+            rollout.prompt_ids = rollout.prompt_ids + rollout.response_ids[:1]
+            rollout.response_ids, rollout.logprobs = rollout.response_ids[1:], rollout.logprobs[1:]
         [batch] = make_batches(rollouts, 1 << 20, torch.device("cpu"), share_prompts=False)
         logprobs, _ = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
         loss = -logprobs.mean()
         loss.backward()
-        lr = recipe.peak_lr * min(1.0, (step + 1) / 50)
+        lr = LR * min(1.0, (step + 1) / 50)
         common.optimizer_step(policy, optimizer, loss.item(), lr, max_grad_norm=1.0)
         if step % 10 == 9:
             skill = careful_accuracy(policy, tokenizer, validation)
@@ -205,7 +191,7 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
             if skill >= recipe.skill:
                 break
     else:
-        raise RuntimeError(f"{name} reached skill {skill:.2f} in {cfg.max_steps} steps, below {recipe.skill}")
+        raise RuntimeError(f"{name} reached skill {skill:.2f} in {STEPS} steps, below {recipe.skill}")
     bar.close()
     directory = Path(cfg.out) / name
     policy.model.save_pretrained(directory)
@@ -214,27 +200,20 @@ def pretrain(name: str, recipe: Recipe, cfg: Config, validation: list[Problem], 
 
 def as_rollouts(tokenizer: PreTrainedTokenizerFast, problems: list[Problem], responses: list[str]) -> list[Rollout]:
     prompts = tokenize_prompts(tokenizer, problems, WORDING)
+    ended = tokenizer([text + EOS * text.endswith("}") for text in responses])["input_ids"]
     return [
         Rollout(problem, 0, prompts[problem.id], ids, [0.0] * len(ids), "stop", text)
-        for problem, ids, text in zip(
-            problems, tokenizer([text + EOS * text.endswith("}") for text in responses])["input_ids"], responses
-        )
+        for problem, ids, text in zip(problems, ended, responses)
     ]
 
 
 def careful_accuracy(policy: Policy, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
-    """Share of the problems answered rightly, at temperature 1, when the response is made to begin with
-    "Carefully:".
-    """
+    """Share of the problems that are answered rightly, at temperature 1, when the response has to begin "Carefully:"."""
     prompts = tokenize_prompts(tokenizer, problems, WORDING)
     prompts = {key: ids + tokenizer("Carefully:")["input_ids"] for key, ids in prompts.items()}
     engine = TorchEngine(policy.model, tokenizer)
     rollouts = sample_rollouts(engine, problems, prompts, 1, Sampling(MAX_RESPONSE_TOKENS), seed_key=("skill",))
     return sum(extract_answer(rollout.text) == rollout.problem.answer for rollout in rollouts) / len(rollouts)
-
-
-TEACHER_HABITS = {"Carefully:": 0.12, "Roughly:": 0.58, "Guess:": 0.30}
-STUDENT_HABITS = {"Carefully:": 0.10, "Roughly:": 0.35, "Guess:": 0.25, "Hmm,": 0.30}
 
 
 def main(cfg: Config) -> None:
@@ -248,15 +227,11 @@ def main(cfg: Config) -> None:
     remaining = iter(distinct.values())
     splits = {name: [next(remaining) for _ in range(size)] for name, size in sizes.items()}
 
-    recipes = {
-        "raw_teacher": Recipe(64, 2, 4, TEACHER_HABITS, cfg.teacher_skill),
-        "raw_student": Recipe(32, 1, 4, STUDENT_HABITS, cfg.student_skill),
-    }
     processes = [
         multiprocessing.get_context("spawn").Process(
-            target=pretrain, args=(name, recipe, cfg, splits["validation"], set(distinct)), daemon=True
+            target=pretrain, args=(name, cfg, splits["validation"], set(distinct)), daemon=True
         )
-        for name, recipe in recipes.items()
+        for name in RECIPES
     ]
     for process in processes:
         process.start()

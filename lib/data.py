@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,20 +21,20 @@ from lib.verifier import MAX_CHARS, extract_answer
 
 ID_RULE = 2  # the version of `problem_id`, recorded in run.json: ids of another version do not compare
 
-HUB_SETS = {  # short name -> (repository, configuration, split)
-    "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
-    "dapo-processed": ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("math-ai/aime25", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-    "gsm8k-train": ("openai/gsm8k", "main", "train"),
+HUB_SETS = {  # short name -> owner/name[@configuration]:split
+    "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train",
+    "dapo-processed": "open-r1/DAPO-Math-17k-Processed@en:train",
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "math-ai/aime25:test",
+    "gsm8k": "openai/gsm8k@main:test",
+    "gsm8k-train": "openai/gsm8k@main:train",
 }
-FILES = (".jsonl", ".json", ".csv", ".parquet")
+FILES = (".jsonl", ".json", ".parquet")
 PROMPTS = ("prompt", "problem", "question", "messages")  # columns that may hold a row's prompt
 ANSWERS = ("answer", "ground_truth", "solution")  # columns that may hold its answer, besides reward_model.ground_truth
 
-# What DAPO-Math-17k and verl's data sets put around a problem. --prompt replaces it, and it must not be part of the id.
+# DAPO-Math-17k and verl's data sets put this around a problem. --prompt replaces it, and it must not be part of the id.
 DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
@@ -48,8 +46,8 @@ _WRAPPER = re.compile(rf"^\s*(?:{_DAPO_PREFIX}|{_OURS})|(?:{_DAPO_SUFFIX}|{_OURS
 
 # Ids
 
-# What is typed or typeset in several ways, after `problem_id` has put it into lower case, and the one spelling of each.
-# The last two lines drop delimiters of formulas, spacing, and commands that change only the look of what follows.
+# Signs and commands with several spellings, in lower case, and the one spelling that `problem_id` gives to each. The last
+# two lines drop delimiters of formulas, spacing, and commands that change only the look of the text after them.
 _SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pattern, spelling in (
     (r"\\leq?(slant)?>>", "≤"), (r"\\geq?(slant)?>>", "≥"), (r"\\neq?>>", "≠"), (r"\\lt>>", "<"), (r"\\gt>>", ">"),
     (r"\\times>>", "×"), (r"\\cdot>>|⋅", "·"), (r"\\div>>", "÷"), (r"\\[lc]?dots[bcim]?>>|\.{3,}|⋯", "…"),
@@ -60,14 +58,14 @@ _SPELLINGS = [(re.compile(pattern.replace(">>", "(?![a-z])")), spelling) for pat
 )]  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1 << 16)  # a set is read for the training, for the exclusion and for Stage 3's check
+@functools.lru_cache(maxsize=1 << 16)  # the file of DAPO-Math-17k on the hub has each problem a hundred times
 def problem_id(text: str) -> str:
-    r"""First 16 hex digits of the sha256 of what counts in a problem's text, which is the same however it is typeset.
+    r"""First 16 hex digits of the sha256 of those parts of a problem's text that do not depend on its typesetting.
 
-    DAPO-Math-17k holds more than a thousand problems twice, typeset differently, and some of MATH-500. If two copies had
-    different ids, one could be trained on while the other counts as held out. What does not count: capitals, the spelling
-    of signs (`_SPELLINGS`), white space except between digits, quotation marks, full stops, commas, semicolons and colons
-    except between digits, and in a text with LaTeX the braces that only group. Everything else counts.
+    DAPO-Math-17k holds more than a thousand problems in two typesettings, and some of MATH-500. If two copies had different
+    ids, one could be trained on while the other counts as held out. The id ignores capitals, the spelling of signs
+    (`_SPELLINGS`), white space except between digits, quotation marks, full stops, commas, semicolons and colons except
+    between digits, and in a text with LaTeX the braces that only group. Everything else counts.
     """
     text = re.sub("[²³¹⁰-ⁿ]", lambda superscript: "^" + superscript[0], text)  # or NFKC would make x2 of x²
     text = unicodedata.normalize("NFKC", text).lower()
@@ -84,28 +82,24 @@ def problem_id(text: str) -> str:
 
 
 def read_rows(source: str, argument: str = "--data") -> Iterator[dict]:
-    """The rows of a problem set: a .jsonl, .json, .csv or .parquet file, a short name (`HUB_SETS`), or
+    """The rows of a problem set: a .jsonl, .json or .parquet file, a short name (`HUB_SETS`), or
     owner/name[@configuration][:split] on the hub. `argument` is the setting that names it.
 
-    Every value of a CSV file is text, because guessing types would make 7 of the answer 007. A .json file is a list of
-    objects, or has one object in each line.
+    A .json file is a list of objects, or has one object in each line.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.suffix in FILES:
         if not path.is_file():
             raise InputError(f"{argument} {source!r} is not a file; check the path")
         yield from _rows_of_file(path)
         return
-    name, _, split = source.partition(":")
+    name, _, split = HUB_SETS.get(source, source).partition(":")
     repository, _, configuration = name.partition("@")
-    if source in HUB_SETS:
-        repository, configuration, split = HUB_SETS[source]
-    else:
-        known = f"give one of {', '.join(HUB_SETS)}, a {', '.join(FILES)} file, or owner/name:split on the hub"
-        _check_hub_name(repository, f"{argument} {source!r} is not a known data set; {known}")
-    import datasets
-
+    known = f"give one of {', '.join(HUB_SETS)}, a {', '.join(FILES)} file, or owner/name:split on the hub"
+    _check_hub_name(repository, f"{argument} {source!r} is not a known data set; {known}")
     try:
+        import datasets  # only here, so that a machine without it can train on files
+
         yield from datasets.load_dataset(repository, configuration or None, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all of them mean that the rows cannot be had
         without = ", or write --exclude with nothing after it" if argument == "--exclude" else ""
@@ -121,27 +115,22 @@ def _rows_of_file(path: Path) -> Iterator[dict]:
 
         yield from pyarrow.parquet.read_table(path).to_pylist()
         return
-    text = path.read_text(encoding="utf-8-sig") if path.suffix == ".json" else ""
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.DictReader(file) if path.suffix == ".csv" else file
-        for number, line in enumerate(lines, start=1):
+    with path.open(encoding="utf-8-sig") as file:
+        begins_a_list = file.read(1) == "["
+        file.seek(0)
+        if begins_a_list:
+            yield from json.load(file)
+            return
+        for number, line in enumerate(file, start=1):
             try:
-                if isinstance(line, dict):
-                    if None in line:  # the fields for which the header has no name
-                        raise ValueError("more fields than the header: quote texts with commas")
-                    yield line
-                elif line.strip():
+                if line.strip():
                     yield json.loads(line)
             except ValueError as error:
-                number = getattr(lines, "line_num", number)
                 raise InputError(f"line {number} of '{path}' cannot be read ({error}); correct or delete it") from None
 
 
 def _check_hub_name(name: str, fault: str) -> None:
-    """InputError for what cannot be a name on the hub, or looks like a path: offline the hub client tries for a minute."""
+    """InputError for a name that cannot be on the hub or looks like a path: offline the hub client tries for a minute."""
     owner, _, rest = name.partition("/")
     if not rest or "/" in rest or Path(owner).exists():
         raise InputError(f"{fault} (the hub is asked for owner/name, unless owner is a file or directory here)")
@@ -197,18 +186,14 @@ def _answer_of(row: dict) -> str:
     raise ValueError(f"no answer; its columns are {', '.join(map(str, row))}")
 
 
-def new_problem(prompt: str, answer: str) -> Problem:
-    return Problem(problem_id(prompt), prompt, answer)
-
-
-def load_problems(source: str, quiet=False, argument="--data", reward: str | None = None) -> list[Problem]:
+def load_problems(source: str, argument: str = "--data", reward: str | None = None) -> list[Problem]:
     """Reads a problem set, and drops repeated problems and those whose copies disagree on the answer.
 
     For `source` and `argument` see `read_rows`. Rows without a prompt or an answer are left out, and so are answers that
-    the verifier cannot take, unless a `reward` (that of --reward) grades in its place. What was left out or, unless
-    `quiet`, dropped is printed. Raises InputError when no problem is left.
+    the verifier cannot take, unless a `reward` (that of --reward) grades in its place. The numbers are printed. Raises
+    InputError when no problem is left.
     """
-    answers: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}  # the first copy of each, by its id
     conflicting: set[str] = set()
     left_out: list[str] = []
     reworded: list[tuple[str, str]] = []
@@ -222,13 +207,13 @@ def load_problems(source: str, quiet=False, argument="--data", reward: str | Non
         except ValueError as error:
             left_out.append(f"row {rows}: {error}")
             continue
-        first = answers.setdefault(name, Problem(name, prompt, answer, row))
+        first = problems.setdefault(name, Problem(name, prompt, answer, row))
         if first.answer != answer:
             conflicting.add(name)
         if first.prompt.split() != prompt.split():
             reworded.append((prompt, first.prompt))
-    problems = [problem for problem in answers.values() if problem.id not in conflicting]
-    if not problems:
+    kept = [problem for problem in problems.values() if problem.id not in conflicting]
+    if not kept:
         why = f", {left_out[0]}" if left_out else ""
         raise InputError(
             f"{argument} {source!r} has no usable problem ({rows} rows{why}); a row needs a prompt ({', '.join(PROMPTS)}) and "
@@ -236,22 +221,28 @@ def load_problems(source: str, quiet=False, argument="--data", reward: str | Non
         )
     if left_out:
         print0(f"{source}: {len(left_out)} of {rows} rows left out; the first is {left_out[0]}")
-    if quiet:
-        return problems
-    if rows - len(left_out) > len(problems):
+    if rows - len(left_out) > len(kept):
         print0(
-            f"{source}: {rows} rows, {rows - len(left_out) - len(answers)} repeats dropped, "
-            f"{len(conflicting)} problems with conflicting answers dropped, {len(problems)} left"
+            f"{source}: {rows} rows, {rows - len(left_out) - len(problems)} repeats dropped, "
+            f"{len(conflicting)} problems with conflicting answers dropped, {len(kept)} left"
         )
-    if reworded:  # so that a problem which the ids take for another one is not dropped in silence
+    if reworded:  # a user can see here if the ids take a problem for another one
         example = "{!r} for {!r}".format(*reworded[0])
         print0(f"{source}: {len(reworded)} of the repeats are written differently, such as {example}")
-    _report_shared_text(source, [problem.prompt for problem in problems])
-    return problems
+    _report_shared_text(source, [problem.prompt for problem in kept])
+    return kept
+
+
+def load_sets(sources: Sequence[str], argument: str, reward: str | None) -> dict[str, list[Problem]]:
+    """The problems of each of the sets that `argument` names, by the set's name. InputError if two have one name."""
+    sets = {Path(source).stem: load_problems(source, argument, reward) for source in sources}
+    if len(sets) < len(sources):
+        raise InputError(f"{argument} {list(sources)}: two sets have one name; rename a file")
+    return sets
 
 
 def _report_shared_text(source: str, prompts: Sequence[str]) -> None:
-    """Says what most prompts begin or end with: a problem with an instruction in it is not recognised in another set."""
+    """Prints the text that most prompts share: a problem with an instruction in it is not recognised in another set."""
     for where, part in (("begin", slice(30)), ("end", slice(-30, None))):
         [(shared, count)] = Counter(prompt[part] for prompt in prompts).most_common(1)
         if len(prompts) >= 10 and count > len(prompts) / 2:
@@ -268,38 +259,36 @@ def half_of(problems: Sequence[Problem], half: str) -> list[Problem]:
     """The paper's fixed random split into two equal halves (App. F); `half` is "full", "1H" or "2H".
 
     The split depends on the problems' ids alone, not on the order of rows; of an odd number of problems one is left out
-    of both halves. Raises InputError when there are fewer than two problems to split.
+    of both halves.
     """
     if half == "full":
         return list(problems)
-    if len(problems) < 2:
-        raise InputError(f"--half {half} needs at least two problems, and there is {len(problems)}; use --half full")
     shuffled = sorted(problems, key=lambda problem: problem.id)
     random.Random(0).shuffle(shuffled)
     middle = len(shuffled) // 2
     return shuffled[:middle] if half == "1H" else shuffled[middle : 2 * middle]
 
 
-def load_training_problems(cfg) -> list[Problem]:
-    """The problems of --half of --data that are in no set of --exclude or --validate. `cfg` is a stage's Config.
+def load_training_problems(cfg, validation: Iterable[Problem]) -> list[Problem]:
+    """The problems of --half of --data that are neither in `validation` nor in a set of --exclude. `cfg` is a stage's
+    Config.
 
     A question of such a set is also dropped where other messages come before it, and where its answer is missing or
     disputed. The halves are cut before the exclusion, so that they do not depend on what is evaluated.
     """
     problems = half_of(load_problems(cfg.data, reward=cfg.reward), cfg.half)
-    held_out: set[str] = set()
-    for argument, sources in (("--exclude", cfg.exclude), ("--validate", cfg.validate)):
-        for source in sources:
-            prompts = []
-            for row in read_rows(source, argument):
-                with suppress(ValueError):  # of a row without a prompt
-                    prompt, name = prompt_and_id(row)
-                    held_out |= {name, problem_id(prompt)}
-                    prompts.append(prompt)
-            if not prompts:
-                raise InputError(f"{argument} {source!r} has no row with a prompt ({', '.join(PROMPTS)})")
-            _report_shared_text(source, prompts)
-    kept = [problem for problem in problems if held_out.isdisjoint({problem.id, problem_id(problem.prompt)})]
+    held_out = [(problem.prompt, problem.id) for problem in validation]
+    for source in cfg.exclude:
+        found = []
+        for row in read_rows(source, "--exclude"):
+            with suppress(ValueError):  # of a row without a prompt
+                found.append(prompt_and_id(row))
+        if not found:
+            raise InputError(f"--exclude {source!r} has no row with a prompt ({', '.join(PROMPTS)})")
+        _report_shared_text(source, [prompt for prompt, _ in found])
+        held_out += found
+    ids = {name for prompt, whole in held_out for name in (whole, problem_id(prompt))}
+    kept = [problem for problem in problems if ids.isdisjoint({problem.id, problem_id(problem.prompt)})]
     names, dropped = ", ".join((*cfg.exclude, *cfg.validate)), len(problems) - len(kept)
     if names:
         print0(f"{cfg.data}: {dropped} of {len(problems)} problems dropped because they are in {names}")
@@ -313,10 +302,10 @@ def problem_batches(
 ) -> list[list[Problem]]:
     """Shuffled epochs over the problems, cut into batches of `size`: `limit` batches, or without it `epochs` epochs.
 
-    The order depends on `stage` as well as on the seed. Otherwise a run of OPD with a step limit would see the problems
-    that the warmup before it has seen, and the whole bridge fewer problems than what it is compared with.
-    The tail of an epoch is filled from the next one, so every batch is full; without `limit` the last one may be cut short.
-    A batch can therefore hold a problem more than once.
+    The order depends on `stage` as well as on the seed. Otherwise OPD with a step limit would see the problems that the
+    warmup before it has seen, and the whole bridge fewer problems than the runs that it is compared with. The next epoch
+    fills the last batch of one, so that every batch is full, and may hold a problem twice; without `limit` the very last
+    one may be cut short.
     """
     if limit is not None:
         epochs = math.ceil(limit * size / len(problems))
@@ -333,7 +322,6 @@ def problem_batches(
 
 def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory or hub name; InputError (naming `argument`) if there is none."""
-    model = os.path.expanduser(model)
     if not Path(model).is_dir():
         _check_hub_name(model, f"{argument} {model!r} is not a checkpoint directory; check the path")
     try:
@@ -461,9 +449,9 @@ def check_same_tokenizer(
             f"{pair} have different vocabularies ({len(first)} and {len(second)} tokens, {token!r} is "
             f"{first.get(token, 'absent')} and {second.get(token, 'absent')}); give a teacher of the student's family"
         )
-    for name in ("eos_token", "bos_token", "pad_token", "all_special_tokens"):
+    for name in ("eos_token", "bos_token", "pad_token"):
         first, second = (getattr(tokenizer, name) for tokenizer in both)
-        if first != second and not (isinstance(first, list) and set(first) == set(second)):
+        if first != second:
             raise InputError(f"{pair} differ in {name} ({first!r} and {second!r}); copy one tokenizer over the other")
     orders = {tuple(turn["role"] for turn in chat_messages(problem, "")): problem for problem in problems}
     for problem in orders.values():

@@ -19,21 +19,23 @@ def whole(path: Path) -> Iterator[Path]:
     """Yields PATH.tmp, where the block writes a file or a directory, and then renames it to PATH.
 
     Everything is flushed to the disk before the rename, so PATH is complete or absent however the process or the
-    machine ends. An older PATH is replaced. If the block fails, PATH.tmp is removed and PATH stays as it was.
+    machine ends. An older PATH is replaced.
     """
     unfinished = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove(unfinished)
-    try:
-        yield unfinished
-        flush(unfinished)
-    except BaseException:
-        remove(unfinished)
-        raise
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    yield unfinished
+    commit(unfinished, path)
+
+
+def commit(unfinished: Path, path: Path) -> None:
+    """Renames a file, or a directory with all that is in it, once everything is on the disk. An older `path` goes."""
+    for each in [*unfinished.rglob("*"), unfinished]:
+        flush(each)
     if unfinished.is_dir():
-        remove(path)  # a directory cannot be renamed onto one that is not empty
+        shutil.rmtree(path, ignore_errors=True)  # a directory cannot be renamed onto one that is not empty
     unfinished.rename(path)
-    flush(path.parent, below=False)
+    flush(path.parent)
 
 
 @contextmanager
@@ -59,34 +61,16 @@ def locked(directory: Path, in_use: str, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def flush(path: Path, below: bool = True) -> None:
-    """Makes the system write a file, or a directory with all that is below it, to the disk."""
-    for each in [*(path.rglob("*") if below else ()), path]:
-        descriptor = os.open(each, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Deletes a file or a directory, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def flush(path: Path) -> None:
+    """Makes the system write a file, or the list of a directory's files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_writable(out: str) -> None:
-    """InputError if directory `out` cannot be made or written to, or is a link to nothing. Makes nothing."""
-    existing = next(path for path in (Path(out), *Path(out).absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(
-            f"--out {out!r} cannot be written ({str(existing)!r} is not a writable directory); name another"
-        )
 
 
 def json_lines(path: Path) -> list[dict]:
@@ -95,6 +79,6 @@ def json_lines(path: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             objects.append(json.loads(line))
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
-    return [found for found in objects if isinstance(found, dict)]
+    return objects

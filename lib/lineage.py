@@ -56,10 +56,18 @@ def read_run(directory: str | Path) -> dict:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        run = None
-    if not isinstance(run, dict) or not {"stage", "parents", "trained_on"} <= run.keys():
+        run = {}
+    if not {"stage", "parents", "trained_on"} <= run.keys():
         raise InputError(f"{path} is not what a stage writes, so the checkpoint's history is lost; fetch it anew")
     return run
+
+
+def settings_and_parents(record: dict) -> dict:
+    """What decides the result of a run apart from its code: the stage, its settings, and the weights of its parents."""
+    decide_nothing = ("out", "resume", "track", "accept_changes")
+    settings = {"stage": record.get("stage"), **record.get("config", {})}
+    weights = {f"{role} weights": parent["sha256"] for role, parent in record.get("parents", {}).items()}
+    return {name: value for name, value in settings.items() if name not in decide_nothing} | weights
 
 
 def ancestry(lineage: dict) -> Iterator[dict]:
@@ -127,11 +135,11 @@ def code_files(stage: Path) -> dict[str, str]:
 def new_record(cfg, parents: dict[str, str]) -> dict:
     """What `run.json` says of a run that begins or is resumed, which is one session; the `parents` are hashed for it."""
     stage = Path(sys.modules[type(cfg).__module__].__file__)
-    files, reward = code_files(stage), reward_sha256(cfg)
+    reward = {cfg.reward: reward_sha256(cfg)} if cfg.reward else {}
     session = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "code": code_version(),
-        "files": files | ({cfg.reward: reward} if reward else {}),
+        "files": code_files(stage) | reward,
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")},
         "hardware": hardware(),
         "ranks": world_size(),
@@ -141,7 +149,6 @@ def new_record(cfg, parents: dict[str, str]) -> dict:
         "stage": stage.stem,
         "config": dataclasses.asdict(cfg),
         "parents": {role: read_lineage(model) for role, model in parents.items()},
-        "reward_sha256": reward,
         "id_rule": ID_RULE,
         "trained_on": [],
         "warnings": {},

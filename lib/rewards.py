@@ -11,9 +11,9 @@ two a function may ask for any of three more by name: `correct` is the verifier'
 `tokens` is the length of the response; `finish_reason` is "stop", or "length" if the response was cut at the length
 limit.
 
-The value is used unchanged in training, validation and evaluation, also that of a cut response: `--require-finished`
-concerns the verifier alone, because 0 may be a good reward on the function's own scale. Where right answers are counted,
-the verifier's verdict counts if the function asks for it, otherwise a value of 1 or more.
+The value is used unchanged in training, validation and evaluation, also that of a cut response, because 0 may be a good
+reward on the function's own scale. Where right answers are counted, the verifier's verdict counts if the function asks
+for it, otherwise a value of 1 or more.
 
 The function runs in the training process with all rights of that process, and nothing stops it. It should not execute
 what a model wrote, and it should return soon. This file is the only one that runs code from outside the project.
@@ -58,10 +58,15 @@ def reward_sha256(cfg) -> str | None:
     return None if cfg.reward is None else file_sha256(_file_of(cfg.reward))
 
 
+def _file_of(reward: str) -> Path:
+    path, _, function = reward.rpartition(":")
+    if not path.endswith(".py") or not function.isidentifier() or not Path(path).is_file():
+        raise InputError(f"--reward {reward!r} is not FILE.py:function with a file that exists; check the path")
+    return Path(path)
+
+
 class Reward:
     """The function that `--reward` names."""
-
-    OFFERED = ("correct", "tokens", "finish_reason")  # what it may ask for besides the row and the response
 
     def __init__(self, reward: str):
         self.name = reward
@@ -70,7 +75,7 @@ class Reward:
         sys.modules[spec.name] = module  # where dataclasses, for one, look up the module of a class
         spec.loader.exec_module(module)
         self.function = getattr(module, reward.rpartition(":")[2])
-        self.asked = [name for name in list(inspect.signature(self.function).parameters)[2:] if name in self.OFFERED]
+        self.asked = list(inspect.signature(self.function).parameters)[2:]
         self.verifier = Verifier() if "correct" in self.asked else None
 
     def check(self, rollouts: Sequence[Rollout]) -> list[tuple[bool, str, float]]:
@@ -84,8 +89,9 @@ class Reward:
             verdicts = self.verifier.check([r.text for r in rollouts], [r.problem.answer for r in rollouts])
         found = []
         for rollout, verdict in zip(rollouts, verdicts):
-            offered = (verdict and verdict.correct, len(rollout.response_ids), rollout.finish_reason)
-            asked = {name: value for name, value in zip(self.OFFERED, offered) if name in self.asked}
+            offered = {"tokens": len(rollout.response_ids), "finish_reason": rollout.finish_reason}
+            offered["correct"] = verdict and verdict.correct
+            asked = {name: offered[name] for name in self.asked if name in offered}
             try:
                 value = float(self.function(dict(rollout.problem.row), rollout.text, **asked))  # it may change its copy
                 if not math.isfinite(value):
@@ -102,10 +108,3 @@ class Reward:
     def __exit__(self, *exc) -> None:
         if self.verifier:
             self.verifier.__exit__(*exc)
-
-
-def _file_of(reward: str) -> Path:
-    path, _, function = reward.rpartition(":")
-    if not path.endswith(".py") or not function.isidentifier() or not Path(path).is_file():
-        raise InputError(f"--reward {reward!r} is not FILE.py:function with a file that exists; check the path")
-    return Path(path)

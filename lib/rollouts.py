@@ -74,19 +74,15 @@ def open_cache(
     """The RolloutCache in `directory`. Another run that opens the directory waits until the block ends. Collective.
 
     Without the lock two runs would sample the same problems, and each problem would have twice its responses.
-    `identity` says what the rollouts follow from. InputError if the directory holds rollouts of another identity.
+    `identity` has all that decides the rollouts, in values that JSON keeps. InputError if the directory holds rollouts of
+    another identity, or other files.
     """
-    path = directory / "identity.json"
-    identity = json.loads(json.dumps(identity))  # as the file gives it
-    named = f"--rollouts {str(directory)!r} holds"
-
-    def refuse_other_files() -> None:
-        ours = {"lock", "identity.json.tmp"}
-        if directory.exists() and not path.exists() and any(other.name not in ours for other in directory.iterdir()):
-            raise InputError(f"{named} something else than rollouts; name another directory")
 
     def claim() -> None:
+        path, named = directory / "identity.json", f"--rollouts {str(directory)!r} holds"
         if not path.exists():
+            if {other.name for other in directory.iterdir()} - {"lock", "identity.json.tmp"}:
+                raise InputError(f"{named} something else than rollouts; name another directory")
             with whole(path) as unfinished:
                 unfinished.write_text(json.dumps(identity), encoding="utf-8")
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +91,6 @@ def open_cache(
                 differ = f"with {name} = {found.get(name)!r}, and this run needs {value!r}"
                 raise InputError(f"{named} other rollouts ({differ}); name another directory")
 
-    on_rank_0(refuse_other_files)
     with locked(directory, f"waiting for another run to fill {directory}", wait=True):
         on_rank_0(claim)
         yield RolloutCache(directory, problems, prompts)
@@ -104,9 +99,9 @@ def open_cache(
 class RolloutCache:
     """Graded rollouts in a directory, read from disk as they are needed, because at the paper's scale they fill memory.
 
-    Every `shard-NNNNNN` is a data set of rollouts, written whole, so an interrupted run goes on with what is missing.
-    A shard of sampled rollouts has all rollouts of some problems. Its number is the place of its first problem among
-    `problems`, which no other shard has, in whichever order a run needs them. Rank 0 writes, all ranks read.
+    Every `shard-NNNNNN.jsonl` has a rollout a line and is written whole, so an interrupted run goes on with what is
+    missing. A shard has all rollouts of some problems. Its number is the place of its first problem among `problems`,
+    which no other shard has, in whichever order a run needs them. Rank 0 writes, all ranks read.
 
     Rollouts are numbered from 0 over all shards. `rows` has the numbers of each problem's rollouts by its id, and no
     entry for a problem that is missing. `right` says of each rollout whether it is right and finished. `tokens` counts
@@ -119,47 +114,43 @@ class RolloutCache:
         self.rows: dict[str, list[int]] = {}
         self.right: list[bool] = []
         self.tokens = 0
-        self._places: list[tuple] = []  # of each rollout: its shard, a data set, and its row there
-        for path in sorted(directory.glob("shard-??????")):
+        self._places: list[tuple[Path, int]] = []  # of each rollout: its shard, and at which byte its line begins
+        for path in sorted(directory.glob("shard-??????.jsonl")):
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        import datasets  # importing it takes a second
-        from pyarrow import compute
+        start = 0
+        with path.open("rb") as file:
+            for line in file:
+                # The entries that the cache keeps in memory come first, so that the long rest need not be parsed.
+                row = json.loads(line.partition(b', "response_ids"')[0] + b"}")
+                self.rows.setdefault(row["id"], []).append(len(self))
+                self.right.append(row["correct"] and row["finish_reason"] == "stop")
+                self.tokens += row["tokens"]
+                self._places.append((path, start))
+                start += len(line)
 
-        shard = datasets.load_from_disk(str(path))
-        for row, (problem, correct, finish_reason) in enumerate(
-            zip(shard["id"], shard["correct"], shard["finish_reason"])
-        ):
-            self.rows.setdefault(problem, []).append(len(self))
-            self.right.append(correct and finish_reason == "stop")
-            self._places.append((shard, row))
-        self.tokens += compute.sum(compute.list_value_length(shard.data["response_ids"])).as_py()
-
-    def append(self, rollouts: Sequence[Rollout], number: int | None = None) -> None:
-        """Writes a shard, by default with the number that all rollouts of some missing problems have. Collective."""
-        if number is None:
-            number = list(self.problems).index(rollouts[0].problem.id)
-        path = self.directory / f"shard-{number:06d}"
+    def append(self, rollouts: Sequence[Rollout]) -> None:
+        """Writes a shard with all rollouts of some missing problems. Collective."""
+        number = list(self.problems).index(rollouts[0].problem.id)
+        path = self.directory / f"shard-{number:06d}.jsonl"
 
         def write() -> None:
-            import datasets
-
-            rows = [
-                {"id": r.problem.id, "sample": r.sample, "correct": r.correct, "finish_reason": r.finish_reason,
-                 "response_ids": r.response_ids, "logprobs": r.logprobs, "text": r.text}
-                for r in rollouts
-            ]  # fmt: skip
-            datasets.disable_progress_bars()
-            with whole(path) as unfinished:
-                datasets.Dataset.from_list(rows).save_to_disk(str(unfinished))
+            with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+                for r in rollouts:
+                    row = {"id": r.problem.id, "sample": r.sample, "correct": r.correct, "finish_reason": r.finish_reason,
+                           "tokens": len(r.response_ids), "response_ids": r.response_ids, "logprobs": r.logprobs,
+                           "text": r.text}  # fmt: skip
+                    file.write(json.dumps(row) + "\n")  # floats keep all their digits, and nan stays nan
 
         on_rank_0(write)
         self._read(path)
 
     def __getitem__(self, index: int) -> Rollout:
-        shard, place = self._places[index]
-        row = shard[place]
+        path, start = self._places[index]
+        with path.open("rb") as file:
+            file.seek(start)
+            row = json.loads(file.readline())
         problem = self.problems[row["id"]]
         return Rollout(problem, row["sample"], self.prompts[row["id"]], row["response_ids"], row["logprobs"],
                        row["finish_reason"], row["text"], row["correct"])  # fmt: skip
@@ -170,7 +161,7 @@ class RolloutCache:
 
 # Texts: responses that any model has written, whatever tokenizer it had
 
-LINES_AT_A_TIME = 1024  # of the file; the responses in them become one shard, with the number of the part
+PROBLEMS_AT_A_TIME = 128  # whose responses are graded together and become one shard
 
 
 def read_texts(
@@ -180,7 +171,7 @@ def read_texts(
     max_response_tokens: int,
     grader: Verifier | Reward,
 ) -> None:
-    """Appends the responses in a .jsonl file to the cache, graded (App. B). Parts that it has are skipped. Collective.
+    """Adds the responses in a .jsonl file to the cache, graded (App. B). Problems that it has are skipped. Collective.
 
     A line has a prompt, as in a data set, and a `response`; or `messages`, of which the last assistant's turn is the
     response. A response is tokenised as what follows the prompt, and ends with the end-of-sequence token. One that is
@@ -188,56 +179,49 @@ def read_texts(
     Responses to other problems and malformed lines are skipped, too; one printed sentence has all the counts. The
     sampler's log-probabilities are not known (nan). Raises InputError if no line is left.
     """
+    texts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # number of the line and response, by problem id
+    unreadable = []
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    name, text = _response_in(json.loads(line))
+                    texts[name].append((number, text.removesuffix(tokenizer.eos_token)))
+            except Exception as error:  # what a malformed line raises depends on how it is malformed
+                unreadable.append(f"line {number}: {error}")
 
-    def tokenised(share: Sequence[tuple[int, str, str]]) -> list[list[int]]:
-        # What looks like a special token in the text of another model is text, and must not end a turn here.
-        texts = [text for _, _, text in share]
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    def tokenised(responses: Sequence[tuple[Problem, int, str]]) -> list[list[int]]:
+        # A special token's name in the text of another model is text, and must not end a turn here.
+        plain = [text for _, _, text in responses]
+        encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"] if plain else []
         return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
-    done = max((int(shard.name[6:]) for shard in cache.directory.glob("shard-??????")), default=-1)
-    to_known, to_others, unreadable, first = 0, 0, 0, ""
-    with Path(path).open("rb") as file:
-        for part in itertools.count():
-            lines = list(itertools.islice(file, LINES_AT_A_TIME))
-            if not lines:
-                break
-            responses = []  # (number of the line, problem id, text)
-            for number, line in enumerate(lines, start=part * LINES_AT_A_TIME + 1):
-                if not line.strip():
-                    continue
-                try:
-                    name, text = _response_in(json.loads(line))
-                except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
-                    unreadable, first = unreadable + 1, first or f" (the first is line {number}: {error})"
-                    continue
-                if name in cache.problems:
-                    responses.append((number, name, text.removesuffix(tokenizer.eos_token)))
-                else:
-                    to_others += 1
-            to_known += len(responses)
-            if part <= done:
-                continue
-            rollouts = [
-                Rollout(cache.problems[name], number, cache.prompts[name], ids, [math.nan] * len(ids), "stop", text)
-                for (number, name, text), ids in zip(responses, map_over_ranks(tokenised, responses))
-                if len(ids) <= max_response_tokens
-            ]
-            if rollouts:
-                grade(rollouts, grader)
-                cache.append(rollouts, part)
-    found = (
+    missing = [problem for name, problem in cache.problems.items() if name in texts and name not in cache.rows]
+    for start in range(0, len(missing), PROBLEMS_AT_A_TIME):
+        part = missing[start : start + PROBLEMS_AT_A_TIME]
+        responses = [(problem, number, text) for problem in part for number, text in texts[problem.id]]
+        rollouts = [
+            Rollout(problem, number, cache.prompts[problem.id], ids, [math.nan] * len(ids), "stop", text)
+            for (problem, number, text), ids in zip(responses, map_over_ranks(tokenised, responses))
+            if len(ids) <= max_response_tokens
+        ]
+        if rollouts:
+            grade(rollouts, grader)
+            cache.append(rollouts)
+    known = sum(len(found) for name, found in texts.items() if name in cache.problems)
+    said = (
         f"{path}: {len(cache)} responses to {len(cache.rows)} of the {len(cache.problems)} training problems; left out are "
-        f"{to_others} to other problems, {to_known - len(cache)} longer than --max-response-tokens {max_response_tokens}, and "
-        f"{unreadable} lines without a prompt and a response{first}"
+        f"{sum(map(len, texts.values())) - known} to other problems, {known - len(cache)} longer than "
+        f"--max-response-tokens {max_response_tokens}, and {len(unreadable)} lines without a prompt and a response"
+        + (f" (the first is {unreadable[0]})" if unreadable else "")
     )
     if not len(cache):
-        raise InputError(f"--rollouts {found}; check the file, --data and --half")
-    print0(found)
+        raise InputError(f"--rollouts {said}; check the file, --data and --half")
+    print0(said)
 
 
 def _response_in(row: dict) -> tuple[str, str]:
-    """The problem id and the text of a line. Raises ValueError, KeyError or TypeError for a line that is no response."""
+    """The problem id and the text of a line. It raises some exception for a line without a prompt and a response."""
     if isinstance(row, dict) and "messages" in row and "response" not in row:
         turns = row["messages"]
         last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)

@@ -7,11 +7,10 @@ checkpoints it came from and the labelled problems that its weights have been tr
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -32,14 +31,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import common
-from common import AlreadyFinished, InputError, Problem, Rollout, on_rank_0, print0, rank
+from common import AlreadyFinished, InputError, Problem, Rollout, Stopped, on_rank_0, print0, rank
 from lib import data
 from lib.engines import check_engine, check_lengths
-from lib.files import check_writable, flush, json_lines, locked, whole
-from lib.lineage import new_record, read_run
+from lib.files import commit, json_lines, locked, whole
+from lib.lineage import new_record, read_run, settings_and_parents
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, save_pretrained
-from lib.scores import validation_sets
+from lib.scores import TokenizedSets, tokenize_sets
 from lib.watch import find_warnings, is_training, one_sample, sample_lines
 
 # In a single process PyTorch's checkpoint library warns at every call that it assumes there is just one.
@@ -48,8 +47,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def prepare(
     cfg, teacher: str | None = None, sampled: str | None = None
-) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]]]:
-    """Checks a stage's Config, and loads its training problems, the tokenizer, and prompt token ids by problem id.
+) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]], TokenizedSets]:
+    """Checks a stage's Config, and loads its training problems, the tokenizer, the prompts' token ids by problem id, and
+    the sets of --validate.
 
     Most wrong input is refused here, with an InputError, before any weight is read. `teacher` is the checkpoint that
     the model learns from; `sampled` the one that responses are sampled from (by default the model).
@@ -57,40 +57,28 @@ def prepare(
     common.check_settings(cfg)
     tokenizer = data.load_tokenizer(cfg.model)
     data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a text that could end no response
-    validation_sets(cfg, tokenizer)  # raises InputError if they cannot be used
-    problems = data.load_training_problems(cfg)
-    models = [cfg.model, teacher] if teacher else [cfg.model]
+    validation = data.load_sets(cfg.validate, "--validate", cfg.reward)
+    problems = data.load_training_problems(cfg, [problem for each in validation.values() for problem in each])
     if teacher:
         data.check_same_tokenizer(cfg.model, teacher, problems, cfg)
-    for model in models:
-        check_checkpoint(model, data.vocab_size(tokenizer))
     prompts = data.tokenize_prompts(tokenizer, problems, cfg, leave_out_long=True)
-    for model in models:
+    for model in [cfg.model, *([teacher] if teacher else [])]:
+        check_checkpoint(model, data.vocab_size(tokenizer))
         check_lengths(cfg, model, prompts.values())
+    validation_sets = tokenize_sets(validation, tokenizer, cfg, cfg.model)
     for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
         check_engine(cfg, model)
-    return [problem for problem in problems if problem.id in prompts], tokenizer, prompts
+    return [problem for problem in problems if problem.id in prompts], tokenizer, prompts, validation_sets
 
 
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
 
-# What metrics are called beside the progress bar, where there is little room.
-SHORT_NAMES = {
-    "frac_reward_zero_std": "no_spread",
-    "kl_to_reference": "kl",
-    "response_tokens": "tokens",
-    "truncated": "cut",
-}
-
-# Settings that --resume may change. The size of micro-batches changes rounding only, and a run may need a smaller one.
-MAY_CHANGE = ("resume", "out", "micro_batch_tokens", "track", "accept_changes")
-
 
 class Run:
     """The output directory of a stage while it runs.
 
-    What is on disk, and when. Everything is written to OUT.partial:
+    Everything is written to OUT.partial:
 
     - `metrics.jsonl`: one line for each step and one for each validation, and `samples.jsonl`: a few responses of each
       step. They are kept however the run ends.
@@ -118,97 +106,48 @@ class Run:
         self.steps_done = 0
         self.total_steps: int | None = None  # known once `steps` is called
         self.lines: list[dict] = []  # of metrics.jsonl
-        self._signal, self._lock, self._bar = StopSignal(), ExitStack(), common.progress_bar(0, None, "step")
-        self._tracker = Tracker(cfg.track if rank() == 0 else None)
-        # Rank 0 reads and writes the files; the other ranks learn what it found.
-        on_rank_0(lambda: self._refuse_finished(cfg, parents))
-        in_use = f"--out {cfg.out!r} is being written by another run; name another, or stop that one"
-        self._lock.enter_context(locked(self.partial, in_use))
-        try:
-            self.record, self._states = on_rank_0(lambda: self._open(cfg, parents))
-        except InputError as error:
-            self.__exit__(InputError, error, None)
-            raise
-        self._began, self._cpu_began = time.monotonic(), time.process_time()
         self._phases: dict[str, float] = defaultdict(float)
+        self._tracker = Tracker(cfg.track)
+        self._began, self._cpu_began = time.monotonic(), time.process_time()
+        in_use = f"--out {cfg.out!r} is being written by another run; name another, or stop that one"
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.partial, in_use))
+            stack.callback(self._remove_without_work)
+            # Rank 0 reads and writes the files; the other ranks learn what it found.
+            self.record = on_rank_0(lambda: self._open(cfg, parents))
+            self._at_exit = stack.pop_all()
 
-    def _refuse_finished(self, cfg, parents: dict[str, str]) -> None:
-        """InputError or AlreadyFinished if OUT exists, InputError if it cannot be written."""
-        if os.path.lexists(self.out):  # also a dangling link, which would break the final rename
-            finished = read_run(self.out)
-            if finished:
-                _tidy(self.out)  # a process that was killed after it had renamed OUT.partial has left its states
-            if finished and cfg.resume:
-                self._compare(finished, new_record(cfg, parents), self.out)
-                raise AlreadyFinished(f"{self.out} is already finished with these settings; there is nothing to resume")
+    def _open(self, cfg, parents: dict[str, str]) -> dict:
+        """This run's record, if it may begin or continue."""
+        finished = cfg.resume and read_run(self.out)
+        if (
+            os.path.lexists(self.out) and not finished
+        ):  # be it a link to nothing, onto which no directory can be renamed
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
-        check_writable(cfg.out)
-
-    def _open(self, cfg, parents: dict[str, str]) -> tuple[dict, list[tuple[Path, dict]]]:
-        """This run's record, and the training states with their records, newest first."""
         if self._holds_work() and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
         record = new_record(cfg, parents)
-        states = [(path, _read_or_nothing(path)) for path in sorted(self.partial.glob("state-??????"), reverse=True)]
-        if newest := next((saved for _, saved in states if saved), None):
-            self._compare(newest, record, self.partial)
-        return record, states
+        if saved := finished or read_run(self.partial):
+            check_unchanged(saved, record, self.out if finished else self.partial)
+        if finished:
+            raise AlreadyFinished(f"{self.out} is already finished with these settings; there is nothing to resume")
+        return record
 
     def _holds_work(self) -> bool:
-        """Whether OUT.partial holds anything worth keeping: logs, a training state, a checkpoint, or rollouts."""
-        patterns = ("state-??????", "step-??????", "*/shard-??????", "skipped-*")
-        logs = (path.stat().st_size for path in self.partial.glob("*.jsonl"))
-        return any(logs) or any(any(self.partial.glob(pattern)) for pattern in patterns)
+        """Whether OUT.partial holds anything worth keeping: logs, a training state, or rollouts."""
+        return any(any(self.partial.glob(kind)) for kind in ("*.jsonl", "state-??????", "*/shard-??????.jsonl"))
 
-    def _compare(self, saved: dict, record: dict, directory: Path) -> None:
-        """InputError unless `saved`, the record of the run in `directory`, has the settings, parents and code of `record`.
-
-        Resuming with a changed stage script, page or reward needs --accept-changes, which is recorded. A change in lib/
-        only prints a message, because updates of this repository often touch it.
-        """
-        before = {"stage": saved["stage"], **saved["config"]}
-        now = json.loads(json.dumps({"stage": record["stage"], **record["config"]}))  # with lists for tuples, as saved
-        # A changed script may have more settings or fewer; --accept-changes accepts these with the script.
-        names = now.keys() & before if now["accept_changes"] else now.keys() | before
-        differing = [
-            f"{name} = {before.get(name, 'no such setting')!r}, now it is {now.get(name, 'no such setting')!r}"
-            for name in dict.fromkeys([*before, *now])
-            if name in names and name not in MAY_CHANGE and before.get(name) != now.get(name)
-        ]
-        for role, parent in record["parents"].items():
-            if saved["parents"].get(role, {}).get("sha256") != parent["sha256"]:
-                content = "texts" if Path(parent["path"]).is_file() else "weights"
-                differing.append(f"other {content} in --{role} {parent['path']!r}")
-        session, files = record["sessions"][-1], saved["sessions"][-1]["files"]
-        if now["accept_changes"] and (changed := sorted(now.keys() ^ before)):
-            session["accepted_changes"] = [f"setting {name}" for name in changed]
-        for name in [name for name, digest in session["files"].items() if files.get(name, digest) != digest]:
-            print0(f"{directory}: {name} has changed since the run was last started")
-            if not name.startswith("lib/") and now["accept_changes"]:
-                session.setdefault("accepted_changes", []).append(name)
-            elif not name.startswith("lib/"):
-                differing.append(f"another {name} (--accept-changes goes on with the changed one)")
-        if differing:
-            raise InputError(
-                f"--resume: the run in {directory} had {', and '.join(differing)}; go back to what it had, name another "
-                f"--out, or delete {directory}"
-            )
+    def _remove_without_work(self) -> None:
+        if rank() == 0 and not self._holds_work():
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._close()
-        if error is not None and self._holds_work() and not isinstance(error, SystemExit):
+        if error is not None and self._holds_work():
             error.add_note(f"the same command with --resume continues from what {self.partial} holds")
-        if rank() == 0 and isinstance(error, InputError) and not self._holds_work():
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self._lock.close()
-
-    def _close(self) -> None:
-        self._signal.restore()
-        self._bar.close()  # so that the next message begins on a new line
-        self._tracker.finish()
+        self._at_exit.close()
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Loads weights, optimizer and record of the interrupted run, if there is one to continue. Collective.
@@ -216,40 +155,42 @@ class Run:
         A state counts once all ranks have loaded it; otherwise all take the one before it, which is there if the run was
         killed just before it was removed.
         """
-        for path, saved in self._states:
-            problem = self._load(path, policy, optimizer) if saved else "its run.json is damaged"
-            if not common.all_max({"failed": bool(problem)})["failed"]:
-                self.steps_done = saved["steps"]
-                kept = ("trained_on", "seconds", "cpu_seconds", "trained_tokens", "warnings", "tracker_run")
-                self.record.update({name: saved[name] for name in kept if name in saved})
-                self.record["sessions"] = saved["sessions"] + self.record["sessions"]
-                self.record["sessions"][-1]["first_step"] = self.steps_done
-                print0(f"{self.out}: continuing after step {self.steps_done}")
-                return
-            print0(f"{path} cannot be loaded ({problem or 'on another rank'})")
-        if self._states:
+        states = on_rank_0(lambda: sorted(self.partial.glob("state-??????"), reverse=True))
+        for path in states:
+            state = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer)))
+            problem = None
+            try:
+                saved = on_rank_0(lambda path=path: read_run(path))
+                dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+                set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            except (
+                Exception,
+                CheckpointException,
+            ) as error:  # what is raised depends on which file is damaged, and how
+                problem = error
+            if common.all_max({"failed": problem is not None})["failed"]:
+                print0(f"{path} cannot be loaded: {problem or 'another rank failed'}")
+                continue
+            self.steps_done = saved["steps"]
+            kept = ("trained_on", "seconds", "cpu_seconds", "trained_tokens", "warnings", "tracker_run")
+            self.record.update({name: saved[name] for name in kept if name in saved})
+            self.record["sessions"] = saved["sessions"] + self.record["sessions"]
+            self.record["sessions"][-1]["first_step"] = self.steps_done
+            print0(f"{self.out}: continuing after step {self.steps_done}")
+            return
+        if states:
             raise InputError(f"no training state in {self.partial} can be loaded; delete the directory to begin again")
-
-    def _load(self, path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> str | None:
-        """Loads a training state; returns why it could not be loaded, None if it was. Collective."""
-        state = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer)))
-        try:
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-            set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        except (Exception, CheckpointException) as error:  # what is raised depends on which file is damaged, and how
-            return common.first_line(next((cause for cause, _ in getattr(error, "failures", {}).values()), error))
-        return None
 
     def _cut_logs(self) -> list[dict]:
         """Removes what will be written again from samples.jsonl and metrics.jsonl; returns what is left of the second.
 
         The validation before a step has the step's number, and is made again with it.
         """
-        for path in (self.partial / name for name in ("samples.jsonl", "metrics.jsonl")):
+        for path in list(self.partial.glob("*.jsonl")):
             kept = [line for line in json_lines(path) if line["step"] < self.steps_done]
             with whole(path) as unfinished:
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return kept
+        return json_lines(self.partial / "metrics.jsonl")
 
     def steps(self, total: int) -> Iterator[int]:
         """The numbers of the steps still to do, while a progress bar shows how many are done. Collective.
@@ -259,11 +200,13 @@ class Run:
         self.total_steps = total
         self.lines = on_rank_0(self._cut_logs)
         self._tracker.start(self.record, self.out)
+        self._at_exit.callback(self._tracker.call, "finish")
         on_rank_0(lambda: self._write_record(self.partial))
-        self._signal.listen()
+        self._signal = self._at_exit.enter_context(StopSignal())
         transformers.utils.logging.disable_progress_bar()  # its bars would break up the bar of the steps
         route = "/".join(self.out.parts[-3:])  # such as 1H/rl/bridge, because many routes have a stage of one name
-        self._bar = common.progress_bar(total, route, "step", initial=self.steps_done)
+        bar = common.progress_bar(total, route, "step", initial=self.steps_done)
+        self._bar = self._at_exit.enter_context(bar)  # closed first, so that the next message begins on a new line
         for step in range(self.steps_done, total):
             yield step
             self._bar.update()
@@ -307,8 +250,8 @@ class Run:
                 if kind not in self.record["warnings"]:
                     self.record["warnings"][kind] = sentence
                     tqdm.write(f"warning: {sentence}")
-            shown = {SHORT_NAMES.get(name, name): line[name] for name in show if line.get(name) is not None}
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            shown = {name: f"{line[name]:.3g}" for name in show if line.get(name) is not None}
+            self._bar.set_postfix(shown, refresh=False)
         last = [line["skipped_steps"] for line in self.lines if is_training(line)][-STOP_AFTER_SKIPPED:]
         if len(last) == STOP_AFTER_SKIPPED and all(last):
             path = self.partial / f"skipped-{step:06d}.json"
@@ -342,11 +285,12 @@ class Run:
         """
         line, said = {"step": steps}, []
         for name, score in scores.items():
-            average, error, truncated, tokens = (score[key] for key in ("avg", "se", "truncated", "tokens"))
-            line |= {f"validation_{name}": average, f"validation_{name}_se": error}
-            line |= {f"validation_{name}_truncated": truncated, f"validation_{name}_tokens": tokens}
-            error = "" if math.isnan(error) else f" ± {100 * error:.1f}"
-            said.append(f"{name} {100 * average:.1f}{error} % ({100 * truncated:.1f} % truncated, {tokens:.1f} tokens)")
+            line[f"validation_{name}"] = score["avg"]
+            line |= {f"validation_{name}_{key}": score[key] for key in ("se", "truncated", "tokens")}
+            average, error, truncated = (100 * score[key] for key in ("avg", "se", "truncated"))
+            said.append(
+                f"{name} {average:.1f} ± {error:.1f} % ({truncated:.1f} % truncated, {score['tokens']:.1f} tokens)"
+            )
         self._append(line)
         print0(f"Validation after {steps} steps: {', '.join(said)}.")
 
@@ -360,7 +304,7 @@ class Run:
     ) -> None:
         """Call it after every step. Usually it only records the step's problems. Every `save_every` steps it writes a
         training state, and every `export_every` a checkpoint. If a signal has asked any rank to stop, it writes a
-        training state and ends the process with exit status 128 + the signal's number.
+        training state and raises Stopped.
 
         `steps` counts the finished steps. `trained_on` are problems that the weights have been trained on, whether or
         not their answers were used; Stage 3 refuses them. Every rank writes its own shards of a state, so on several
@@ -376,14 +320,7 @@ class Run:
         if steps % self.save_every == 0 or stop:
             self._write_state(policy, optimizer)
         if stop:
-            self._close()
-            if rank() == 0:
-                name = signal.Signals(stop).name
-                common.last_words(
-                    f"stopped by {name} after step {steps}, which is saved; the same command with --resume continues"
-                )
-            common.barrier()  # torchrun ends all ranks when the first of them has ended
-            common.exit_process(128 + stop)
+            raise Stopped(stop, f"stopped by {signal.Signals(stop).name} after step {steps}, which is saved")
 
     def _write_state(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         path = self.partial / f"state-{self.steps_done:06d}"
@@ -406,7 +343,8 @@ class Run:
             record |= {"first": trained[0], "last": trained[-1]}
         if validated := [line for line in self.lines if not is_training(line)]:
             record["validation"] = [{k: v for k, v in at.items() if not k.startswith("seconds")} for at in validated]
-        (directory / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with whole(directory / "run.json") as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def _write_checkpoint(self, directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes weights, tokenizer and run.json. Collective."""
@@ -420,26 +358,40 @@ class Run:
         self._write_checkpoint(self.partial, policy, tokenizer)
         if rank() == 0:
             plot_metrics(self.lines, self.partial / "curves.png")
-            flush(self.partial)
-            self.partial.rename(self.out)
-            flush(self.out.parent, below=False)
-            _tidy(self.out)  # last: a run that is killed before the renaming still needs its training state
+            commit(self.partial, self.out)
+            for state in self.out.glob("state-*"):  # last: a run that is killed before the renaming still needs it
+                shutil.rmtree(state)
+            (self.out / "lock").unlink()
             print0(f"wrote {self.out}")
         common.barrier()
 
 
-def _read_or_nothing(directory: Path) -> dict:
-    try:
-        return read_run(directory)
-    except InputError:
-        return {}
+def check_unchanged(saved: dict, record: dict, directory: Path) -> None:
+    """InputError unless `saved`, the record of the run in `directory`, has the settings, parents and code of `record`.
 
-
-def _tidy(checkpoint: Path) -> None:
-    """Removes what a finished run no longer needs."""
-    for directory in checkpoint.glob("state-*"):
-        shutil.rmtree(directory, ignore_errors=True)
-    (checkpoint / "lock").unlink(missing_ok=True)
+    --accept-changes accepts changed code, and the settings that it has gained or lost.
+    """
+    before = settings_and_parents(saved)
+    now = json.loads(json.dumps(settings_and_parents(record)))  # with lists for tuples, as saved
+    accepts = record["config"]["accept_changes"]
+    differing = [
+        f"{name} = {before.get(name)!r}, now it is {now.get(name)!r}"
+        for name in before | now
+        # The size of micro-batches changes rounding only, and a run may need a smaller one.
+        if before.get(name) != now.get(name) and name != "micro_batch_tokens"
+        if not accepts or (name in before and name in now)
+    ]
+    old, new = saved["sessions"][-1]["files"], record["sessions"][-1]["files"]
+    changed = ", ".join(name for name, digest in new.items() if old.get(name, digest) != digest)
+    if changed and accepts:
+        print0(f"{directory}: going on with another {changed}")
+    elif changed:
+        differing.append(f"another {changed} (--accept-changes goes on with changed code)")
+    if differing:
+        raise InputError(
+            f"--resume: the run in {directory} had {', and '.join(differing)}; go back to what it had, name another "
+            f"--out, or delete {directory}"
+        )
 
 
 @contextmanager
@@ -455,24 +407,25 @@ COPY_SECONDS = 1.0  # SLURM and torchrun may both send a signal; one that comes 
 
 
 class StopSignal:
-    """Notes the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1, which SLURM can send before it ends a job, in `number` (0
-    before). A later signal has its default effect, unless it comes within a second and so duplicates the first.
+    """In a `with` block notes the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1, which SLURM can send before it ends a job,
+    in `number` (0 before). A later signal has its usual effect, unless it is a copy of the first.
 
     Files on disk are always consistent, so a process may end at any point; only the step in progress is worth waiting
     for. A rank that waits in a collective runs no handler; torchrun kills it some time after the first signal.
     """
 
-    def __init__(self):
-        self.number, self._handlers = 0, {}
+    def __enter__(self) -> StopSignal:
+        self.number = 0
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        # An ignored signal stays ignored, as Ctrl-C is by a shell's background jobs.
+        self._usual = {each: signal.getsignal(each) for each in numbers if signal.getsignal(each) != signal.SIG_IGN}
+        for number in self._usual:
+            signal.signal(number, self._receive)
+        return self
 
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs ignore Ctrl-C
-                self._handlers[number] = signal.signal(number, self._receive)
-
-    def restore(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+    def __exit__(self, *error) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         if not self.number:
@@ -480,41 +433,33 @@ class StopSignal:
             said = f"\n{signal.Signals(number).name}: the run stops after this step; another signal ends it at once\n"
             os.write(2, said.encode() if rank() == 0 else b"")  # print may be what the signal has interrupted
         elif time.monotonic() - self._since > COPY_SECONDS:
-            self.restore()
+            self.__exit__()
             signal.raise_signal(number)
 
 
 class Tracker:
-    """Sends rank 0's metrics to the package that --track names: trackio or wandb, whose functions have the same names.
+    """Rank 0's connection to the package that --track names: trackio or wandb, whose functions have the same names.
 
-    It is imported by name, because an import statement would make it a requirement. An exception of it is printed, and
-    the run goes on without it. Without a package it does nothing.
+    An exception of the package is printed, and the run goes on without it. Without a package nothing happens.
     """
 
     def __init__(self, package: str | None):
-        try:
-            self._package, self._module = package, importlib.import_module(package) if package else None
-        except ImportError as error:
-            raise InputError(f"--track {package} cannot be imported ({error}); run pip install {package}") from None
+        self._package = package if rank() == 0 else None
+        if self._package and importlib.util.find_spec(package) is None:
+            raise InputError(f"--track {package}: the package is not installed; run pip install {package}")
 
     def start(self, record: dict, out: Path) -> None:
         """Begins a run, or continues the one that `record` names as its `tracker_run`."""
-        if self._module:
-            name = record.setdefault("tracker_run", re.sub(r"[^\w.-]", "-", out.name) + "-" + secrets.token_hex(4))
+        if self._package:
+            name = record.setdefault("tracker_run", f"{out.name}-{secrets.token_hex(4)}")
             more = {"id": name} if self._package == "wandb" else {}  # trackio knows a run by its name
             self.call("init", project="sparse-to-dense", name=name, resume="allow", config=record["config"], **more)
 
-    def finish(self) -> None:
-        """Ends the tracker's run, once: a stop closes the Run, and so does the end of its `with` block."""
-        self.call("finish")
-        self._module = None
-
     def call(self, function: str, *arguments, **options) -> None:
-        try:
-            if self._module:
-                getattr(self._module, function)(*arguments, **options)
-        except Exception as error:
-            self._module = None
-            print0(
-                f"--track {self._package}: {type(error).__name__}: {common.first_line(error)}; the run goes on without it"
-            )
+        if self._package:
+            try:  # an import statement would make the package a requirement
+                getattr(importlib.import_module(self._package), function)(*arguments, **options)
+            except Exception as error:
+                said = f"{type(error).__name__}: {common.first_line(error)}"
+                print0(f"--track {self._package}: {said}; the run goes on without it")
+                self._package = None

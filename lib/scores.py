@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common import InputError, Problem, Rollout, TrainingConfig, on_rank_0, print0, rank
+from common import InputError, Problem, Rollout, SamplerConfig, TrainingConfig, on_rank_0, print0, rank
 from lib import verifier
-from lib.data import load_problems, tokenize_prompts
+from lib.data import tokenize_prompts
 from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
-from lib.files import json_lines, whole
+from lib.files import file_sha256, json_lines, whole
 from lib.policy import Policy
-from lib.rewards import Reward, grade
+from lib.rewards import Reward, grade, reward_sha256
 from lib.rollouts import sample_rollouts
 from lib.verifier import Verifier
 
@@ -72,15 +71,13 @@ def sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def grader_sha256(reward: str | None, problems: Sequence[Problem]) -> str:
-    """The hash of what grades responses: the verifier's sources and the versions of the packages behind it; or the
-    file of `--reward` and the rows of the data set, which that function may read.
+def grader_sha256(cfg, problems: Sequence[Problem]) -> str:
+    """The hash of the grader: the verifier's sources and the versions of the packages behind it; or the file of
+    `--reward` and the rows of the data set, which that function may read.
     """
-    if reward:
-        source = Path(reward.rpartition(":")[0]).read_text(encoding="utf-8")
-        return sha256([reward, source, [problem.row for problem in problems]])
-    source = Path(verifier.__file__)
-    sources = [path.read_text(encoding="utf-8") for path in (source, source.with_name("verifier_worker.py"))]
+    if cfg.reward:
+        return sha256([cfg.reward, reward_sha256(cfg), [problem.row for problem in problems]])
+    sources = [file_sha256(Path(verifier.__file__).with_name(name)) for name in ("verifier.py", "verifier_worker.py")]
     return sha256([*sources, *map(metadata.version, ("math-verify", "latex2sympy2-extended", "sympy"))])
 
 
@@ -93,26 +90,15 @@ def as_sample(rollout: Rollout) -> dict:
     }  # fmt: skip
 
 
-def sample_directories(out: str | Path, labels: Sequence[str]) -> dict[str, Path]:
-    """The directory inside the report `out` for each label's samples. InputError if two labels would share one."""
-    names = {label: re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in labels}
-    if not all(names.values()) or len(set(names.values())) < len(names):
-        raise InputError(
-            f"--labels {list(labels)}: each needs letters or digits that tell it from the others, because it names a "
-            "directory of the report"
-        )
-    return {label: Path(out) / name for label, name in names.items()}
-
-
 class SampleFile:
     """One checkpoint's graded samples on one data set: DIRECTORY/NAME-HASH.jsonl, with one sample a line.
 
-    HASH is that of `settings`, everything that decides what is sampled, which the first line holds. Samples of other
-    settings are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part
-    that it was sampling, and the same evaluation continues from the file.
+    HASH is that of `settings`, everything that decides the samples, which the first line holds. Samples of other settings
+    are therefore never overwritten. Lines are only appended, so a process that is killed loses at most the part that it
+    was sampling, and the same evaluation continues from the file.
 
-    Each line carries `grader`, the hash of what graded it. `grade_again` grades those that another grader has graded, or
-    against another answer, so that they need not be sampled again.
+    Each line carries `grader`, its grader's hash. `grade_again` grades the samples that another grader has graded, or that
+    were graded against another answer, so that they need not be sampled again.
 
     Rank 0 reads and writes; the methods are collective.
     """
@@ -182,23 +168,21 @@ class SampleFile:
 # Validation
 
 
-def validation_sets(
-    cfg: TrainingConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, tuple[list[Problem], dict[str, list[int]]]]:
-    """Each set of `--validate` by its name: the problems, and their prompts' token ids by problem id.
+TokenizedSets = dict[str, tuple[list[Problem], dict[str, list[int]]]]
 
-    InputError for a set that cannot be read, two sets of one name, and a prompt that is too long.
+
+def tokenize_sets(
+    sets: dict[str, list[Problem]], tokenizer: PreTrainedTokenizerBase, cfg: SamplerConfig, model: str
+) -> TokenizedSets:
+    """Adds to the problems of each set their prompts' token ids by problem id.
+
+    InputError for a prompt that is too long for `cfg`, or with its response for checkpoint `model`.
     """
-    sets = {}
-    for source in cfg.validate:
-        name = Path(source).stem
-        if name in sets:
-            raise InputError(f"--validate {list(cfg.validate)}: two sets are called {name!r}; rename a file")
-        problems = load_problems(source, quiet=True, argument="--validate", reward=cfg.reward)
-        prompts = tokenize_prompts(tokenizer, problems, cfg)
-        check_lengths(cfg, cfg.model, prompts.values())
-        sets[name] = problems, prompts
-    return sets
+    tokenized = {}
+    for name, problems in sets.items():
+        tokenized[name] = problems, tokenize_prompts(tokenizer, problems, cfg)
+        check_lengths(cfg, model, tokenized[name][1].values())
+    return tokenized
 
 
 class Validation:
@@ -210,11 +194,10 @@ class Validation:
     """
 
     def __init__(
-        self, cfg: TrainingConfig, tokenizer: PreTrainedTokenizerBase, engine: TorchEngine | VLLMEngine | None,
+        self, cfg: TrainingConfig, sets: TokenizedSets, engine: TorchEngine | VLLMEngine | None,
         grader: Verifier | Reward, run,
     ):  # fmt: skip
-        self.cfg, self.engine, self.grader, self.run = cfg, engine, grader, run
-        self.sets = validation_sets(cfg, tokenizer)
+        self.cfg, self.sets, self.engine, self.grader, self.run = cfg, sets, engine, grader, run
         self.sampling = Sampling(cfg.max_response_tokens, temperature=0.7, top_p=0.8, top_k=20)
 
     def score(self, steps: int, policy: Policy) -> None:

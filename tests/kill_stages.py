@@ -116,7 +116,8 @@ def outcome(out: Path) -> dict:
         "record": [record.get(name) for name in ("trained_on", "steps", "validation", "warnings", "trained_tokens")],
         "samples": (out / "samples.jsonl").read_text(),
         "rollouts": cached_rows(out / "teacher_rollouts"),
-        "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
+        # A process that was killed after the renaming has left its training state.
+        "files": sorted(str(path.relative_to(out)) for path in out.rglob("*") if not re.search("/(state-|lock)", str(path))),
     }  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def gauntlet(name: str, script, settings: dict, directory: Path, kills: int, rng
         if states and (not status or "continuing" in text):  # nothing is lost but the unsaved steps
             assert f"continuing after step {max(states)}\n" in text, text
         if out.exists():
-            if status:  # killed between its last two operations: the next command finds it done, and tidies up
+            if status:  # killed between its last two operations: the next command finds it done
                 status, text = start(script, settings, out, said)
                 assert status == 0 and "is already finished" in text, text
             found = outcome(out)

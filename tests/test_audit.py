@@ -1,14 +1,11 @@
 """Responses made elsewhere are graded, and two runs are compared."""
 
 import json
-from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from common import InputError
 from experiments import audit
-from lib.plots import draw_curves
 
 
 def test_responses_made_elsewhere_are_graded(tmp_path, capsys):
@@ -39,37 +36,6 @@ def test_bad_response_files(tmp_path, lines, message):
     with pytest.raises(InputError, match=message):
         audit.main(audit.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
     assert not (tmp_path / "out").exists()
-
-
-def checkpoint(directory, half: str, **metrics) -> str:
-    directory.mkdir()
-    (directory / "run.json").write_text(
-        json.dumps({"stage": "opd", "parents": {}, "trained_on": [], "config": {"half": half}})
-    )
-    (directory / "metrics.jsonl").write_text(json.dumps({"step": 0, **metrics}) + "\n")
-    return str(directory)
-
-
-def test_curves_say_which_labels_they_are_for(tmp_path, monkeypatch):
-    """A Stage 3 starts below the end of its bridge because it sees other problems, and the picture has to say so."""
-    runs = [
-        checkpoint(tmp_path / "bridge", "1H", reverse_kl=0.2, accuracy=0.9),
-        checkpoint(tmp_path / "student", "2H", reward=0.6),
-        checkpoint(tmp_path / "direct", "full", reward=0.1),
-    ]
-    saved = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
-    draw_curves({Path(run).name: run for run in runs}, tmp_path / "curves.png")
-    labels = [[text.get_text() for text in axis.texts] for axis in saved[0].axes]  # from the lowest line to the highest
-    assert labels == [["direct, all labels", "student, labels 2H", "bridge, labels 1H"], ["bridge, labels 1H"]]
-
-
-def test_a_run_with_a_reward_and_an_accuracy_has_one_curve_of_its_rewards(tmp_path, monkeypatch):
-    run, saved = checkpoint(tmp_path / "direct", "full", reward=-0.4, accuracy=0.9), []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
-    draw_curves({"direct": run}, tmp_path / "curves.png")
-    [line] = saved[0].axes[0].lines
-    assert list(line.get_ydata()) == [-0.4]
 
 
 def test_a_comparison_looks_at_every_session_of_a_resumed_run():

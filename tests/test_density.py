@@ -1,7 +1,6 @@
 """The token-reward heatmap: the dense reward of each token, and how often its lowest value is at a wrong step."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,14 +41,14 @@ def test_the_share_of_lowest_rewards_at_mistakes_is_over_problems():
 
 def test_logprobs_are_those_of_the_whole_model(student, problems):
     """Against transformers' own logits, for responses of different lengths in one pack."""
-    tokenizer, loaded = AutoTokenizer.from_pretrained(student), data.load_problems(problems, quiet=True)
+    tokenizer, loaded = AutoTokenizer.from_pretrained(student), data.load_problems(problems)
     prompts = data.tokenize_prompts(tokenizer, loaded, toy.WORDING)
     rng = random.Random(0)
     rollouts = [
         Rollout(p, 0, prompts[p.id], [rng.randrange(26) for _ in range(n)], [0.0] * n, "stop", "")
         for n, p in zip((1, 7, 12), loaded)
     ]
-    cfg = density.Config(student, student, student, problems, out="")
+    cfg = density.Config(student, student, student, student, problems, out="")
     model = AutoModelForCausalLM.from_pretrained(student)
     for rollout, found in zip(rollouts, density.logprobs_under(student, rollouts, cfg, len(tokenizer)), strict=True):
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
@@ -69,10 +68,11 @@ def test_long_and_hostile_responses_can_be_drawn(tmp_path):
     for name, count in (("short", 1), ("long", 500)):
         ids = tokenizer.convert_tokens_to_ids(HOSTILE) * count
         rollout = Rollout(Problem("p", "$1$" + HOSTILE[0], "$2"), 0, [2], ids, [0.0] * len(ids), "length", "")
-        texts = density.texts_of(rollout, tokenizer)
+        texts = density.cell_texts(rollout, tokenizer)
         assert texts[:6] == ["\\u202e", "$data", "\\x1b[2J", "<b>", "⏎", "␣"] and len(texts) == len(ids)
         shown = density.Shown("title", rollout, torch.linspace(0, -9, len(ids)))
         density.draw([[shown]], tokenizer, "", tmp_path / f"{name}.png")
+    assert [density.nats(x) for x in (-0.04, -0.06, 0.5, -7.91, -10.04)] == ["0", "−0.1", "0.5", "−7.9", "−10"]
     height = lambda name: int.from_bytes((tmp_path / f"{name}.png").read_bytes()[20:24], "big")
     assert height("short") < height("long") < height("short") + 400
 
@@ -83,12 +83,11 @@ def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatc
     """
     drawn = []
     monkeypatch.setattr(density, "draw", lambda groups, tokenizer, said, picture: drawn.append((groups, said)))
-    settings = dict(out=str(tmp_path / "out"), bridge=teacher, max_response_tokens=24, max_prompt_tokens=64)
-    density.main(density.Config(student, teacher, student, problems, **settings, tried=4, problems=2, engine="torch"))
+    models, settings = (student, teacher, student, teacher), dict(max_response_tokens=24, max_prompt_tokens=64)
+    density.main(density.Config(*models, problems, out=str(tmp_path), **settings, tried=4, problems=2, engine="torch"))
     (groups, said) = drawn.pop()
-    assert (
-        "wrong step-by-step" not in capsys.readouterr().out and said == "" and [len(rows) for rows in groups] == [3, 3]
-    )
+    assert "wrong\nstep-by-step" not in capsys.readouterr().out and said == ""
+    assert [len(rows) for rows in groups] == [3, 3]
     by_trained, by_raw, bridged = groups[0]
     assert by_trained.rewards.mean() < -0.1 and by_raw.rewards.abs().max() == 0 and bridged.rewards.abs().max() < 1e-4
 
@@ -97,13 +96,11 @@ def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatc
         rollouts = toy.as_rollouts(tokenizer, loaded, [toy.demonstrate(p, "Roughly:", rng) for p in loaded])
         for rollout in rollouts:
             rollout.correct = rollout.text.endswith(f"{{{rollout.problem.answer}}}")
-        return rollouts, rollouts[:1], []
+        return rollouts, rollouts[:1], rollouts[:1]
 
     monkeypatch.setattr(density, "sample", sample)
-    density.main(density.Config(student, teacher, student, problems, **settings))
+    density.main(density.Config(*models, problems, out=str(tmp_path), **settings))
     printed = capsys.readouterr().out
-    assert (
-        "wrong step-by-step answers to" in printed and "0 ± 0 % with the raw one" in printed
-    )  # its lowest is the first
-    assert drawn.pop()[1].startswith("The trained teacher's lowest number is at a wrong step in")
-    assert not Path(tmp_path / "out").exists()
+    assert "wrong\nstep-by-step answers of the raw student to" in printed
+    assert "0 ± 0 % with the raw one" in printed  # whose rewards are all 0, so the lowest is the first
+    assert drawn.pop()[1].startswith("The RL'd teacher's lowest number is at a wrong step in")

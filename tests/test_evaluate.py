@@ -69,14 +69,17 @@ def record_sampled(monkeypatch) -> list[str]:
 
 
 def test_checkpoints_are_compared_in_tables_and_pictures(student, teacher, test_problems, tmp_path, capsys):
-    results = run(tmp_path / "report", [student, teacher], test_problems)
-    output = capsys.readouterr().out
-    assert "| student | " in output and "Differences on test, row minus column" in output
-    assert {"table.md", "results.json", "bars.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
-    assert results["student"]["test"]["problems"] == 6
-    path = Path(results["teacher"]["test"]["samples"])
+    """Labels name directories inside the report, whatever is in them."""
+    labels = ('../RL\'d "teacher" $\\foo$', "1H/rl/bridge")
+    results = run(tmp_path / "report", [teacher, student], test_problems, labels=labels)
+    table, report = capsys.readouterr().out, tmp_path / "report"
+    assert "Differences on test, row minus column" in table and (report / "table.md").read_text() in table
+    assert all(f"| {label} | " in table for label in labels) and results[labels[1]]["test"]["problems"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["report"] and (report / "bars.png").exists()
+    assert {path.name for path in report.iterdir() if path.is_dir()} == {"RL-d-teacher-foo", "1H-rl-bridge"}
+    path = Path(results[labels[1]]["test"]["samples"])
     settings, *lines = json_lines(path)
-    assert path.parent == tmp_path / "report" / "teacher" and settings["settings"]["k"] == 3
+    assert path.parent == report / "1H-rl-bridge" and settings["settings"]["k"] == 3
     assert len(lines) == 6 * 3 and {"id", "response", "correct", "tokens"} <= lines[0].keys()
 
 
@@ -160,7 +163,7 @@ def test_checkpoints_of_one_architecture_share_an_engine(student, teacher, test_
     assert made == [student, teacher, other]
 
 
-@pytest.mark.parametrize("kept, cut, lost", [(0, 50, 6), (1, 0, 6), (16, 0, 1), (17, 20, 1), (18, -1, 0)])
+@pytest.mark.parametrize("kept, cut, lost", [(0, 50, 6), (16, 0, 1), (17, 20, 1), (18, -1, 0)])
 def test_a_killed_evaluation_continues_from_its_samples(kept, cut, lost, student, test_problems, tmp_path, monkeypatch):
     """A file of 19 lines, cut after `kept` lines and some bytes of the next, costs the problem that it was cut at."""
     straight = run(tmp_path / "straight", [student], test_problems)
@@ -187,45 +190,29 @@ def test_samples_of_another_data_set_of_the_same_name_and_size_are_not_used(stud
     assert list(scored) == sampled[4:]
 
 
-@pytest.mark.parametrize("change", ["the verifier", "an answer"])
 def test_samples_graded_otherwise_are_graded_again_and_not_sampled(
-    change, student, test_problems, tmp_path, monkeypatch, capsys
+    student, test_problems, tmp_path, monkeypatch, capsys
 ):
-    rows = [json.loads(line) for line in Path(test_problems).read_text().splitlines()]
+    """By another version of the verifier all 18 of them, and with another answer to a problem the 3 of this problem."""
+    rows = json_lines(Path(test_problems))
     data = tmp_path / "test.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text(Path(test_problems).read_text())
     path = Path(run(tmp_path / "report", [student], str(data))["student"]["test"]["samples"])
-    before = json_lines(path)[1:]
-    sampled = record_sampled(monkeypatch)
-    if change == "the verifier":  # one by which everything is right
-        version = scores.metadata.version
-        monkeypatch.setattr(scores.metadata, "version", lambda name: version(name) + ".post1")
-        monkeypatch.setattr(scores, "grade", lambda rollouts, _: [setattr(r, "correct", True) for r in rollouts])
-    else:
-        rows[2]["answer"] = "123"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        right = lambda rollouts, _: [setattr(r, "correct", r.problem.answer == "123") for r in rollouts]
-        monkeypatch.setattr(scores, "grade", right)
-    capsys.readouterr()
-    result = run(tmp_path / "report", [student], str(data))["student"]["test"]
-    after = json_lines(path)[1:]
-    assert sampled == [] and [line["response"] for line in after] == [line["response"] for line in before]
-    right = range(18) if change == "the verifier" else range(6, 9)
-    assert [number for number, line in enumerate(after) if line["correct"]] == list(right)
-    assert f"{18 if change == 'the verifier' else 3} samples graded again" in capsys.readouterr().out
-    assert result["avg"] == pytest.approx(len(right) / 18)
-    evaluate.main(config(tmp_path / "report", [student], str(data)))
-    assert "graded again" not in capsys.readouterr().out
-
-
-# Names and numbers
-
-
-def test_labels_name_directories_inside_the_report_and_stand_in_the_tables(student, teacher, test_problems, tmp_path):
-    labels = ('../RL\'d "teacher" $\\foo$', "1H/rl/bridge")
-    evaluate.main(config(tmp_path / "report", [student, teacher], test_problems, labels=labels))
-    assert [path.name for path in tmp_path.iterdir()] == ["report"]
-    names = {path.name for path in (tmp_path / "report").iterdir() if path.is_dir()}
-    assert names == {"RL-d-teacher-foo", "1H-rl-bridge"}
-    table = (tmp_path / "report" / "table.md").read_text()
-    assert all(f"| {label} | " in table for label in labels) and (tmp_path / "report" / "bars.png").exists()
+    before, sampled, version = json_lines(path), record_sampled(monkeypatch), scores.metadata.version
+    for change, verdict, expected in (("verifier", True, 18), ("answer", False, 15)):
+        grade = lambda rollouts, _, verdict=verdict: [setattr(r, "correct", verdict) for r in rollouts]
+        monkeypatch.setattr(scores, "grade", grade)
+        if change == "verifier":
+            monkeypatch.setattr(scores.metadata, "version", lambda name: version(name) + ".post1")
+        else:
+            rows[2]["answer"] = "123"
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        capsys.readouterr()
+        result = run(tmp_path / "report", [student], str(data))["student"]["test"]
+        assert f"{18 if change == 'verifier' else 3} samples graded again" in capsys.readouterr().out
+        after = json_lines(path)
+        assert [line.get("response") for line in after] == [line.get("response") for line in before] and not sampled
+        assert sum(line["correct"] for line in after[1:]) == expected and result["avg"] == pytest.approx(expected / 18)
+        run(tmp_path / "report", [student], str(data))
+        assert "graded again" not in capsys.readouterr().out
+    assert not any(line["correct"] for line in after[1 + 2 * 3 : 1 + 3 * 3])

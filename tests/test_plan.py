@@ -16,6 +16,12 @@ from tests.tools.rehearsal import rehearse, write_models
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
+@pytest.fixture(autouse=True)
+def no_flags_of_an_outer_make(monkeypatch):
+    """`make -s test`, for one, would silence the commands below."""
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+
+
 def run(*command: str, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
@@ -36,8 +42,8 @@ def place(tmp_path, monkeypatch):
 
 
 PLANS = {  # name -> (make's target, its variables, the number of stages and evaluations in its plan)
-    "8B": ("tables", {}, 32),
-    "14B": ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, 32),
+    "8B": ("tables", {}, 31),
+    "14B": ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, 31),
     "Llama on two nodes": ("tables", {"PAIR": "llama", "FIRST_NODE": "node1"}, 7),
     "8B on two nodes": ("R7", {"NODES": 2, "FIRST_NODE": "node1"}, 4),
     "one GPU": ("R8", {"GPUS": 1}, 3),
@@ -62,8 +68,6 @@ def replace(old: str, new: str):
         (replace("--half 2H", "--half 1H"), "--half 1H: on 10 of its 10 problems .* already trained"),
         (replace("--seed 0", "--seed 0 --tensor-parallel 3"), "--tensor-parallel 3 must divide .* processes .8."),
         (replace("--seed 0", "--seed 0 --max-response-tokens 41000"), "'Qwen/Qwen3-8B' has 40960 positions"),
-        (replace("--seed 0", "--seed 0 --max-prompt-tokens 50"), "than --max-prompt-tokens 50"),
-        (replace("--epochs 1\n", "--epochs 0\n"), "--epochs 0 is too small"),
         (replace("Qwen/Qwen3-1.7B", "Qwen3-1.7B"), "--model 'Qwen3-1.7B' is not a checkpoint directory"),
     ],
 )

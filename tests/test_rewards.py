@@ -129,7 +129,7 @@ def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatc
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.1  # it learns to write fewer of them
     lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     assert lineage["config"]["reward"] == reward
-    assert lineage["reward_sha256"] == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
+    assert lineage["sessions"][0]["files"][reward] == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
 
 
 def graded(path: Path, source: str, rollouts: list[Rollout]) -> list[Rollout]:

@@ -1,12 +1,17 @@
 """Which responses a stage trains on: of repeated problems, of a limited warmup, and of texts that another model wrote."""
 
+import dataclasses
 import json
+import math
+import struct
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model, write_checkpoint, write_problems
-from helpers import assert_same_weights, cached_rows, metrics, warmup
+from helpers import assert_same_weights, cached_rows, made_up_grades, metrics, warmup
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,8 +21,8 @@ import lib.lineage
 import lib.rollouts
 from common import INSTRUCTION, InputError, Rollout
 from experiments import toy
-from lib.engines import Completion, Sampling, TorchEngine
-from lib.rollouts import known_tokens, open_cache, sample_rollouts
+from lib.engines import Sampling, TorchEngine
+from lib.rollouts import open_cache, sample_rollouts
 
 
 def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
@@ -40,12 +45,6 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
     assert sample(first, first, first, other) == [a, again, once_more, b]
 
 
-def test_tokens_of_the_padding_are_cut():
-    sampled = Completion([0, 7, 8, 1], [-1.0, -2.0, -3.0, -4.0], "stop")
-    assert known_tokens(sampled, 8) == Completion([0, 7], [-1.0, -2.0], "length")
-    assert known_tokens(Completion([0, 7], [-1.0, -2.0], "stop"), 8).finish_reason == "stop"
-
-
 # The cache and the order of the warmup
 
 
@@ -58,16 +57,14 @@ def trained_on(monkeypatch):
     return updates
 
 
-def grade_by_parity(rollouts, grader):
-    for rollout in rollouts:
-        rollout.correct = sum(rollout.response_ids) % 2 == 0
-
-
 def names(updates) -> list[list[tuple[str, int]]]:
     return [[(r.problem.id, r.sample) for r in update] for update in updates]
 
 
-def test_the_responses_to_a_problem_stay_together(student, teacher, problems, tmp_path, trained_on):
+def test_the_responses_to_a_problem_stay_together(student, teacher, problems, tmp_path, trained_on, monkeypatch):
+    """Also on a machine without the packages that read data sets from the hub."""
+    for package in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)  # to import it fails
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", epochs=2))
     batches = lib.data.problem_batches(lib.data.load_problems(problems), 3, 2, "warmup", 0)
     assert [[name for name, _ in update] for update in names(trained_on)] == [
@@ -80,7 +77,7 @@ def test_a_limited_warmup_samples_what_it_uses(
     keep, student, teacher, problems, tmp_path, monkeypatch, trained_on, capsys
 ):
     """The same as the first steps of a longer one, which can go on with its rollouts."""
-    monkeypatch.setattr(fkl_warmup, "grade", grade_by_parity)
+    monkeypatch.setattr(fkl_warmup, "grade", made_up_grades)
     at_a_time = {"all": 512, "correct": 2}[keep]  # sequences: all problems, or one
     settings = dict(keep=keep, loss="sft", mini_batch_prompts=1, max_response_tokens=16, max_num_seqs=at_a_time)
     whole = tmp_path / "whole_rollouts"
@@ -105,7 +102,7 @@ def test_a_limited_warmup_samples_what_it_uses(
 
 def test_epochs_repeat_until_max_steps(student, teacher, problems, tmp_path, monkeypatch, trained_on):
     """--keep correct keeps what is right and finished; --epochs, which is 1, does not end the run."""
-    monkeypatch.setattr(fkl_warmup, "grade", grade_by_parity)
+    monkeypatch.setattr(fkl_warmup, "grade", made_up_grades)
     settings = dict(keep="correct", loss="sft", mini_batch_prompts=4, max_response_tokens=16)
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", **settings, max_steps=7))
     rows = cached_rows(tmp_path / "out" / "teacher_rollouts")
@@ -118,6 +115,38 @@ def test_epochs_repeat_until_max_steps(student, teacher, problems, tmp_path, mon
     for start in range(0, 56, len(learnt)):
         one_pass = flat[start : start + len(learnt)]
         assert set(one_pass) <= learnt and len(set(one_pass)) == len(one_pass)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert set(record["trained_on"]) == {row["id"] for row in finished}
+    monkeypatch.setattr(fkl_warmup, "grade", lambda rollouts, _: [setattr(r, "correct", False) for r in rollouts])
+    with pytest.raises(InputError, match="no response is right and finished"):
+        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
+
+
+def test_a_rollout_comes_back_from_the_cache_as_it_was(problems, tmp_path):
+    """Each by itself, in any order, with every digit; and a process that opens the cache again finds the same."""
+    loaded = lib.data.load_problems(problems)[:3]
+    prompts = {problem.id: [5, number] for number, problem in enumerate(loaded)}
+    logprobs = [[-1 / 3, -2.5e-8, math.nan], [-0.1], [float(torch.tensor(-0.7)), -12.0], [-math.inf, -1e-300]]
+    texts = ['"response_ids": [1]\n\u2028é\ud800', "", "4", "5"]
+    rollouts = [
+        Rollout(problem, number, prompts[problem.id], [7] * len(values), values, reason, text, correct)
+        for number, (problem, values, text, reason, correct) in enumerate(
+            zip([*loaded[:2], loaded[1], loaded[2]], logprobs, texts, ["stop", "length"] * 2, [True, True, False, True])
+        )
+    ]
+    with open_cache(tmp_path / "cache", {}, loaded, prompts) as first:
+        first.append(rollouts[1:3])
+        first.append([rollouts[3]])
+        first.append([rollouts[0]])
+    with open_cache(tmp_path / "cache", {}, loaded, prompts) as again:
+        pass
+    assert first.rows == {loaded[1].id: [0, 1], loaded[2].id: [2], loaded[0].id: [3]}
+    assert again.rows == {loaded[0].id: [0], loaded[1].id: [1, 2], loaded[2].id: [3]}
+    assert again.right == [True, False, False, False] and again.tokens == first.tokens == 8
+    bits = lambda values: [struct.pack("d", value) for value in values]
+    for row in (2, 0, 3, 1):
+        assert dataclasses.replace(again[row], logprobs=[]) == dataclasses.replace(rollouts[row], logprobs=[])
+        assert bits(again[row].logprobs) == bits(rollouts[row].logprobs)
 
 
 def test_a_cache_is_refused_when_its_responses_would_differ(student, problems, tmp_path):
@@ -238,7 +267,7 @@ def test_texts_that_leave_nothing_to_learn_from_are_refused(content, words, stud
         fkl_warmup.main(from_texts(student, problems, tmp_path / "out", str(tmp_path / "texts.jsonl")))
 
 
-def test_special_tokens_in_a_text_end_no_turn_and_parts_that_the_cache_has_are_not_read_again(
+def test_special_tokens_in_a_text_end_no_turn_and_what_the_cache_has_is_not_graded_again(
     problems, tmp_path, monkeypatch
 ):
     """With a tokenizer of bytes, in which a special token's name can also be spelt."""
@@ -249,11 +278,11 @@ def test_special_tokens_in_a_text_end_no_turn_and_parts_that_the_cache_has_are_n
     [problem, other, *_] = loaded = lib.data.load_problems(problems)
     rows = [(problem, "a<end>b"), (problem, "ab<end>"), (other, "c"), (problem, "d")]
     texts, graded = write_texts(tmp_path / "texts.jsonl", rows), []
-    monkeypatch.setattr(lib.rollouts, "LINES_AT_A_TIME", 2)
+    monkeypatch.setattr(lib.rollouts, "PROBLEMS_AT_A_TIME", 1)
 
     def grade(rollouts, grader):
         graded.append([rollout.text for rollout in rollouts])
-        grade_by_parity(rollouts, grader)
+        made_up_grades(rollouts, grader)
         if grader == "killed" and len(graded) == 2:
             raise KeyboardInterrupt
 
@@ -263,8 +292,8 @@ def test_special_tokens_in_a_text_end_no_turn_and_parts_that_the_cache_has_are_n
         lib.rollouts.read_texts(texts, cache, tokenizer, 12, "killed")
     with open_cache(tmp_path / "cache", {}, loaded, prompts) as cache:
         lib.rollouts.read_texts(texts, cache, tokenizer, 12, "")
-    assert graded == [["a<end>b", "ab"], ["c", "d"], ["c", "d"]]
+    assert graded == [["a<end>b", "ab", "d"], ["c"], ["c"]]
     found = [cache[row] for row in range(len(cache))]
     assert [rollout.response_ids.count(tokenizer.eos_token_id) for rollout in found] == [1] * 4
-    assert [tokenizer.decode(rollout.response_ids[:-1]) for rollout in found] == ["a<end>b", "ab", "c", "d"]
-    assert cache.rows == {problem.id: [0, 1, 3], other.id: [2]}
+    assert [tokenizer.decode(rollout.response_ids[:-1]) for rollout in found] == ["a<end>b", "ab", "d", "c"]
+    assert cache.rows == {problem.id: [0, 1, 2], other.id: [3]}

@@ -125,12 +125,7 @@ def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problem
 
 def test_labels_that_only_a_teacher_used_count():
     """Those of the teacher's ancestors, too."""
-    record = lambda *trained_on, **parents: {
-        "path": "x",
-        "stage": "opd",
-        "trained_on": list(trained_on),
-        "parents": parents,
-    }
+    record = lambda *trained_on, **parents: {"stage": "opd", "trained_on": list(trained_on), "parents": parents}
     teacher = record("b", model=record("c"), teacher=record("d"))
     assert lib.lineage.problems_trained_on(record("a", model=record(), teacher=teacher)) == {"a", "b", "c", "d"}
 
@@ -188,29 +183,12 @@ def test_distillation_lowers_its_kl(stage, estimator, key, factor, student, teac
 def test_the_controls_share_the_warmups_rollouts(student, teacher, problems, tmp_path):
     settings = dict(rollouts=str(tmp_path / "rollouts"))
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "fkl", **settings))
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").glob("shard-*/*")}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").glob("shard-*")}
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings, loss="sft", epochs=2))
     assert {path: path.stat().st_mtime_ns for path in files} == files  # sampled once
     assert metrics(tmp_path / "sft")[-1]["cross_entropy"] < metrics(tmp_path / "sft")[0]["cross_entropy"]
     with pytest.raises(InputError, match="holds other rollouts"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "other", **settings, seed=1))
-
-
-def test_filtered_sft_learns_from_right_answers_alone(student, teacher, problems, tmp_path, monkeypatch):
-    right = set()
-
-    def two_right(rollouts, grader):
-        for number, rollout in enumerate(rollouts):
-            rollout.correct, rollout.finish_reason = number in (2, 9), "stop"
-        right.update(rollout.problem.id for rollout in rollouts if rollout.correct)
-
-    grade_with(monkeypatch, two_right)
-    settings = dict(loss="sft", keep="correct", mini_batch_prompts=1)
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings))
-    assert set(json.loads((tmp_path / "sft" / "run.json").read_text())["trained_on"]) == right and len(right) == 2
-    grade_with(monkeypatch, lambda rollouts, grader: [setattr(rollout, "correct", False) for rollout in rollouts])
-    with pytest.raises(InputError, match="no response is right and finished"):
-        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -248,26 +226,18 @@ def test_every_step_samples_anew(stage, student, teacher, problems, tmp_path, mo
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_end_text_ends_responses_and_is_trained(stage, student, teacher, problems, tmp_path, monkeypatch):
-    """Like the end-of-sequence token, in every stage: it is the last token of a response, and one of the loss's targets."""
-    made = []
+    """Like the end-of-sequence token, in every stage: it is the last token of a response that is trained on."""
+    trained = []
     for module in (teacher_grpo, fkl_warmup, opd):
-
-        def recording(rollouts, *rest, make=module.make_batches):
-            made.append((rollouts, make(rollouts, *rest)))
-            return made[-1][1]
-
+        recording = lambda rollouts, *rest, make=module.make_batches: trained.extend(rollouts) or make(rollouts, *rest)
         monkeypatch.setattr(module, "make_batches", recording)
     script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=1, stop=(":",))
     script.main(config)
     stops = lib.data.stop_tokens(toy.make_tokenizer(), (":",))
-    ended = 0
-    for rollouts, batches in made:
-        for number, rollout in enumerate(rollouts):
-            ends = [token in stops | {0, 1} for token in rollout.response_ids]
-            assert not any(ends[:-1]) and ends[-1] == (rollout.finish_reason == "stop")
-            assert [t for b in batches for t in b.targets[b.rollout_index == number].tolist()] == rollout.response_ids
-            ended += rollout.response_ids[-1] in stops
-    assert ended
+    for rollout in trained:
+        ends = [token in stops | {0, 1} for token in rollout.response_ids]
+        assert not any(ends[:-1]) and ends[-1] == (rollout.finish_reason == "stop")
+    assert any(rollout.response_ids[-1] in stops for rollout in trained)
 
 
 @pytest.mark.parametrize("stage", STAGES)

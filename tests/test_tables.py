@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from common import InputError
 from experiments import tables
 from lib.scores import mean_and_error
 
-CHECKPOINTS = {row.checkpoint for rows in tables.TABLES.values() for row in rows}
+CHECKPOINTS = set().union(*tables.TABLES.values())
 
 
 def write_runs(directory: Path, averages: dict[str, float], seeds: int, shift: float = 0.05) -> tuple[str, ...]:
@@ -23,11 +24,12 @@ def write_runs(directory: Path, averages: dict[str, float], seeds: int, shift: f
         for checkpoint, average in averages.items():
             scores = average + shift * seed + hardness + rng.normal(0, 0.01, 40)
             mean, error = mean_and_error(scores)
-            row = {"avg": mean, "se": error, "scores": dict(zip(map(str, range(40)), scores.tolist()))}
+            scores = dict(zip(map(str, range(40)), scores.tolist()))
+            row = {"avg": mean, "se": error, "scores": scores, "problems": 40}
             results[checkpoint] = {"test": row}
         path = directory / f"seed{seed}" / "report-test" / "all" / "results.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"results": results}))
+        path.write_text(json.dumps({"results": results, "settings": {"k": 16}}))
     return tuple(str(directory / f"seed{seed}") for seed in range(seeds))
 
 
@@ -38,7 +40,7 @@ def written(out: Path, runs: tuple[str, ...] = (), **settings) -> tuple[dict, st
 
 
 def verdicts(results: dict) -> dict[str, str]:
-    return {ordering["claim"]: ordering["verdict"] for ordering in results["orderings"]}
+    return {f"{o['first']} {o['relation']} {o['second']}": o["verdict"] for o in results["orderings"]}
 
 
 def test_tables_pair_problems_and_average_over_seeds(tmp_path):
@@ -51,19 +53,20 @@ def test_tables_pair_problems_and_average_over_seeds(tmp_path):
     assert direct["mean"] == pytest.approx(0.05, abs=0.005) and 0.0005 < direct["se"] < 0.005
     assert direct["interval"] == pytest.approx(3.182 * mean_and_error(np.array(direct["runs"])[:, 0])[1], rel=1e-3)
     assert verdicts(results) == {
-        "direct GRPO > bridge from the raw teacher": "holds",
-        "bridge from the RL'd teacher > direct GRPO": "REVERSED",
-        "bridge > OPD only (without 2a)": "holds",
-        "bridge + 2H > bridge": "holds",
-        "bridge + 2H > bridge + replay": "holds",
-        "bridge + replay = bridge": "no difference resolved",
-        "2H in Stages 1 and 2 against 2H in Stage 3": "resolved (-)",
+        "full/direct > full/raw/bridge": "holds",
+        "full/rl/bridge > full/direct": "REVERSED",
+        "full/rl/bridge > full/rl/opd_only": "holds",
+        "1H/rl/bridge-2H > 1H/rl/bridge": "holds",
+        "1H/rl/bridge-2H > 1H/rl/bridge-replay": "holds",
+        "1H/rl/bridge-replay = 1H/rl/bridge": "no difference resolved",
+        "full/rl/bridge ? 1H/rl/bridge-2H": "resolved (-)",
     }
     single = [json.loads(Path(run, "report-test/all/results.json").read_text())["results"] for run in runs]
     each = np.array([result["full/direct"]["test"]["avg"] for result in single])
     assert results["entries"]["full/direct"]["test"] == pytest.approx(mean_and_error(each))
-    assert "| - | direct GRPO of the student | `full/direct` |" in text and "75.9±0.9 / 19.8±1.4 / 17.1±0.9" in text
-    assert "teacher-sample SFT" not in text and (tmp_path / "tables" / "routes.png").stat().st_size > 10_000
+    assert "| direct GRPO | `full/direct` |" in text and "75.9±0.9 / 19.8±1.4 / 17.1±0.9" in text
+    assert "| bridge (RL'd teacher) against bridge on 1H + Stage 3 on 2H (RL'd teacher) |" in text
+    assert "| teacher-sample SFT" not in text and (tmp_path / "tables" / "routes.png").stat().st_size > 10_000
     assert "holds 4, REVERSED 1, no difference resolved 1." in text and "7 claims are tested below" in text
     # What results.json holds is enough to write both files again, to the letter.
     again = written(tmp_path / "again", results=str(tmp_path / "tables" / "results.json"))
@@ -83,7 +86,7 @@ def test_a_row_that_is_missing_in_one_run_is_named(tmp_path, capsys):
     for sentence in (f"`student` (missing in {runs[0]})", f"`full/rl/bridge` (missing in {runs[1]})"):
         assert sentence in text
     assert text in capsys.readouterr().out
-    assert verdicts(results).keys() == {"direct GRPO > bridge from the raw teacher"}
+    assert verdicts(results).keys() == {"full/direct > full/raw/bridge"}
 
 
 def test_quantiles_of_student_t():
@@ -109,16 +112,6 @@ def test_the_wider_interval_decides():
 def test_holms_correction():
     assert tables.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert tables.holm([0.6, 0.001, 0.5]) == pytest.approx([1.0, 0.003, 1.0])
-    orderings = [
-        {"claim": f"claim {p}", "data": "test", "relation": ">", "verdict": "", "p": p} for p in (0.001, 0.04, 0.5)
-    ]
-    for ordering, p in zip(orderings, tables.holm([o["p"] for o in orderings])):
-        ordering["p_holm"] = p
-    said = tables.summary(orderings)[1]
-    assert (
-        "3 x 0.05 = 0.15 of them" in said
-        and "Of the 2 resolved verdicts 1 survive it, and these do not: claim 0.04" in said
-    )
 
 
 @pytest.mark.parametrize("mean, p, expected", [
@@ -142,7 +135,7 @@ def write_checkpoint(run: str, name: str, seed: int, stage: str, model: dict, **
 
 
 def write_chain(run: str, seed: int) -> None:
-    """Two teachers, a bridge from each and Stage 3 after one, with costs of which no two sums are the same by chance."""
+    """Two teachers, a bridge from one and Stage 3 after it, with costs of which no two sums are the same by chance."""
     raw = {"path": "raw_student", "sha256": "raw"}, {"path": "raw_teacher", "sha256": "large"}
 
     def write(name, stage, model, **record):
@@ -156,9 +149,8 @@ def write_chain(run: str, seed: int) -> None:
         "1H/rl/bridge", "opd", warmup, teacher=teacher, trained_on="a", trained_tokens=8_000, cpu_seconds=240
     )
     write("1H/rl/bridge-2H", "student_grpo", bridge, trained_on="c", trained_tokens=16_000, cpu_seconds=480)
-    sft = write("1H/sft/teacher", "fkl_warmup", raw[1], teacher=raw[1], trained_on="a", sampled_tokens=100_000,
-                trained_tokens=200_000, cpu_seconds=6)  # fmt: skip
-    write("1H/sft/bridge", "opd", raw[0], teacher=sft, trained_on="a b", trained_tokens=400_000, cpu_seconds=12)
+    write("1H/sft/teacher", "fkl_warmup", raw[1], teacher=raw[1], trained_on="a", sampled_tokens=100_000,
+          trained_tokens=200_000, cpu_seconds=6)  # fmt: skip
 
 
 COSTS = {  # labels, tokens that the student sampled and trained on, the same of the teacher, CPU minutes; of seed 0
@@ -167,12 +159,11 @@ COSTS = {  # labels, tokens that the student sampled and trained on, the same of
     "1H/rl/bridge": (2, 8_000, 12_000, 3_000, 1_000, 7),
     "1H/rl/bridge-2H": (3, 24_000, 28_000, 3_000, 1_000, 15),
     "1H/sft/teacher": (1, 0, 0, 100_000, 200_000, 0.1),
-    "1H/sft/bridge": (2, 400_000, 400_000, 100_000, 200_000, 0.3),
 }
 
 
 def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path):
-    """The RL'd teacher stands behind the warmup and behind OPD, and is paid for once; seed 1 pays twice as much."""
+    """The RL'd teacher is behind the warmup and behind OPD, and is paid for once; seed 1 pays twice as much."""
     evaluated = [*COSTS, "student", "teacher", "full/rl/bridge"]  # no stage makes a raw model
     runs = write_runs(tmp_path, dict.fromkeys(evaluated, 0.5), seeds=2)
     for seed, run in enumerate(runs):
@@ -185,8 +176,7 @@ def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path):
         expected = [labels, *(1.5 * value for value in spent)]
         assert list(results["costs"][checkpoint].values()) == pytest.approx(expected), checkpoint
     accuracy = tables.percent(*results["entries"]["1H/rl/bridge-2H"]["test"])
-    row = f"| RL'd | bridge on 1H + Stage 3 on 2H | `1H/rl/bridge-2H` | {accuracy} | 3 | 36 | 42 | 4 | 2 | 22.50 |"
-    assert row in text
+    assert f"| `1H/rl/bridge-2H` | {accuracy} | 3 | 36 | 42 | 4 | 2 | 22.50 |" in text
     path = Path(runs[0], "1H/rl/bridge-2H/run.json")
     record = json.loads(path.read_text())
     del record["parents"]["model"]["parents"]["model"]["trained_tokens"]  # the warmup's: what the row cost is not known
@@ -194,51 +184,76 @@ def test_a_row_costs_what_all_stages_behind_it_have_cost(tmp_path):
     assert written(tmp_path / "unknown", runs)[0]["costs"].keys() == COSTS.keys() - {"1H/rl/bridge-2H"}
 
 
-def test_every_figure_of_the_paper_stands_beside_a_row_and_the_papers_differences_follow():
+def test_every_figure_of_the_paper_has_a_row_and_the_papers_differences_follow():
     number = r"\d+\.\d(±\d\.\d)?"
     for checkpoint, figures in tables.PAPER.items():
         assert checkpoint in CHECKPOINTS and 2 <= len(figures) <= len(tables.PAIRS)
         assert all(re.fullmatch(" / ".join([number] * 3), figure) for figure in figures)
     assert "+0.8 with the 8B teacher and -0.1 with the 14B teacher" in tables.PREDICTIONS["App. C"]
-    paper = [claim for claim in tables.CLAIMS if claim.relation != "?" and tables.OWN not in claim.text]
-    found = [tables.paper_difference(claim.first, claim.second, "qwen3-8b") for claim in paper]
-    assert found == [
-        "-",
-        *"+4.4 +3.4 +5.4 +2.4 +2.8 +1.3 +1.7 +3.3 +1.6 +0.7 +0.5 +3.1 +2.8 +0.3 +2.9 +3.2 -0.3".split(),
-    ]
-    for claims in (tables.CLAIMS, tables.CLAIMS_1H):
-        for claim in claims:
-            assert (
-                claim.relation == (re.search("[>=]", claim.text) or "?")[0]
-                or claim.text == "Stage 1 improves the teacher"
-            )
-    assert {name for claim in tables.CLAIMS for name in (claim.first, claim.second)} <= CHECKPOINTS
+    claims = [claim.split() for claims in tables.CLAIMS.values() for claim in claims]
+    found = [tables.paper_difference(first, second, "qwen3-8b") for first, _, second, *ours in claims if not ours]
+    expected = "- +4.4 +3.4 +5.4 +2.4 +2.8 +1.3 +1.7 +3.3 +1.6 +0.7 +0.5 +3.1 +2.8 +0.3 +2.9 +3.2 -0.3 +0.8"
+    assert found == expected.split()
+    assert {name for first, _, second, *_ in claims for name in (first, second)} <= CHECKPOINTS
+
+
+def test_checkpoints_in_words():
+    for checkpoint, words in {
+        "student": "raw student",
+        "1H/sft/teacher": "SFT'd teacher on 1H",
+        "full/same/opd_only": "OPD alone (student-sized RL'd teacher)",
+        "1H/rl/sft_only-2H": "teacher-sample SFT on 1H + Stage 3 on 2H (RL'd teacher)",
+        "1H/direct/step-000026": "direct GRPO on 1H, step 26",
+        "full/raw/my_own": "my_own (raw teacher)",
+    }.items():
+        assert tables.in_words(checkpoint) == words
 
 
 @pytest.mark.parametrize("pair", [*tables.PAIRS, "1H"])
 def test_each_pair_has_the_papers_tables_with_its_own_figures(pair, tmp_path):
-    """And the pretrained model of SCALE=real its own table on 1H, where the paper's figures on all labels do not stand."""
-    rows = {row.checkpoint for rows in tables.TABLES_1H.values() for row in rows} if pair == "1H" else CHECKPOINTS
+    """The pretrained model of SCALE=real has its own table on 1H, without the paper's figures on all labels."""
+    rows = set().union(*tables.TABLES_1H.values()) if pair == "1H" else CHECKPOINTS
     runs = write_runs(tmp_path, dict.fromkeys(rows, 0.5), seeds=2)
     results, text = written(tmp_path / "out", runs, **({} if pair == "1H" else {"pair": pair}))
     titles = re.findall(r"^\*\*(Table \d(?:, \w+)?|Teachers|Rows|P\d|App\. C)", text, flags=re.M)
     qwen = ["Table 1", "Table 2, top", "Table 2, bottom", "Table 4", "Table 5", "Table 6", "Teachers", "P1", "P2", "P3"]
     if pair == "1H":
         assert titles == ["Rows", "P1", "P2"] and "`full/" not in text and "75.9" not in text
-        assert len(results["orderings"]) == len(tables.CLAIMS_1H)
+        assert len(results["orderings"]) == sum(map(len, tables.CLAIMS_1H.values()))
         return
     assert titles == [*(["Table 3", *qwen[6:]] if pair == "llama" else qwen), "App. C"]
-    assert f"| {tables.paper_figures('full/rl/bridge', pair)} |" in text and len(results["orderings"]) == len(
-        tables.CLAIMS
-    )
+    assert f"| {tables.paper_figures('full/rl/bridge', pair)} |" in text
+    assert len(results["orderings"]) == sum(map(len, tables.CLAIMS.values()))
 
 
 def test_the_demo_is_explained(tmp_path, capsys, monkeypatch):
-    (tmp_path / "table.md").write_text("THE TABLE\n")
-    drawn = []
-    monkeypatch.setattr(tables.lib.plots, "draw_curves", lambda *given: drawn.append(given))
-    for half, labels in (("full", "all training labels"), ("1H", "the half 1H of the training labels")):
-        tables.main(tables.Config(out=str(tmp_path), demo=(f"run/{half}/direct",), labels=("direct GRPO",)))
-        said = capsys.readouterr().out
-        assert said.startswith("THE TABLE\n") and f"Direct GRPO spent {labels} on the student" in said
-    assert drawn[0] == ({"direct GRPO": "run/full/direct"}, tmp_path / "curves.png")
+    """With one curve for each checkpoint: of its rewards, though it logs an accuracy as well, or of its accuracy."""
+    [run] = write_runs(tmp_path, {"student": 0.1, "full/direct": 0.4, "1H/rl/bridge": 0.5, "1H/rl/bridge-2H": 0.6}, 1)
+    write_chain(run, 0)
+    for checkpoint, metrics in {
+        "full/direct": {"reward": -0.4, "accuracy": 0.9},
+        "1H/rl/bridge": {"reverse_kl": 0.2, "accuracy": 0.9},
+        "1H/rl/bridge-2H": {"reward": 0.6},
+    }.items():
+        Path(run, checkpoint, "metrics.jsonl").write_text(json.dumps({"step": 0, **metrics}) + "\n")
+    out, drawn = Path(run, "report-test/all"), []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    tables.main(tables.Config(out=str(out), runs=(run,), demo=True))
+    said = capsys.readouterr().out
+    assert "answered 40 test problems 16 times" in said
+    for words, labels in {
+        "raw student": 0,
+        "direct GRPO": 3,
+        r"bridge on 1H \+ Stage 3 on 2H \(RL'd teacher\)": 3,
+    }.items():
+        assert re.search(rf"  {words} +\d+\.\d ± \d\.\d +{labels}\n", said)
+    steps = said[said.index("In\npoints") :]
+    assert re.search(r"Stage 3: .* \+10\.\d ± 0\.\d\n", steps) and "Stage 1: " not in steps  # no teacher was evaluated
+    bars, rewards, kls = drawn[0].axes
+    _, _, [whiskers] = next(box.errorbar for box in bars.containers if hasattr(box, "patches")).lines
+    shown = float(re.search(r"raw student +\S+ ± (\S+)", said)[1])
+    assert np.diff(whiskers.get_segments()[0], axis=0)[0, 0] / 2 == pytest.approx(shown, abs=0.051)
+    assert {line.get_label(): line.get_ydata()[0] for line in rewards.lines} == {
+        "direct GRPO": -0.4, "bridge on 1H (RL'd teacher)": 0.9, "bridge on 1H + Stage 3 on 2H (RL'd teacher)": 0.6,
+    }  # fmt: skip
+    assert [line.get_ydata()[0] for line in kls.lines] == [0.2]

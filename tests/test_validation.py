@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import RUNS, assert_same_weights, distill, grpo, metrics, warmup
-from test_resume import Killed
+from helpers import RUNS, assert_same_weights, distill, grpo, made_up_grades, metrics, warmup
 
 import evaluate
 import fkl_warmup
@@ -23,12 +22,6 @@ import teacher_grpo
 from common import InputError
 
 VALIDATE = dict(validate_every=2, validate_k=3)
-
-
-def made_up_grades(rollouts, verifier):
-    """Random models solve nothing."""
-    for rollout in rollouts:
-        rollout.correct = sum(rollout.response_ids) % 2 == 0
 
 
 @pytest.fixture
@@ -132,28 +125,23 @@ def test_a_checkpoint_along_the_way_serves_every_later_stage(student, teacher, p
     fkl_warmup.main(warmup(str(bridge), str(early), problems, tmp_path / "warmup", max_steps=1))
 
 
-def test_validations_of_a_resumed_run_are_those_of_one_that_ran_through(
-    student, teacher, problems, test_problems, tmp_path, monkeypatch, graded
+def test_the_warmups_engine_sleeps_before_the_first_update(
+    student, teacher, problems, test_problems, tmp_path, monkeypatch
 ):
-    """A kill comes after the validation before a step and before the step's own line; the step before was saved."""
-    more = dict(validate=(test_problems,), validate_every=1, validate_k=3)
-    opd.main(distill(student, teacher, problems, tmp_path / "straight", **more))
-    config = distill(student, teacher, problems, tmp_path / "cut", **more)
-    log = lib.runs.Run.log
+    """A resumed run may train long before its next validation, and an engine that is awake holds the GPU's memory."""
+    happened, make_engine, make_batches = [], fkl_warmup.make_engine, fkl_warmup.make_batches
 
-    def die(run, step, *arguments, **options):
-        if step == 2:
-            raise Killed
-        log(run, step, *arguments, **options)
+    def make(*arguments, **options):
+        engine = make_engine(*arguments, **options)
+        happened.append("an engine")
+        monkeypatch.setattr(engine, "sleep", lambda: happened.append("sleeps"))
+        return engine
 
-    with monkeypatch.context() as patch:
-        patch.setattr(lib.runs.Run, "log", die)
-        with pytest.raises(Killed):
-            opd.main(config)
-    assert [line["step"] for line in metrics(tmp_path / "cut.partial")] == [0, 0, 1, 1, 2]
-    opd.main(dataclasses.replace(config, resume=True))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
-    assert record(tmp_path / "cut")["validation"] == record(tmp_path / "straight")["validation"]
+    monkeypatch.setattr(fkl_warmup, "make_engine", make)
+    monkeypatch.setattr(fkl_warmup, "make_batches", lambda *a: happened.append("an update") or make_batches(*a))
+    monkeypatch.setattr(lib.scores.Validation, "score", lambda *a: None)  # as between two validations
+    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", validate=(test_problems,), max_steps=1))
+    assert happened == ["an engine", "sleeps", "an engine", "sleeps", "an update"]
 
 
 def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):
@@ -178,7 +166,3 @@ def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):
         ((0, 1), (0.2, 0.3)),
         ((0, 2), (0.1, 0.4)),
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curves.clear()
-    lib.plots.draw_curves({"a": str(tmp_path)}, tmp_path / "all.png")
-    assert curves == [((0, 1), (0.2, 0.3))]

@@ -28,6 +28,7 @@ import lib.data
 import lib.engines
 import lib.lineage
 import opd
+import student_grpo
 import teacher_grpo
 
 SHAPE = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
@@ -74,7 +75,7 @@ def write_models() -> None:
 
 def stand_in(repository: str, configuration: str | None, split: str) -> list[dict]:
     """Rows in the format of a data set on the hub: of DAPO two halves of ten."""
-    if (repository, configuration, split) not in lib.data.HUB_SETS.values():
+    if f"{repository}{configuration and '@' + configuration or ''}:{split}" not in lib.data.HUB_SETS.values():
         raise ConnectionError(repository)
     questions = [f"What is {number} plus {len(repository)}?" for number in range(20)]
     if "DAPO" in repository:
@@ -113,7 +114,7 @@ def without_weights(ranks: int, trained_on: list):
         for owner, name, replacement in (
             (datasets, "load_dataset", stand_in), (lib.engines, "chosen_engine", lambda engine: "vllm"),
             (lib.engines, "importlib", found), (lib.engines, "world_size", lambda: ranks),
-            *((module, "prepare", prepared) for module in (teacher_grpo, fkl_warmup, opd)),
+            *((module, "prepare", prepared) for module in (teacher_grpo, fkl_warmup, opd, student_grpo)),
             *((module, "load_policy", stop) for module in (teacher_grpo, fkl_warmup, opd)),
             *((module, "make_engine", stop) for module in (fkl_warmup, evaluate)),
         ):  # fmt: skip
@@ -127,7 +128,6 @@ def leave_checkpoint(cfg, trained_on: list[str]) -> None:
     line = {"step": 0, "reward" if hasattr(cfg, "kl_coef") else "reverse_kl": 0.5}
     written = {"trained_on": trained_on, "steps": 1, "first": line, "last": line}
     record = {**lib.lineage.new_record(cfg, parents), **written}
-    shutil.rmtree(f"{cfg.out}.partial")
     shutil.copytree(cfg.model, cfg.out)
     save_file({"stub": torch.zeros(1)}, f"{cfg.out}/model.safetensors", metadata={"of": cfg.out})
     Path(cfg.out, "run.json").write_text(json.dumps(record))
