@@ -226,6 +226,32 @@ def test_each_pair_has_the_papers_tables_with_its_own_figures(pair, tmp_path):
     assert len(results["orderings"]) == sum(map(len, tables.CLAIMS.values()))
 
 
+def test_accuracy_stands_against_the_cpu_time_of_all_stages_behind_it(tmp_path):
+    """A stage's 60 CPU seconds over 3 seconds of steps, 1 of which is the first step's, and 1 of validation."""
+    lines = [
+        {"step": 0, "validation_validation": 0.1, "seconds_validation": 0.5},
+        {"step": 0, "reward": 0.5, "seconds_rollout": 0.5, "seconds_update": 0.5},
+        {"step": 1, "reward": 0.5, "seconds_rollout": 2.0},
+        {"step": 2, "validation_validation": 0.4, "seconds_validation": 0.5},
+    ]
+    record = {"stage": "", "parents": {}, "trained_on": [], "cpu_seconds": 60.0}
+    for stage in ("1H/direct", "1H/rl/teacher", "1H/rl/warmup", "1H/rl/bridge"):
+        (tmp_path / stage).mkdir(parents=True)
+        (tmp_path / stage / "run.json").write_text(json.dumps(record))
+        (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    direct, bridge, teacher = (runs[0] for runs in tables.over_time([str(tmp_path)]).values())
+    assert direct == teacher == [(0, 0.1), (0, 0.1), (pytest.approx(0.75), 0.4)]
+    assert bridge == [(0, 0.1), *((pytest.approx(0.75 * stages), a) for stages, a in zip((1, 2, 2, 3), (0.1, 0.4) * 2))]
+    assert tables.over_time([str(tmp_path / "1H")]) == {}
+
+
+def test_the_number_of_runs_that_would_resolve_a_difference():
+    """With 12 runs the interval reaches 2.201 standard errors to each side: 2.201 x 0.1498 / 12^0.5 = 0.095."""
+    four = [(0.1 + x * 0.116, 0.0) for x in (-1.5, -0.5, 0.5, 1.5)]  # spread 0.1498; 11 runs would leave 0.1006
+    assert tables.runs_needed(four) == 12 and tables.runs_needed([(-x, e) for x, e in four]) == 12
+    assert tables.runs_needed([(0.001, 0), (-0.001, 0)]) is None
+
+
 def test_the_demo_is_explained(tmp_path, capsys, monkeypatch):
     """With one curve for each checkpoint: of its rewards, though it logs an accuracy as well, or of its accuracy."""
     [run] = write_runs(tmp_path, {"student": 0.1, "full/direct": 0.4, "1H/rl/bridge": 0.5, "1H/rl/bridge-2H": 0.6}, 1)
