@@ -19,7 +19,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .DELETE_ON_ERROR:
-.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check test test-rest lint clean
+.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check gpu-wheels test test-rest lint clean
 .SECONDARY: # Make would delete a checkpoint that is only on the way to another one.
 
 setup: $(VENV)/installed
@@ -294,9 +294,15 @@ distributed-demo: setup $(TESTED_WITH)
 		DISTILL="--lr 2e-3 --engine vllm" EVALUATE="$(EVALUATE) --k 4 --max-prompt-tokens 64 --engine vllm" DENSITY= \
 		$(foreach stage,TEACHER DIRECT WARMUP OPD STAGE3,$(stage)_BUDGET="--max-steps $(DISTRIBUTED_STEPS)")
 
-# What only a GPU can show, in at most 8 minutes. Without a .venv it runs with $(PYTHON) as it is.
+# What only a GPU can show. Without a .venv it runs with $(PYTHON) as it is.
 gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.tools.gpu_check
+
+# What a machine with a GPU, PyTorch, transformers and no network may lack: carry the wheels there; gpu-check says how to use them.
+gpu-wheels: setup
+	$(VENV)/bin/pip download --quiet --dest runs/gpu-wheels --constraint requirements-cpu.txt --only-binary :all: \
+		--python-version 3.12 --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
+		tyro math-verify latex2sympy2_extended pytest hypothesis tqdm
 
 clean:
 	rm -rf $(RUNS)

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 import common
 from common import InputError, SamplerConfig
 from lib import data
-from lib.engines import Sampling, check_engine, make_engine
+from lib.engines import Sampling, check_engine, make_engine, shared_cache_gib
 from lib.files import locked, whole
 from lib.lineage import code_version, hardware, history_notes, problems_trained_on, read_lineage
 from lib.plots import draw_bars
@@ -73,7 +73,7 @@ class Engines:
     def __init__(self, cfg: Config, models: Iterable[str]):
         self.cfg = cfg
         self.made = {}  # architecture -> (engine, the checkpoint that is loaded in it)
-        self.alone = len(set(map(self.architecture, models))) == 1  # no second engine will need the GPU
+        self.cache_gib = shared_cache_gib(cfg, list({self.architecture(model): model for model in models}.values()))
 
     def architecture(self, model: str) -> str:
         config = load_config(model).to_dict()
@@ -84,7 +84,7 @@ class Engines:
         architecture = self.architecture(model)
         engine, loaded = self.made.get(architecture, (None, None))
         if engine is None:
-            engine = make_engine(self.cfg, model, tokenizer, sleeps=False, alone=self.alone)
+            engine = make_engine(self.cfg, model, tokenizer, sleeps=False, cache_gib=self.cache_gib)
         elif loaded != model:
             engine.load(model, tokenizer)
         self.made[architecture] = engine, model

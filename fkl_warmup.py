@@ -48,7 +48,7 @@ from kernels import TokenKL, fused_linear_kl, fused_linear_logprob
 from lib import data
 from lib.engines import Sampling, chosen_engine, make_engine
 from lib.packing import make_batches
-from lib.policy import Policy, load_generation_config, load_policy, release
+from lib.policy import Policy, load_generation_config, load_policy, release, try_longest
 from lib.rewards import Reward, grade, make_grader, reward_sha256
 from lib.rollouts import RolloutCache, open_cache, read_texts, sample_rollouts
 from lib.runs import Run, prepare
@@ -166,7 +166,7 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
                         "teacher's missing rollouts; make those first, by this command with --rollouts DIR and another "
                         "--out, and with --exclude in the place of --validate, which can be stopped when its training begins"
                     )
-                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, alone=True)
+                engine = engine or make_engine(cfg, cfg.teacher, tokenizer, cache_gib=None)
                 rollouts = sample_rollouts(
                     engine, missing, cache.prompts, cfg.rollouts_per_prompt, sampling, seed_key=(cfg.seed, "teacher")
                 )
@@ -222,8 +222,14 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy) if cfg.validate else None
-        if engine:
-            engine.sleep()  # a resumed run may train long before its next validation
+
+        def loss_of(batch: Batch) -> Tensor:
+            """The loss of a micro-batch, summed over its tokens."""
+            if cfg.loss == "fkl":
+                return forward_kl_loss(policy, teacher, batch, vocab_size).loss
+            return sft_loss(policy, batch)
+
+        try_longest(cfg, prompts, optimizer, loss_of, teacher)
         validation = Validation(cfg, validation_sets, engine, grader, run)
 
         for step in run.steps(len(mini_batches)):
@@ -236,10 +242,7 @@ def main(cfg: Config) -> None:
             loss_sum = 0.0
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
-                    if cfg.loss == "fkl":
-                        loss = forward_kl_loss(policy, teacher, batch, vocab_size).loss
-                    else:
-                        loss = sft_loss(policy, batch)
+                    loss = loss_of(batch)
                     (loss / num_tokens).backward()
                     loss_sum += loss.item()
                 release(teacher)  # without a backward pass FSDP2 would keep its output matrix gathered

@@ -66,7 +66,7 @@ ROW = dict(BLOCK=2048, num_warps=8)  # for the kernels in which one program has 
 
 
 class TokenKL(NamedTuple):
-    """What `fused_linear_kl` returns: everything at its temperature, in float32 (float64 for float64 inputs)."""
+    """The results of `fused_linear_kl`, all at its temperature, in float32 (float64 for float64 inputs)."""
 
     loss: torch.Tensor  # scalar: the sum of kl over the N tokens, and the only field with a gradient
     kl: torch.Tensor  # (N,): the KL of each token
@@ -78,7 +78,7 @@ class TokenKL(NamedTuple):
 # References: the formulas on whole logits, under plain autograd.
 
 def fused_linear_logprob_reference(hidden, weight, target_ids, temperature=1.0, vocab_size=None):
-    """What `fused_linear_logprob` computes, with (N, V) logits in the dtype of the inputs."""
+    """The formulas of `fused_linear_logprob`, with (N, V) logits in the dtype of the inputs."""
     logits = hidden @ weight[:vocab_size].T  # (N, V)
     logp = torch.log_softmax(logits.to(_wide_dtype(logits)) / temperature, dim=-1)  # (N, V)
     entropy = -(logp.exp() * logp).sum(-1)  # (N,)
@@ -87,7 +87,7 @@ def fused_linear_logprob_reference(hidden, weight, target_ids, temperature=1.0, 
 
 def fused_linear_kl_reference(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids,
                               direction="reverse", temperature=1.0, vocab_size=None):
-    """What `fused_linear_kl` computes, with (N, V) logits of both models in the dtype of the inputs."""
+    """The formulas of `fused_linear_kl`, with (N, V) logits of both models in the dtype of the inputs."""
     student_logits = student_hidden @ student_weight[:vocab_size].T  # (N, V)
     teacher_logits = (teacher_hidden @ teacher_weight[:vocab_size].T).detach()  # (N, V)
     student, teacher = (torch.log_softmax(logits.to(_wide_dtype(logits)) / temperature, dim=-1)

@@ -52,7 +52,7 @@ from lib import data
 from lib.engines import Sampling, make_engine
 from lib.lineage import last_rl_stage
 from lib.packing import make_batches
-from lib.policy import Policy, load_policy, release
+from lib.policy import Policy, load_policy, release, try_longest
 from lib.rewards import grade, make_grader
 from lib.rollouts import sample_rollouts
 from lib.runs import Run, prepare
@@ -123,7 +123,7 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
 
 def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
-    """What is logged of one micro-batch, before the step's update: sums over its tokens, and maxima.
+    """The logged statistics of one micro-batch, before the step's update: sums over its tokens, and maxima.
 
     Log-probabilities, KL and entropy are in nats, at temperature 1. Outliers are logged as a fraction of tokens.
     The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is a
@@ -188,6 +188,9 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
+        try_longest(
+            cfg, prompts, optimizer, lambda batch: exact_kl_loss(policy, teacher, batch, vocab_size).loss, teacher
+        )
         validation = Validation(cfg, validation_sets, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "opd", cfg.seed, cfg.max_steps)

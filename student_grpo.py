@@ -11,7 +11,8 @@ so both runs make as many updates.
 
     One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
     The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay
-    Eight GPUs:    torchrun --nproc_per_node=8 student_grpo.py --model runs/bridge --data dapo --out runs/student
+    Eight GPUs:    torchrun --nproc_per_node=8 student_grpo.py --model runs/bridge --data dapo --out runs/student \
+                       --activation-checkpointing
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ Our choices where the paper is silent:
     One process:   python teacher_grpo.py --model Qwen/Qwen3-0.6B --data dapo --half 1H --out runs/teacher
     Eight GPUs:    torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-8B --data dapo --half 1H \
                        --out runs/teacher --activation-checkpointing
-    Direct GRPO:   torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-1.7B --data dapo --out runs/direct
+    Direct GRPO:   torchrun --nproc_per_node=8 teacher_grpo.py --model Qwen/Qwen3-1.7B --data dapo --out runs/direct \
+                       --activation-checkpointing
     The toy:       make demo
 """
 
@@ -45,7 +46,7 @@ from kernels import fused_linear_logprob
 from lib import data
 from lib.engines import Sampling, make_engine
 from lib.packing import make_batches
-from lib.policy import Policy, load_policy, release
+from lib.policy import Policy, load_policy, release, try_longest
 from lib.rewards import grade, make_grader
 from lib.rollouts import sample_rollouts
 from lib.runs import Run, prepare
@@ -258,6 +259,7 @@ def main(cfg: Config, prepared: tuple | None = None) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
+        try_longest(cfg, prompts, optimizer, lambda batch: token_logprobs(policy, batch, cfg.temperature)[0].sum())
         validation = Validation(cfg, validation_sets, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "grpo", cfg.seed, cfg.max_steps)

@@ -1,4 +1,4 @@
-"""What samples responses: vLLM or an embedded PyTorch sampler, behind one interface.
+"""The engines that sample responses, vLLM and an embedded PyTorch sampler, behind one interface.
 
 `sync(policy)` gives an engine the policy's present weights. `generate(prompts, seeds, sampling)` returns completions with
 the log-probability of every sampled token under the distribution that it was sampled from (after temperature, top-k and
@@ -6,12 +6,14 @@ top-p), because importance ratios must be taken against that one. `sleep()` leav
 the next `sync`. Every rank has an engine and samples its share, or `tensor_parallel` successive ranks share one.
 
 Each request has its own seed, so that on a CPU a response does not depend on the other prompts in its batch, on their
-order, or on the number of processes. On a GPU rounding depends on the shape of the batch, so there a response can change with its batch.
+order, or on the number of processes. On a GPU rounding depends on the shape of the batch, so there a response can
+change with its batch.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from common import InputError, barrier, start_process, this_device, world_size
 from lib.data import end_tokens
 from lib.policy import (
+    FAMILIES,
     Policy,
     checkpoint_weights,
     compute_dtype,
@@ -35,9 +38,11 @@ from lib.policy import (
     load_causal_lm,
     load_config,
     load_generation_config,
+    meta_causal_lm,
 )
 
 GIB = 2**30
+RESERVE_GIB = 6  # beside weights and cache: activations, CUDA graphs, NCCL
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,15 @@ def chosen_engine(engine: str) -> str:
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
 
 
-def number_of_positions(model: str) -> int | None:
-    """How many tokens, of prompt and response together, a checkpoint is made for; None if its config does not say."""
-    return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
+def number_of_positions(model: str) -> float:
+    """How many tokens, of prompt and response together, a checkpoint is made for; infinite if its config does not say."""
+    return getattr(load_config(model).get_text_config(), "max_position_embeddings", math.inf)
 
 
 def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
-    """Raises InputError if the longest of the prompts, with a response of full length, is too long for a checkpoint.
-
-    Beyond its position limit a model silently produces noise.
-    """
+    """Raises InputError if a prompt and a full response go beyond a checkpoint's positions, where it samples noise."""
     longest, limit = max(map(len, prompts)), number_of_positions(model)
-    if limit is not None and longest + cfg.max_response_tokens > limit:
+    if longest + cfg.max_response_tokens > limit:
         raise InputError(
             f"the longest prompt, of {longest} tokens, and --max-response-tokens {cfg.max_response_tokens} make "
             f"{longest + cfg.max_response_tokens}, and {model!r} has {limit} positions; lower --max-response-tokens"
@@ -90,18 +92,47 @@ def check_engine(cfg, model: str) -> None:
     elif world_size() % cfg.tensor_parallel:
         ranks = f"the number of processes ({world_size()})"
         raise InputError(f"--tensor-parallel {cfg.tensor_parallel} must divide {ranks}; give one that does")
+    elif cfg.kv_cache_gib and (needed := gib_of_a_sequence(cfg, model)) > cfg.kv_cache_gib:
+        raise InputError(
+            f"--kv-cache-gib {cfg.kv_cache_gib:g} is less than one sequence of {model!r} takes, which is {needed:.2g} GiB; "
+            "give more, or lower --max-response-tokens"
+        )
+
+
+def gib_of_a_sequence(cfg, model: str) -> float:
+    """GiB of vLLM's cache for one prompt and response of full length in bfloat16; 0 for architectures we do not know."""
+    config = load_config(model).get_text_config()
+    if config.model_type not in FAMILIES:
+        return 0.0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = max(1, config.num_key_value_heads // cfg.tensor_parallel)  # each with keys and values of 2 bytes a number
+    tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
+    return config.num_hidden_layers * 2 * heads * head_dim * 2 * tokens / GIB
+
+
+def shared_cache_gib(cfg, models: Sequence[str]) -> float | None:
+    """GiB of cache for the engine of each of several models that are alone on a GPU; None for one, which vLLM measures."""
+    if len(models) == 1 or not torch.cuda.is_available():
+        return None
+    weights = sum(
+        parameter.nbytes for model in models for parameter in meta_causal_lm(model, torch.bfloat16).parameters()
+    )
+    return (torch.cuda.mem_get_info()[0] - weights / cfg.tensor_parallel) / GIB / len(models) - RESERVE_GIB
 
 
 def make_engine(
-    cfg, model: str, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None, sleeps=True, alone=False
+    cfg, model: str, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None, sleeps=True, cache_gib=16.0
 ) -> TorchEngine | VLLMEngine:
     """The engine that a Config asks for, with the weights of checkpoint `model`.
 
-    `policy` is the same checkpoint if it is loaded already; if it is not sharded, the embedded sampler uses it in
-    place. For `sleeps` and `alone` see VLLMEngine.
+    `policy` is the same checkpoint in training. If it is not sharded, the embedded sampler uses it in place; vLLM sleeps
+    until the first `sync`. For `sleeps` and `cache_gib` see VLLMEngine.
     """
     if chosen_engine(cfg.engine) == "vllm":
-        return VLLMEngine(model, tokenizer, cfg, sleeps, alone)
+        engine = VLLMEngine(model, tokenizer, cfg, sleeps, cache_gib)
+        if policy is not None:
+            engine.sleep()
+        return engine
     shared = policy is not None and not is_sharded(policy)
     replica = policy.model if shared else load_causal_lm(model, compute_dtype(cfg), this_device())
     return TorchEngine(replica, tokenizer, cfg.max_num_seqs, cfg.stop)
@@ -110,11 +141,9 @@ def make_engine(
 class TorchEngine:
     """Batched sampling with a key/value cache from any causal LM that transformers loads. Needs nothing but PyTorch.
 
-    A prompt is computed once and its cache is repeated for its samples. Finished rows are removed from the batch as
-    soon as they are a quarter of it. `max_num_seqs` limits the rows of one batch, and so the size of the cache.
-
-    The model's own forward and transformers' dynamic cache serve any architecture. A static cache was slower on a CPU,
-    because every token attends to all of its room (results/sampling/decoders.md).
+    The model's own forward and transformers' dynamic cache serve any architecture (a static cache was slower on a CPU,
+    results/sampling/decoders.md). A prompt is computed once and its cache is repeated for its samples. Finished rows are
+    removed from the batch as soon as they are a quarter of it. `max_num_seqs` limits the rows of one batch.
     """
 
     tensor_parallel = 1
@@ -272,17 +301,20 @@ class VLLMEngine:
 
     With several ranks each has an engine of its own, or `tensor_parallel` successive ranks share one (vLLM's external
     launcher). `sleeps`: on a GPU, `sleep` frees the engine's memory, which vLLM allows to only one engine in a process.
-    `alone`: nothing else needs the GPU while the engine samples, so its cache may take nearly all of it. Facts about
-    vLLM 0.32 that this relies on are beside the lines that use them.
+    `cache_gib` is the size of its cache without --kv-cache-gib; None lets vLLM take nearly all of the GPU that is free.
+    Facts about vLLM 0.32 that this relies on are beside the lines that use them.
     """
 
     _alive: ClassVar[list] = []  # deleting a vLLM engine destroys the process group, so engines are kept here
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, cfg, sleeps: bool = True, alone: bool = False):
+    def __init__(
+        self, model: str, tokenizer: PreTrainedTokenizerBase, cfg, sleeps=True, cache_gib: float | None = 16.0
+    ):
         start_process()
         on_gpu = torch.cuda.is_available()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # otherwise rank 0 of every engine reports its use over the network
         if not on_gpu:
             # Compiling vLLM's samplers takes half a minute. torch may have read the variable already, so both are set.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -293,12 +325,11 @@ class VLLMEngine:
         self.dtype, self.tensor_parallel = compute_dtype(cfg), cfg.tensor_parallel
         self._sleeps, self._asleep = sleeps and on_gpu, False
         self.stop_ids = end_tokens(load_generation_config(model), tokenizer, cfg.stop)
-        # vLLM refuses more tokens than the model has positions. Longer prompts are refused by `check_lengths`.
-        wanted = cfg.max_prompt_tokens + cfg.max_response_tokens
-        max_tokens = min(wanted, number_of_positions(model) or wanted)
-        cache = cfg.kv_cache_gib or (None if alone and on_gpu else 16)  # GiB; None: vLLM measures what is free
+        # vLLM refuses a limit beyond the model's positions. `check_lengths` has refused prompts that would need it.
+        max_tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
+        cache = cfg.kv_cache_gib or cache_gib
         if not on_gpu:
-            cache = min(cache, 0.25)
+            cache = min(cache or 0.25, 0.25)
         self.llm = LLM(
             model,
             dtype=self.dtype,
@@ -316,8 +347,7 @@ class VLLMEngine:
             tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher" if world_size() > 1 else None,
             disable_log_stats=True,
-            # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces, so it is computed at
-            # once.
+            # On a CPU vLLM fails on a request with a seed whose prompt is computed in pieces.
             **({} if on_gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
         )
         self._alive.append(self.llm)
@@ -364,6 +394,7 @@ class VLLMEngine:
                 max_tokens=sampling.max_response_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
                 top_k=sampling.top_k, seed=seed, stop_token_ids=self.stop_ids, detokenize=False,
                 logprobs=0,  # of the sampled token only
+                flat_logprobs=True,  # as two lists of numbers; by default there are three objects for each token
                 ignore_eos=True,  # otherwise vLLM adds the end tokens of the checkpoint that it was started with
             )
             for _, seed in requests
@@ -371,8 +402,5 @@ class VLLMEngine:
         inputs = [{"prompt_token_ids": prompt} for prompt, _ in requests]
         outputs = self.llm.generate(inputs, params, use_tqdm=False) if requests else []
         found = (output.outputs[0] for output in outputs)
-        completions = (
-            Completion(list(o.token_ids), [c[t].logprob for t, c in zip(o.token_ids, o.logprobs)], o.finish_reason)
-            for o in found
-        )
+        completions = (Completion(list(o.token_ids), o.logprobs.logprobs, o.finish_reason) for o in found)
         return [[next(completions) for _ in group] for group in seeds]

@@ -23,23 +23,25 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 from common import Batch, InputError, Rollout, Span, rank, world_size  # noqa: E402
 
+# Positions of a micro-batch by default, by type of device. On a CPU real models keep several megabytes for each.
+MICRO_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+
 
 def make_batches(
     rollouts: Sequence[Rollout], max_tokens: int | None, device: torch.device, share_prompts: bool | None = None
 ) -> list[Batch]:
     """This rank's share of the rollouts as micro-batches of at most `max_tokens` positions.
 
-    `max_tokens` is by default 16,384 on a GPU and 2,048 on a CPU, where real models keep several megabytes for each
-    position. A sequence that is longer has a micro-batch to itself. `rollouts` are those of all ranks. Each goes to
-    exactly one micro-batch of one rank, and ranks get about equally many positions. All ranks get the same number of
-    micro-batches, at least one and some perhaps empty, because every forward and backward pass of a sharded model needs
-    all ranks. With `share_prompts`, which is the default on a CPU, responses to one prompt that are in one micro-batch
-    compute it once. None of this changes a loss: a loss is a sum over tokens divided by one global count, and gradients
-    are summed over ranks (lib.policy.shard).
+    `max_tokens` is by default that of MICRO_BATCH_TOKENS. A sequence that is longer has a micro-batch to itself.
+    `rollouts` are those of all ranks. Each goes to exactly one micro-batch of one rank, and ranks get about equally
+    many positions. All ranks get the same number of micro-batches, at least one and some perhaps empty, because every
+    forward and backward pass of a sharded model needs all ranks. With `share_prompts`, which is the default on a CPU,
+    responses to one prompt that are in one micro-batch compute it once. None of this changes a loss: a loss is a sum
+    over tokens divided by one global count, and gradients are summed over ranks (lib.policy.shard).
     """
     if share_prompts is None:
         share_prompts = device.type == "cpu"
-    max_tokens = max_tokens or (16384 if device.type == "cuda" else 2048)
+    max_tokens = max_tokens or MICRO_BATCH_TOKENS[device.type]
     shares = balance_groups(rollouts, world_size(), share_prompts)
     shares = [split_micro_batches(rollouts, share, max_tokens) for share in shares]
     micro_batches = shares[rank()]
@@ -65,35 +67,26 @@ def balance_groups(rollouts: Sequence[Rollout], shares: int, share_prompts: bool
 
     A group's responses share their prompt. Whole groups compute fewest positions, but cannot always be spread evenly,
     so they are also tried cut in halves, quarters and so on, and the split whose largest share is smallest is taken.
+    The longest piece that is left always goes to the share that is shortest so far.
     """
     groups = by_prompt(rollouts, range(len(rollouts)))
     size = max(map(len, groups), default=1) if share_prompts else 1
     best, least = [], math.inf
     while size:
         pieces = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-        costs = [positions(rollouts, piece) for piece in pieces]
-        dealt = [[pieces[number] for number in share] for share in balance_by_length(costs, shares)]
+        dealt: list[list[list[int]]] = [[] for _ in range(shares)]
+        totals = [(0, share) for share in range(shares)]
+        for piece in sorted(pieces, key=lambda piece: -positions(rollouts, piece)):
+            total, share = heapq.heappop(totals)
+            dealt[share].append(piece)
+            heapq.heappush(totals, (total + positions(rollouts, piece), share))
         if share_prompts:  # pieces of one prompt that landed on the same rank are joined, so that it is packed once
-            dealt = [by_prompt(rollouts, (index for piece in share for index in piece)) for share in dealt]
+            dealt = [by_prompt(rollouts, itertools.chain(*share)) for share in dealt]
         largest = max(sum(positions(rollouts, group) for group in share) for share in dealt)
         if largest < least:
             best, least = dealt, largest
         size //= 2
     return best
-
-
-def balance_by_length(lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Indices split into shares of about equal total length, each from long to short.
-
-    The longest that is left goes to the share that is shortest so far.
-    """
-    result: list[list[int]] = [[] for _ in range(shares)]
-    totals = [(0, share) for share in range(shares)]
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total, share = heapq.heappop(totals)
-        result[share].append(index)
-        heapq.heappush(totals, (total + lengths[index], share))
-    return result
 
 
 def split_micro_batches(
@@ -165,7 +158,7 @@ PADDING = 0.5  # padding is cheaper than many small attention calls, up to about
 
 
 class Packing:
-    """What attention needs to know of a pack, worked out once for all layers of a pass.
+    """The indices that attention needs of a pack, computed once for all layers of a pass.
 
     On a GPU: where each span's queries and keys begin, and, if any span has a prefix, which positions the keys come
     from. On a CPU: spans of similar size are padded to one, and each such `Block` is a batch for the usual attention.
@@ -174,7 +167,7 @@ class Packing:
 
     def __init__(self, batch: Batch):
         device = batch.input_ids.device
-        self.used, self.block_order, self.blocks, self.keys = False, None, [], None
+        self.used, self.blocks, self.keys = False, [], None
         if batch.input_ids.is_cuda:
             queries = [span.length for span in batch.spans]
             keys = [span.prefix_length + span.length for span in batch.spans]
@@ -185,8 +178,9 @@ class Packing:
                 self.keys = torch.cat([seen_by(span) for span in batch.spans]).to(device)  # (sum of keys,)
             return
         self.blocks = [Block(spans, device) for spans in similar_spans(batch.spans)]
-        rows = torch.cat([block.positions for block in self.blocks])  # (T,) the position of each row except padding
-        self.block_order = rows.argsort()  # (T,) the row of each position
+        rows = torch.cat([block.real.flatten() for block in self.blocks]).nonzero()[:, 0].to(device)
+        queries = torch.cat([block.queries for block in self.blocks])
+        self.row_of_position = rows[queries[rows].argsort()]  # (T,) where the blocks' rows, padding included, have it
 
 
 def seen_by(span: Span) -> Tensor:
@@ -215,18 +209,17 @@ class Block:
     def __init__(self, spans: Sequence[Span], device: torch.device):
         lengths = torch.tensor([span.length for span in spans])
         prefixes = torch.tensor([span.prefix_length for span in spans])
+        starts = torch.tensor([span.start for span in spans])
         n, m = int(lengths.max()), int((prefixes + lengths).max())
         own = torch.arange(n).expand(len(spans), n)
-        starts = torch.tensor([span.start for span in spans])
-        real = own < lengths[:, None]  # (C, n) False at padding
-        queries = torch.where(real, starts[:, None] + own, 0)
         keys = torch.zeros(len(spans), m, dtype=torch.long)
         for row, span in zip(keys, spans):
             row[: span.prefix_length + span.length] = seen_by(span)
         self.shape = len(spans), n, m
-        self.queries, self.keys = queries.flatten().to(device), keys.flatten().to(device)
-        self.rows = None if real.all() else real.flatten().nonzero()[:, 0].to(device)
-        self.positions = queries[real].to(device)
+        self.real = own < lengths[:, None]  # (C, n) False at padding
+        # The positions of queries (C n,) and keys (C m,); padding has position 0.
+        self.queries = torch.where(self.real, starts[:, None] + own, 0).flatten().to(device)
+        self.keys = keys.flatten().to(device)
         self.mask = None  # causal attention over as many keys as queries needs none
         if prefixes.any():
             last = (prefixes[:, None] + own)[..., None]  # query i of a span sees its keys up to number prefix + i
@@ -254,7 +247,7 @@ def packed_attention(
         )
     packing.used = True
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or K, d)
-    attend = attend_varlen if packing.block_order is None else attend_in_blocks
+    attend = attend_in_blocks if packing.blocks else attend_varlen
     return attend(query, key, value, packing, scaling)[None], None
 
 
@@ -279,13 +272,16 @@ def attend_in_blocks(query, key, value, packing: Packing, scaling) -> Tensor:
         k, v = (x.index_select(0, block.keys).unflatten(0, (count, m)).transpose(1, 2) for x in (key, value))
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=block.mask, is_causal=block.mask is None, scale=scaling, enable_gqa=True
-        ).transpose(1, 2).flatten(0, 1)  # (C n, H, d)  # fmt: skip
-        attended.append(mixed if block.rows is None else mixed.index_select(0, block.rows))
-    return torch.cat(attended).index_select(0, packing.block_order).to(dtype)
+        )
+        attended.append(mixed.transpose(1, 2).flatten(0, 1))  # (C n, H, d)
+    return torch.cat(attended).index_select(0, packing.row_of_position).to(dtype)
 
 
 def attend_varlen(query, key, value, packing: Packing, scaling) -> Tensor:
-    """(T, H, d) with PyTorch's kernel for bfloat16 on a GPU."""
+    """(T, H, d) with PyTorch's kernel for a GPU, which takes bfloat16 and refuses float32."""
+    dtype = query.dtype
+    if dtype == torch.float32:
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     grouped = {"enable_gqa": True}
     if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 wants as many heads as the query has
         grouped, heads = {}, query.shape[1] // key.shape[1]
@@ -294,7 +290,7 @@ def attend_varlen(query, key, value, packing: Packing, scaling) -> Tensor:
         key, value = key.index_select(0, packing.keys), value.index_select(0, packing.keys)
     bounds = packing.query_bounds, packing.key_bounds, packing.longest_query, packing.longest_key
     # The window is causal. Where a span has more keys than queries, its last query is aligned to the last key.
-    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **grouped)
+    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **grouped).to(dtype)
 
 
 def packed_mask(*arguments, attention_mask=None, **options):

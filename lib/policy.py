@@ -20,15 +20,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from common import Batch, InputError, first_line, rank, start_process, this_device, world_size
-from lib.packing import Packing  # before the next lines, because it keeps transformers from importing our kernels.py
+from common import Batch, InputError, Rollout, first_line, rank, start_process, this_device, world_size
+
+# Before transformers' models, because lib.packing keeps transformers from importing our kernels.py.
+from lib.packing import MICRO_BATCH_TOKENS, Packing, make_batches
 
 # isort: split
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-# The `model_type` of the models whose packs tests/test_packing.py compares with forwards one by one: only these are
-# trained or distilled. To add one, name it here, and in MODELS there.
+# The `model_type` of the models that are trained or distilled: tests/test_packing.py compares their packs with forwards
+# one by one. To add one, name it here, and in MODELS there.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 # FSDP2 warns that a module returns a view of its input, which matters only where somebody writes into it. Nobody does.
@@ -72,7 +74,7 @@ class Policy(nn.Module):
 
 
 def compute_dtype(cfg) -> torch.dtype:
-    """What a Config's products are computed in: bfloat16 on a GPU, and float32 on a CPU unless told otherwise."""
+    """The dtype of a Config's products: bfloat16 on a GPU, and float32 on a CPU unless told otherwise."""
     return torch.bfloat16 if torch.cuda.is_available() or cfg.cpu_bfloat16 else torch.float32
 
 
@@ -105,7 +107,7 @@ def load_policy(model: str, cfg, trainable: bool) -> Policy:
 
 
 def recompute_layers(policy: Policy) -> None:
-    """Has each decoder layer computed again in the backward pass, so that its activations need not be kept."""
+    """Makes each decoder layer compute its activations again in the backward pass, so that they need not be kept."""
     for layer in policy.model.base_model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -131,9 +133,43 @@ def is_sharded(policy: Policy) -> bool:
 
 
 def release(model: Policy | None) -> None:
-    """Frees the embedding, last norm and output matrix that a forward pass without a backward leaves gathered."""
-    if model is not None and is_sharded(model):
+    """Frees the embedding, last norm and output matrix, which FSDP2 keeps gathered after a forward without a backward."""
+    if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def try_longest(
+    cfg,
+    prompts: dict[str, list[int]],
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable,
+    frozen: Policy | None = None,
+) -> None:
+    """On a GPU, computes the loss of a full micro-batch of the longest allowed sequences and its gradient, and drops both.
+
+    So a run that does not fit into memory ends in its first minutes, and not after its first long rollout. `prompts` are
+    token ids by problem id, and `loss_of(batch)` is the stage's loss, after which the `frozen` model is released. Room is
+    taken for AdamW's two states, which come with the first step. Collective. Raises InputError if memory runs out.
+    """
+    if not torch.cuda.is_available():
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    prompt, count = max(prompts.values(), key=len), cfg.max_response_tokens
+    longest = Rollout(None, 0, prompt, prompt[-1:] * count, [0.0] * count, "length", "")
+    max_tokens = cfg.micro_batch_tokens or MICRO_BATCH_TOKENS["cuda"]
+    copies = max(1, max_tokens // (len(prompt) + count)) * world_size()
+    try:
+        states = [] if optimizer.state else [torch.empty_like(parameter) for parameter in 2 * parameters]
+        loss_of(make_batches([longest] * copies, max_tokens, parameters[0].device, share_prompts=False)[0]).backward()
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"a micro-batch of {max_tokens} positions, or one sequence of {len(prompt)} + {count} tokens, does not fit into "
+            "the GPU's memory; give --activation-checkpointing, a lower --micro-batch-tokens or --max-response-tokens, or "
+            "more GPUs"
+        ) from None
+    del states
+    optimizer.zero_grad(set_to_none=True)
+    release(frozen)
 
 
 def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -148,7 +184,7 @@ def full_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[t
 
 
 def checkpoint_weights(model: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The same from a checkpoint's safetensors, without loading the whole model."""
+    """Every weight of a checkpoint, named as in `full_weights`, one at a time from its safetensors."""
     names: dict[int, list[str]] = {}  # of each parameter; a tied matrix has two
     for name, parameter in meta_causal_lm(model, dtype).state_dict(keep_vars=True).items():
         names.setdefault(id(parameter), []).append(name)
@@ -207,8 +243,7 @@ def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
     if packs and config.model_type not in FAMILIES:
         raise InputError(
             f"model {model!r} is of the family {config.model_type!r}, and only {', '.join(FAMILIES)} are tested for training "
-            "and distillation; take one of these, or add the family to FAMILIES in lib/policy.py and to MODELS in "
-            "tests/test_packing.py, and run that test"
+            "and distillation; take one of these, or add the family to FAMILIES in lib/policy.py"
         )
     rows = config.get_text_config().vocab_size
     if rows < vocab_size:
@@ -219,7 +254,7 @@ def check_checkpoint(model: str, vocab_size: int, packs: bool = True) -> None:
 
 
 def meta_causal_lm(model: str, dtype: torch.dtype) -> nn.Module:
-    """The model's structure, without memory for its weights, and with the checkpoint's own generation settings."""
+    """The model without memory for its weights, and with the checkpoint's own generation settings."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(load_config(model), dtype=dtype, trust_remote_code=False)
     # A model made from a config has default generation settings. The checkpoint's own may name several end-of-sequence

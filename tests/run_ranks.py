@@ -1,8 +1,9 @@
 """What two ranks are asked to do, alone or under torchrun; batches are cut so that they get unequal numbers of them.
 
-[torchrun --nproc_per_node=2] tests/run_ranks.py OUT STUDENT TEACHER PROBLEMS {chain ENGINE TENSOR_PARALLEL | bfloat16}
+[torchrun --nproc_per_node=2] tests/run_ranks.py OUT STUDENT TEACHER PROBLEMS {chain ENGINE TENSOR_PARALLEL [STAGE] | bfloat16}
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -35,8 +36,15 @@ def grade_with(function) -> None:
     teacher_grpo.grade = fkl_warmup.grade = opd.grade = function
 
 
-def chain(engine: str, tensor_parallel: str) -> None:
-    """Every stage for three steps, again from the state of its second step, and an evaluation."""
+def chain(engine: str, tensor_parallel: str, only: str | None = None) -> None:
+    """Every stage for three steps, again from the state of its second step, and an evaluation; or `only` one of these.
+
+    The engine "vllm-dummy" is vLLM that starts with made-up weights, which the first sync has to replace.
+    """
+    if engine == "vllm-dummy":
+        import vllm
+
+        engine, vllm.LLM = "vllm", functools.partial(vllm.LLM, load_format="dummy")
     sampler = dict(engine=engine, tensor_parallel=int(tensor_parallel), kv_cache_gib=4.0 if CUDA else None)
     settings = dict(**COMMON, lr=1e-4, max_steps=3, micro_batch_tokens=40 * LONGER, save_every=2, **sampler)
     grpo = dict(**GRPO, mini_batch_prompts=2, max_response_tokens=8 * LONGER)
@@ -70,17 +78,20 @@ def chain(engine: str, tensor_parallel: str) -> None:
 
     def save_and_copy(run, steps, *arguments, **options):
         save(run, steps, *arguments, **options)
-        if common.rank() == 0 and steps == 2 and not run.out.name.startswith("again"):
+        if common.rank() == 0 and steps == 2 and not run.out.name.startswith("again") and not only:
             shutil.copytree(run.partial, run.partial.with_name(f"again-{run.partial.name}"))
 
     grade_with(grade)
     Run.save, Run.finish = save_and_copy, finish_and_compare
     for name, options in runs.items():
-        SCRIPTS[name].main(SCRIPTS[name].Config(out=f"{out}/{name}", **settings, **options))
+        if only in (None, name):
+            SCRIPTS[name].main(SCRIPTS[name].Config(out=f"{out}/{name}", **settings, **options))
     if common.rank() == 0:
         Path(out, "rollouts.json").write_text(json.dumps(sampled))
-    for name, options in runs.items():  # from what a kill in the third step would have left
+    for name, options in () if only else runs.items():  # from what a kill in the third step would have left
         SCRIPTS[name].main(SCRIPTS[name].Config(out=f"{out}/again-{name}", resume=True, **settings, **options))
+    if only not in (None, "report"):
+        return
     models = tuple(f"{out}/{name}" for name in ("warmup", "student", "teacher"))
     report = dict(models=models, data=(problems,), k=3, max_prompt_tokens=32, max_response_tokens=8 * LONGER)
     evaluate.main(evaluate.Config(out=f"{out}/report", **report, **sampler))
@@ -168,7 +179,8 @@ def bfloat16() -> None:
 common.start_process()
 if task == "chain":
     chain(*rest)
-    faults()
+    if len(rest) == 2:
+        faults()
 else:
     bfloat16()
 common.exit_process(0)

@@ -7,16 +7,20 @@ all awake. Each call is bound to the signature of the real method.
 import dataclasses
 import inspect
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
-from helpers import RUNS
+import transformers
 
+import evaluate
 import kernels
 import lib.engines
 import lib.policy
 import teacher_grpo
+from common import InputError
 from experiments import toy
 from lib.engines import Sampling, TorchEngine, VLLMEngine
 
@@ -33,9 +37,10 @@ class RecordedLLM:
 
         inspect.signature(REAL.__init__).bind(self, model, **options)
         assert options.keys() <= {field.name for field in dataclasses.fields(EngineArgs)} | {"dtype"}
-        assert options["gpu_memory_utilization"] <= 0.05 and options["hf_overrides"] == {"head_dtype": "float32"}
+        assert (options["kv_cache_memory_bytes"], options["gpu_memory_utilization"]) in ((16 << 30, 0.05), (None, 0.9))
+        assert options["hf_overrides"] == {"head_dtype": "float32"}
         assert options["dtype"] == torch.bfloat16 and not options["enforce_eager"] and options["enable_sleep_mode"]
-        assert "enable_chunked_prefill" not in options and options["kv_cache_memory_bytes"] == 16 << 30
+        assert "enable_chunked_prefill" not in options
         self.model = lib.policy.load_causal_lm(model, torch.float32, torch.device("cpu"))
         self.weights = self.cache = self.fresh = True
         self.calls = []
@@ -73,21 +78,22 @@ class RecordedLLM:
     def generate(self, prompts, params, **options):
         self.note("generate", prompts, params, **options)
         assert self.weights and self.cache and self.fresh
+        from vllm.logprobs import FlatLogprobs
+
         outputs = []
         for prompt, wanted in zip(prompts, params, strict=True):
-            assert wanted.logprobs == 0 and wanted.ignore_eos and not wanted.detokenize
+            assert wanted.logprobs == 0 and wanted.flat_logprobs and wanted.ignore_eos and not wanted.detokenize
             sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, wanted.top_k)
             sampler = TorchEngine(self.model, toy.make_tokenizer(), stop=STOP)
             assert wanted.stop_token_ids == sampler.stop_ids.tolist()
             [[found]] = sampler.generate([prompt["prompt_token_ids"]], [[wanted.seed]], sampling)
-            logprobs = [{t: SimpleNamespace(logprob=p)} for t, p in zip(found.token_ids, found.logprobs)]
+            logprobs = FlatLogprobs(token_ids=found.token_ids, logprobs=found.logprobs)
             outputs.append(SimpleNamespace(outputs=[SimpleNamespace(**{**vars(found), "logprobs": logprobs})]))
         return outputs
 
 
 STOP = ("*",)  # a text that ends a response
-STEP = ["collective_rpc", "reset_prefix_cache", "generate", "sleep"]
-AGAIN = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
+STEP = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
 
 
 @pytest.fixture
@@ -95,18 +101,25 @@ def on_a_gpu(monkeypatch):
     """Engines are made as on a GPU. Everything else, the embedded engine inside the recorder too, is on the CPU."""
     made = VLLMEngine.__init__
 
-    def make(*arguments):
+    def make(*arguments, **options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(lib.engines, "start_process", lambda: None)
-            made(*arguments)
+            made(*arguments, **options)
 
     monkeypatch.setattr(VLLMEngine, "__init__", make)
     monkeypatch.setattr(VLLMEngine, "_alive", [])
 
 
+CALLS = {  # asleep while the trainer tries the longest sequence
+    "teacher": ["sleep", "try_longest", *3 * STEP],
+    "warmup": ["generate", "sleep", "try_longest"],
+    "bridge": ["sleep", "try_longest", *3 * STEP],
+}
+
+
 @pytest.mark.rest
-@pytest.mark.parametrize("stage", ["teacher", "bridge"])
+@pytest.mark.parametrize("stage", CALLS)
 def test_a_stage_wakes_reloads_samples_and_sleeps_in_order(
     stage, student, teacher, problems, tmp_path, on_a_gpu, monkeypatch
 ):
@@ -114,22 +127,65 @@ def test_a_stage_wakes_reloads_samples_and_sleeps_in_order(
     monkeypatch.setattr("test_contracts.REAL", vllm.LLM)
     monkeypatch.setattr(vllm, "LLM", RecordedLLM)
     monkeypatch.setattr(RecordedLLM, "made", [])
-    script, config = RUNS[stage](
-        student, teacher, problems, tmp_path / "out", max_steps=3, prompts_per_step=2, engine="vllm", stop=STOP
+    sizes = {} if stage == "warmup" else {"prompts_per_step": 2}
+    script, config = helpers.RUNS[stage](
+        student, teacher, problems, tmp_path / "out", max_steps=3, engine="vllm", stop=STOP, **sizes
     )
+
+    def try_longest(*arguments):
+        RecordedLLM.made[0].calls.append("try_longest")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            lib.policy.try_longest(*arguments)
+
+    monkeypatch.setattr(script, "try_longest", try_longest)
     script.main(config)
     [engine] = RecordedLLM.made
-    assert engine.calls == STEP + 2 * AGAIN
+    assert engine.calls == CALLS[stage]
+    assert vllm.envs.VLLM_NO_USAGE_STATS
 
 
 def test_the_cache_takes_the_whole_gpu_only_where_the_sampler_is_alone(student, on_a_gpu, monkeypatch):
     made = []
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: made.append(k), SamplingParams=None))
-    for gib, alone in ((None, False), (None, True), (4.0, True)):
+    for gib, default in ((None, {}), (None, {"cache_gib": None}), (4.0, {"cache_gib": None})):
         cfg = teacher_grpo.Config("", data="", out="", kv_cache_gib=gib)
-        VLLMEngine(student, toy.make_tokenizer(), cfg, False, alone)
+        VLLMEngine(student, toy.make_tokenizer(), cfg, **default)
     found = [(options["kv_cache_memory_bytes"], options["gpu_memory_utilization"]) for options in made]
     assert found == [(16 << 30, 0.05), (None, 0.9), (4 << 30, 0.05)]
+
+
+def test_engines_that_share_a_gpu_leave_room_for_each_others_weights(student, teacher, monkeypatch):
+    """Two of them take all but the weights and a reserve; one alone lets vLLM measure."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79 << 30, 80 << 30))
+    cfg = evaluate.Config(models=(student, teacher), out="")
+    assert evaluate.Engines(cfg, (student, student)).cache_gib is None
+    each = evaluate.Engines(cfg, (student, teacher, student)).cache_gib
+    weights = sum(value.numel() * 2 for model in (student, teacher) for value in helpers.weights(model).values())
+    assert 2 * (each + lib.engines.RESERVE_GIB) * 2**30 + weights == pytest.approx(79 << 30)
+
+
+def test_a_cache_that_holds_no_whole_sequence_is_refused_by_vllms_own_count(tmp_path, monkeypatch):
+    """Qwen3-8B, at the paper's lengths; vLLM would say so after the trainer has been loaded."""
+    interface = pytest.importorskip("vllm.v1.kv_cache_interface")
+    config = transformers.Qwen3Config(
+        num_hidden_layers=36, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960
+    )
+    config.save_pretrained(tmp_path)
+    settings = dict(data="", out="", engine="vllm", max_prompt_tokens=3072, max_response_tokens=16384)
+    for ranks in (1, 2):
+        layer = interface.FullAttentionSpec(block_size=16, num_kv_heads=8 // ranks, head_size=128, dtype=torch.bfloat16)
+        length = SimpleNamespace(max_model_len=19456)
+        parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
+        vllm_config = SimpleNamespace(model_config=length, parallel_config=parallel)
+        needed = 36 * layer.max_memory_usage_bytes(vllm_config) / 2**30
+        monkeypatch.setattr(lib.engines, "world_size", lambda: ranks)
+        for gib, refused in ((needed * 0.99, True), (needed * 1.01, False), (None, False)):
+            cfg = teacher_grpo.Config("", **settings, kv_cache_gib=gib, tensor_parallel=ranks)
+            expected = pytest.raises(InputError, match="is less than one sequence") if refused else nullcontext()
+            with expected:
+                lib.engines.check_engine(cfg, str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

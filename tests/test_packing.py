@@ -1,19 +1,24 @@
 """Packed micro-batches against one forward pass for each sequence: values and gradients."""
 
 import inspect
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import SIZES, double_model, tiny_model
+from helpers import ROOT
 from test_losses import make_rollouts, naive_logits
 
+import kernels
 import lib.policy
 from common import InputError
 from kernels import fused_linear_logprob
 from lib import packing
 from lib.packing import make_batches, pack
 from lib.policy import Policy
+from tests.tools.rehearsal import MODELS as MODEL_CONFIGS
 
 CPU = torch.device("cpu")
 MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # families that are trained, and their classes
@@ -48,7 +53,7 @@ def naive_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, sca
             query, key, value, bounds, bounds_k, longest, longest_k, scale=scale, window_size=window_size, **grouped
         )
     assert longest == bounds.diff().max() and longest_k == bounds_k.diff().max() and bounds_k[-1] == len(key)
-    assert bounds.dtype == bounds_k.dtype == torch.int32 and window_size == (-1, 0)
+    assert bounds.dtype == bounds_k.dtype == torch.int32 and window_size == (-1, 0) and query.dtype != torch.float32
     pieces = []
     for (start, end), (start_k, end_k) in zip(bounds.unfold(0, 2, 1).tolist(), bounds_k.unfold(0, 2, 1).tolist()):
         q, k, v = (x.transpose(0, 1) for x in (query[start:end], key[start_k:end_k], value[start_k:end_k]))
@@ -88,6 +93,80 @@ def test_packs_equal_one_by_one_forwards(family, attention, share_prompts, max_t
         (weights * values).sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))
     torch.testing.assert_close(*gradients, atol=1e-11, rtol=0)
+
+
+def test_a_float32_model_attends_in_bfloat16_on_a_gpu(monkeypatch):
+    """FlashAttention takes nothing wider; one by one, the products of the rest of the model stay in float32."""
+    model, rollouts = tiny_model(), make_rollouts(4, shortest=1)
+    expected = one_by_one(model, rollouts)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(packing, "varlen_attn", grouped_varlen)
+    monkeypatch.setattr(kernels, "_use_triton", lambda *arguments: False)
+    logprobs = in_batches(Policy(model), rollouts, 1000)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected, atol=0.03, rtol=0)
+
+
+def test_the_longest_sequence_is_tried_and_forgotten(monkeypatch):
+    """On a GPU, before the first step: a full micro-batch, its gradient, and nothing is left of it."""
+    policy, tried = Policy(tiny_model()), []
+    before = [parameter.clone() for parameter in policy.parameters()]
+    optimizer = torch.optim.AdamW(policy.parameters())
+    cfg = SimpleNamespace(max_response_tokens=9, micro_batch_tokens=40)
+
+    def loss_of(batch):
+        tried.append(batch.position_ids.flatten().tolist())
+        loss = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))[0].sum()
+        loss.register_hook(lambda gradient: tried.append("backward"))
+        return loss
+
+    lib.policy.try_longest(cfg, {"a": [2, 3], "b": [2, 4, 3]}, optimizer, loss_of)
+    assert not tried  # without a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lib.policy.try_longest(cfg, {"a": [2, 3], "b": [2, 4, 3]}, optimizer, loss_of)
+    assert tried == [3 * list(range(3 + 9 - 1)), "backward"] and not optimizer.state
+    assert all(torch.equal(x, y) and y.grad is None for x, y in zip(before, policy.parameters()))
+
+    def too_much(batch):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(InputError, match="or one sequence of 3 . 9 tokens, does not fit"):
+        lib.policy.try_longest(cfg, {"b": [2, 4, 3]}, optimizer, too_much)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_activations_take_what_the_docs_say(name, monkeypatch):
+    """What autograd keeps of one layer more, on tensors without memory that say they are on a GPU."""
+    config, kept = MODEL_CONFIGS[name], []
+    [batch] = make_batches(make_rollouts(), 1000, torch.device("meta"), False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
+    for layers in (1, 2):
+        shape = {**config.to_dict(), "num_hidden_layers": layers, "layer_types": None}
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(type(config)(**shape), dtype=torch.bfloat16)
+        policy, saved = Policy(model), {}
+        weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
+
+        def save(tensor, weights=weights, saved=saved):
+            if (storage := tensor.untyped_storage())._cdata not in weights:
+                saved[storage._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            policy(batch, lambda hidden, weight: hidden)
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / batch.input_ids.numel())
+    text = (ROOT / "docs/scaling.md").read_text()
+    qwen3 = re.search(r"(\d+) h \+ (\d+) q \+ (\d+) kv \+ (\d+) i bytes", text)
+    less = re.search(r"(\d+) q \+ (\d+) kv bytes\s+less", text).groups() if "llama" in name else (0, 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    h, q, kv, i = map(int, qwen3.groups())
+    expected = (
+        h * config.hidden_size + i * config.intermediate_size
+        + (q - int(less[0])) * head_dim * config.num_attention_heads
+        + (kv - int(less[1])) * head_dim * config.num_key_value_heads
+    )  # fmt: skip
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.01)
 
 
 def test_only_tested_families_are_trained(tmp_path):

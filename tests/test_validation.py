@@ -14,6 +14,7 @@ import lib.data
 import lib.engines
 import lib.lineage
 import lib.plots
+import lib.policy
 import lib.runs
 import lib.scores
 import opd
@@ -125,23 +126,13 @@ def test_a_checkpoint_along_the_way_serves_every_later_stage(student, teacher, p
     fkl_warmup.main(warmup(str(bridge), str(early), problems, tmp_path / "warmup", max_steps=1))
 
 
-def test_the_warmups_engine_sleeps_before_the_first_update(
-    student, teacher, problems, test_problems, tmp_path, monkeypatch
-):
-    """A resumed run may train long before its next validation, and an engine that is awake holds the GPU's memory."""
-    happened, make_engine, make_batches = [], fkl_warmup.make_engine, fkl_warmup.make_batches
-
-    def make(*arguments, **options):
-        engine = make_engine(*arguments, **options)
-        happened.append("an engine")
-        monkeypatch.setattr(engine, "sleep", lambda: happened.append("sleeps"))
-        return engine
-
-    monkeypatch.setattr(fkl_warmup, "make_engine", make)
-    monkeypatch.setattr(fkl_warmup, "make_batches", lambda *a: happened.append("an update") or make_batches(*a))
-    monkeypatch.setattr(lib.scores.Validation, "score", lambda *a: None)  # as between two validations
+def test_the_warmups_own_engine_is_a_trainers(student, teacher, problems, test_problems, tmp_path, monkeypatch):
+    """It gets the policy, so it sleeps until the first validation, which a resumed run may reach long after its start."""
+    made, make_engine = [], fkl_warmup.make_engine
+    monkeypatch.setattr(fkl_warmup, "make_engine", lambda *a, **k: made.append(a[3:]) or make_engine(*a, **k))
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", validate=(test_problems,), max_steps=1))
-    assert happened == ["an engine", "sleeps", "an engine", "sleeps", "an update"]
+    [of_the_teacher, [policy]] = made
+    assert of_the_teacher == () and isinstance(policy, lib.policy.Policy)
 
 
 def test_pictures_show_validations_with_their_errors(tmp_path, monkeypatch):

@@ -177,31 +177,6 @@ def table(args, names):
     return [line for line, _ in found.values()], {name: gigabytes for name, (_, gigabytes) in found.items()}
 
 
-def gradient_errors(device, n, ds, v):
-    """Lines with the relative error of dH and dW against float64, for teachers at three distances from the student."""
-    lines = []
-    for noise in (0.22, 0.045, 0.014):  # of the logits: KL is about noise ** 2 * 2
-        hidden, weight, _, _ = inputs(n, ds, 1, v, device)
-        moved = (weight + noise * 2 / ds ** 0.5 * torch.randn_like(weight, dtype=torch.float32)).detach().bfloat16()
-        args = hidden, weight, hidden.detach(), moved
-        wide = [x.detach().double().requires_grad_(x.requires_grad) for x in args]
-        kl = K.fused_linear_kl(*wide, tokens(hidden, weight), backend="torch")
-        truth = torch.autograd.grad(kl.loss, wide[:2])
-        for name in ("KL, ours, reverse", "KL, formulas"):
-            got = torch.autograd.grad(METHODS[name]()(*args), args[:2])
-            worst = max(((g.double() - t).norm() / t.norm()).item() for g, t in zip(got, truth))
-            lines.append(f"- mean KL {kl.kl.mean().item():.1e}, {name}: {worst:.2%}")
-            print(lines[-1], flush=True)
-    return lines
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="against the formulas on a CPU only")
@@ -214,7 +189,8 @@ def main():
     if not cuda:
         torch.set_num_threads(1)
     device, name = "cuda" if cuda else "cpu", torch.cuda.get_device_name() if cuda else platform.machine()
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "triton", "liger-kernel"))
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    versions = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in ("torch", "triton", "liger-kernel"))
     lines = [f"# Fused losses on {name}", "", f"{versions}; {datetime.date.today()}; `python -m tests.tools.bench_kernels`"]
     print(lines[-1])
     for size, shape in (CPU if on_cpu else TINY if options.tiny else SIZES).items():
@@ -223,8 +199,6 @@ def main():
         lines += ["", f"## {size}: N, Ds, Dt, V = {shape}", "", "| | ms | extra GB | |", "|---|---|---|---|", *found]
     if on_cpu:
         return any(gigabytes[ours] > 0.3 * gigabytes[formulas] for ours, formulas in ON_CPU.items())
-    n, ds, _, v = next(iter((TINY if options.tiny else SIZES).values()))
-    lines += ["", "## Relative error of the gradients against float64", "", *gradient_errors(device, min(n, 256), ds, v)]
     if not options.tiny:
         (ROOT / f"results/kernels/bench_{name.lower().replace(' ', '_')}.md").write_text("\n".join(lines) + "\n")
 
