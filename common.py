@@ -380,11 +380,11 @@ def print0(text: str) -> None:
         sys.stdout.flush()
 
 
-def progress_bar(total: int, caption: str | None, unit: str, **options) -> tqdm:
-    """A tqdm bar on rank 0; none on other ranks or without a caption. In a file or a pipe it is a line now and then."""
+def progress_bar(total: int, caption: str, unit: str, **options) -> tqdm:
+    """A tqdm bar on rank 0. In a file or a pipe it is a line now and then."""
     if not sys.stderr.isatty():
         options |= {"file": Lines(), "mininterval": 30, "ncols": 0, "position": 0}
-    return tqdm(total=total, desc=caption, unit=unit, disable=rank() > 0 or caption is None, **options)
+    return tqdm(total=total, desc=caption, unit=unit, disable=rank() > 0, **options)
 
 
 class Lines:
@@ -409,9 +409,7 @@ def on_rank_0(function: Callable):
     if world_size() > 1:
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        # pop() leaves no reference to the error in this frame. Otherwise the frame and the error's traceback would
-        # refer to each other, and a lock file that is open in it would stay open until the garbage collector runs.
-        raise outcome.pop()
+        raise outcome[1]
     return outcome[0]
 
 

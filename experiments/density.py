@@ -4,15 +4,15 @@ The sparse reward is one bit: whether the answer at the end is right. The dense 
 response the number log pi_T(y_t | s_t) - log pi_theta(y_t | s_t), one summand of Eq. 3: how much likelier the teacher
 finds the token than the student that has written it. So a teacher can say in which step a response goes wrong.
 
-For a few problems to which the student gives a wrong answer three rows are drawn: this answer, coloured by the dense
+For a problem to which the student gives a wrong answer three rows are drawn: this answer, coloured by the dense
 reward from the RL'd teacher; the same answer, coloured by that from the raw teacher; and an answer of the bridged student.
 
     python -m experiments.density --student runs/toy/seed0/raw/raw_student --teacher runs/toy/seed0/1H/rl/teacher \
         --raw-teacher runs/toy/seed0/raw/raw_teacher --bridge runs/toy/seed0/1H/rl/bridge \
         --data runs/toy/seed0/raw/test.jsonl --out runs/toy/seed0/density --max-response-tokens 24
 
-Written: density.png. The toy's wrong steps are known, so there it also prints how often the lowest dense reward of a
-wrong answer is at a wrong step.
+It writes density.png. The toy's wrong steps are known: they are underlined, and it prints how often the lowest dense
+reward of a wrong answer is at one of them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Config(SamplerConfig):
     raw_teacher: str  # the same teacher before Stage 1, to compare with
     bridge: str  # student after Stages 2a and 2b, whose responses to the same problems are shown
     data: str  # problems: a .jsonl or .parquet file, math500 or another short name, or owner/name:split on the hub
-    problems: int = 3  # number of problems to show
+    problems: int = 1  # number of problems to show
     tried: int = 32  # problems that the student answers, the first of the data, from which those to show are taken
     responses: int = 1  # responses to each of these problems
     temperature: float = 1.0  # sampling temperature; the stages train at 1 (Table 9)
@@ -70,6 +70,7 @@ class Shown(NamedTuple):
     title: str
     rollout: Rollout
     rewards: Tensor  # (T,) float32, the dense reward of each token in nats
+    mistakes: list[int]  # indices of the tokens to underline
 
 
 def sample(
@@ -90,7 +91,7 @@ def sample(
 
         own = answers(problems, cfg.responses)
         shown: dict[str, Rollout] = {}
-        for rollout in sorted(own, key=lambda r: (not find_mistakes(r, tokenizer), why(r) != "wrong", r.sample)):
+        for rollout in sorted(own, key=lambda r: (why(r) != "wrong", not find_mistakes(r, tokenizer), r.sample)):
             shown.setdefault(rollout.problem.id, rollout)
         chosen = list(shown.values())[: cfg.problems]
         engine.load(cfg.bridge, tokenizer)
@@ -142,8 +143,8 @@ def wrong_steps(tokens: Sequence[str], expression: str) -> list[int] | None:
 
 
 def find_mistakes(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`wrong_steps` of a response to one of the toy's problems that is finished and wrong; else none."""
-    if why(rollout) != "wrong" or not rollout.problem.prompt.startswith(toy.TASK):
+    """`wrong_steps` of a response to one of the toy's problems; none for other problems and other forms of response."""
+    if not rollout.problem.prompt.startswith(toy.TASK):
         return []
     tokens = tokenizer.batch_decode([[token] for token in rollout.response_ids])
     return wrong_steps(tokens, rollout.problem.prompt.removeprefix(toy.TASK)) or []
@@ -242,9 +243,11 @@ def draw(groups: Sequence[Sequence[Shown]], tokenizer: PreTrainedTokenizerBase, 
                     number = nats(reward)
                     grey = "#8a8a8a" if number == "0" else front
                     put(left + width / 2, top + 0.45, number, size=10, ha="center", color=grey)
+                    if at in shown.mistakes:
+                        axis.add_patch(Rectangle((left + 0.015, top + CELL), width - 0.03, 0.06, facecolor=INK))
                     left += width
-                top += CELL + 0.1
-            left, middle, rollout = MARGIN + ROOM + 0.17, top - 0.1 - CELL / 2, shown.rollout
+                top += CELL + 0.14
+            left, middle, rollout = MARGIN + ROOM + 0.17, top - 0.14 - CELL / 2, shown.rollout
             style = dict(boxstyle="round,pad=0.03", facecolor="white", edgecolor=INK, lw=1.6)
             axis.add_patch(FancyBboxPatch((left, middle - 0.22), 1.2, 0.44, **style))
             earned = float(bool(rollout.correct)) if rollout.reward is None else rollout.reward
@@ -283,17 +286,18 @@ def main(cfg: Config) -> None:
     own, chosen, bridged = sample(cfg, problems, tokenizer, prompts)
 
     size = data.vocab_size(tokenizer)
-    mistaken = [rollout for rollout in own if find_mistakes(rollout, tokenizer)]
+    mistaken = [rollout for rollout in own if why(rollout) == "wrong" and find_mistakes(rollout, tokenizer)]
     from_rl = dense_rewards(cfg.teacher, cfg.student, chosen + mistaken, cfg, size)
     from_raw = dense_rewards(cfg.raw_teacher, cfg.student, chosen + mistaken, cfg, size)
     of_bridged = dense_rewards(cfg.teacher, cfg.bridge, bridged, cfg, size)
+    rows = (
+        ("The raw student's answer, and its dense reward from the RL'd teacher", chosen, from_rl),
+        ("The same answer, and its dense reward from the raw teacher", chosen, from_raw),
+        ("The bridged student's own answer, and its dense reward from the RL'd teacher", bridged, of_bridged),
+    )
     groups = [
-        [
-            Shown("The student's answer, and its dense reward from the RL'd teacher", rollout, by_rl),
-            Shown("The same answer, and its dense reward from the raw teacher", rollout, by_raw),
-            Shown("The bridged student's own answer, and its dense reward from the RL'd teacher", other, rewards),
-        ]
-        for rollout, by_rl, by_raw, other, rewards in zip(chosen, from_rl, from_raw, bridged, of_bridged)
+        [Shown(title, them[n], rewards[n], find_mistakes(them[n], tokenizer)) for title, them, rewards in rows]
+        for n in range(len(chosen))
     ]
 
     picture, said = Path(cfg.out) / "density.png", ""
@@ -304,7 +308,7 @@ def main(cfg: Config) -> None:
             for rewards in (from_rl, from_raw)
         )
         chance = np.mean([len(places) / len(r.response_ids) for places, r in zip(wrong, mistaken)])
-        said = f"The RL'd teacher's lowest number is at a wrong step in {by_rl} of the wrong step-by-step answers."
+        said = f"Wrong steps are underlined. The RL'd teacher's lowest reward is at one of them in {by_rl} of {len(mistaken)} wrong answers."
         print(
             "The dense reward of a token is its log-probability under the teacher, minus that under the student. In "
             f"{len(mistaken)} wrong\nstep-by-step answers of the raw student to {len({r.problem.id for r in mistaken})} "
@@ -312,9 +316,7 @@ def main(cfg: Config) -> None:
             f"A token picked at random is at a wrong step in {100 * chance:.0f} %."
         )
     draw(groups, tokenizer, said, picture)
-    print(
-        f"wrote {picture}: the dense reward of each token in answers to {len(groups)} problems (token-reward heatmap)"
-    )
+    print(f"wrote {picture}, the token-reward heatmap")
 
 
 if __name__ == "__main__":

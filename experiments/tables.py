@@ -58,7 +58,7 @@ class Config:
 
 
 # The paper's figures for MATH-500 / AIME 2024 / AIME 2025 in %, with ± where it is at hand, for each of PAIRS in turn.
-# What involves no model but the 1.7B student is the same for both Qwen pairs.
+# Rows that involve only the 1.7B student have the same figures for both Qwen pairs.
 PAPER = {
     # Tables 1, 2, 3 and 6
     "full/direct": 2 * ("75.9±0.9 / 19.8±1.4 / 17.1±0.9",) + ("59.8 / 12.5 / 7.2",),
@@ -169,10 +169,9 @@ PREDICTIONS = {
     "P1": "with a raw teacher the bridge does not exceed direct GRPO (C1: optimality of the teacher).",
     "P2": "OPD without the warmup falls below the bridge; so does the off-policy half (C2: closeness).",
     "P3": "after the bridge, fresh labels give what more updates on the bridge's own labels do not.",
-    "App. C": "where should the held-out half of the labels go? The paper's difference on MATH-500 is "
-    f"{paper_difference('full/rl/bridge', '1H/rl/bridge-2H', 'qwen3-8b')} with the 8B teacher and "
-    f"{paper_difference('full/rl/bridge', '1H/rl/bridge-2H', 'qwen3-14b')} with the 14B teacher; by the printed errors "
-    "neither is resolved. So no order is expected here: the verdict says whether our difference is resolved, and its sign.",
+    "App. C": "where should the held-out half of the labels go? The paper's difference on MATH-500 is +0.8 with the 8B "
+    "teacher and -0.1 with the 14B teacher; by the printed errors neither is resolved. So no order is expected here: the "
+    "verdict says whether our difference is resolved, and its sign.",
 }
 # Of each prediction the relations that it expects between two checkpoints: > or =, and ? where it expects no order.
 CLAIMS = {
@@ -237,7 +236,7 @@ COSTS = (
     "the warmup's teacher responses, so their minutes lack the time to sample them."
 )
 VERDICTS = (
-    "**Claims**, by the paper's predictions and as it finds them on MATH-500. Differences are in points and taken "
+    "**Claims**: the relations between rows that the paper predicts or finds on MATH-500. Differences are in points, taken "
     "problem by problem, ± one standard error. {spread} A claim of an order (>) holds, or is REVERSED, if the interval "
     "leaves out zero, and is otherwise not resolved. A claim of equality (=) does not hold if the interval leaves out zero; "
     "otherwise no difference is resolved, which does not show that there is none: the interval says how large it may be. In "
@@ -401,11 +400,11 @@ def stages_behind(lineage: dict, whose: str) -> dict[str | None, tuple[str, dict
 
 
 def cost(directory: str, checkpoint: str) -> dict[str, float] | None:
-    """What a run's checkpoint and all stages behind it cost: labels, response tokens, CPU minutes.
+    """Labels, response tokens and CPU minutes of a run's checkpoint with every stage behind it.
 
-    None if no stage has made it, or one of the stages behind it has not recorded what it cost.
+    None if no stage has made it, or if a stage behind it has recorded no cost.
     """
-    lineage = read_run(str(Path(directory, checkpoint)))
+    lineage = read_run(Path(directory, checkpoint))
     whose = "teacher" if Path(checkpoint).name == "teacher" else "student"
     stages = list(stages_behind(lineage, whose).values())
     if not stages or any("trained_tokens" not in record for _, record in stages):
@@ -476,12 +475,8 @@ def tables_text(results: dict) -> str:
     spread = f"mean of {runs} runs ± SE over runs" if runs > 1 else "± SE over problems"
     parts = [LEGEND, ERRORS]
     if results["missing"]:
-        missing = (
-            f"`{checkpoint}` (missing in {', '.join(paths)})" for checkpoint, paths in results["missing"].items()
-        )
-        parts.append(
-            f"**Left out**, with the claims that need them, because not every run has them: {'; '.join(missing)}."
-        )
+        missing = "; ".join(f"`{row}` (missing in {', '.join(paths)})" for row, paths in results["missing"].items())
+        parts.append(f"**Left out**, with the claims that need them, because not every run has them: {missing}.")
 
     def row(checkpoint: str) -> list[str]:
         ours = [percent(*entries[checkpoint][name]) for name in names]
@@ -506,10 +501,8 @@ def tables_text(results: dict) -> str:
         for checkpoint, (labels, *tokens, minutes) in ((c, spent.values()) for c, spent in results["costs"].items()):
             tokens = [f"{count / 1000:,.0f}" for count in tokens]
             lines.append([*row(checkpoint), f"{labels:.0f}", *tokens, f"{minutes:.2f}"])
-        parts += [
-            COSTS.format(spread=f"mean of {runs} runs" if runs > 1 else "in one run"),
-            markdown_table(header, lines),
-        ]
+        costs = COSTS.format(spread=f"mean of {runs} runs" if runs > 1 else "in one run")
+        parts += [costs, markdown_table(header, lines)]
     return "\n\n".join([*parts, *claims_text(results)]) + "\n"
 
 
@@ -619,9 +612,9 @@ STEPS = {  # first - second: the name of the step from the second to the first
     "1H/rl/bridge - 1H/raw/bridge": "the bridge from the RL'd teacher, minus that from the raw one",
 }
 DEMO = """
-Each model answered {problems} test problems {k} times. The table has the percentage of right answers, ± one standard
-error over the problems. 1H and 2H are two halves of the training problems, and "labels" is the number of problems that
-a model, or the teacher behind it, was trained on.
+Each model answered {problems} test problems {k} times. The table has the percentage of right answers ± one standard error
+over the problems. 1H and 2H are two random halves of the labelled training problems, and "labels" counts those that a
+model, or a teacher behind it, was trained on.
 
 {table}
 
@@ -644,8 +637,8 @@ def show_demo(cfg: Config) -> None:
     out = Path(cfg.out)
     report = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = {checkpoint: next(iter(scored.values())) for checkpoint, scored in report["results"].items()}
-    entries = {checkpoint: {cfg.pool: (row["avg"], row["se"])} for checkpoint, row in rows.items()}
     problems = next(iter(rows.values()))["problems"]
+    entries = {checkpoint: {cfg.pool: (row["avg"], row["se"])} for checkpoint, row in rows.items()}
     results = {"runs": cfg.runs, "problems": {cfg.pool: problems}, "entries": entries}
     draw(results, out / "demo.png", list(entries), list(entries))
 
@@ -654,12 +647,11 @@ def show_demo(cfg: Config) -> None:
         labels = len(problems_trained_on(read_run(Path(cfg.runs[0], checkpoint))))
         table.append((in_words(checkpoint), percent(row["avg"], row["se"]), str(labels)))
     for contrast, step in STEPS.items():
-        first, second = contrast.split(" - ")
-        if first in rows and second in rows:
-            steps.append((step, signed(*paired_difference(rows[first]["scores"], rows[second]["scores"]))))
-    print(
-        DEMO.format(problems=problems, k=report["settings"]["k"], table=aligned(table), steps=aligned(steps), out=out)
-    )
+        first, second = (rows.get(checkpoint) for checkpoint in contrast.split(" - "))
+        if first and second:
+            steps.append((step, signed(*paired_difference(first["scores"], second["scores"]))))
+    k = report["settings"]["k"]
+    print(DEMO.format(problems=problems, k=k, table=aligned(table), steps=aligned(steps), out=out))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -273,8 +273,8 @@ def load_training_problems(cfg, validation: Iterable[Problem]) -> list[Problem]:
     """The problems of --half of --data that are neither in `validation` nor in a set of --exclude. `cfg` is a stage's
     Config.
 
-    A question of such a set is also dropped where other messages come before it, and where its answer is missing or
-    disputed. The halves are cut before the exclusion, so that they do not depend on what is evaluated.
+    A question is also dropped where other messages come before it, and if it is excluded without an answer. The halves are
+    cut before the exclusion, so that they do not depend on the evaluation sets.
     """
     problems = half_of(load_problems(cfg.data, reward=cfg.reward), cfg.half)
     held_out = [(problem.prompt, problem.id) for problem in validation]
@@ -336,32 +336,27 @@ def load_tokenizer(model: str, argument: str = "--model") -> PreTrainedTokenizer
         ) from None
 
 
-def chat_messages(problem: Problem, prompt: str) -> list[dict[str, str]]:
-    """The turns of a problem, each with role and content. The last is the user's: the problem's text in `prompt`, which
-    is that of --prompt.
-    """
-    turns = _prompt_of(problem.row)
-    earlier = turns[:-1] if isinstance(turns, list) else []
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in earlier]
-    return [*turns, {"role": "user", "content": prompt.replace("{problem}", problem.prompt)}]
-
-
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, cfg: SamplerConfig) -> str:
-    """The problem's turns in the model's chat template, or the user's one turn as it is if there is no template.
+    """The problem's turns in the model's chat template, or the user's one turn as it is if there is no template. The last
+    turn is the user's: the problem's text in --prompt.
 
     Raises InputError if there are other turns and no template, in which nothing would tell them apart.
     """
-    messages = chat_messages(problem, cfg.prompt)
+    turns = _prompt_of(problem.row)
+    earlier = turns[:-1] if isinstance(turns, list) else []
+    asked = cfg.prompt.replace("{problem}", problem.prompt)
     if uses_template(tokenizer, cfg):
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in earlier]
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=cfg.thinking
-        )
-    if len(messages) > 1:
+            [*messages, {"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=cfg.thinking,
+        )  # fmt: skip
+    if earlier:
         raise InputError(
-            f"problem {problem.id} ({problem.prompt[:40]!r}...) has {len(messages)} turns, and no chat template is used; make "
+            f"problem {problem.id} ({problem.prompt[:40]!r}...) has {len(turns)} turns, and no chat template is used; make "
             "them one text, or give a model with a template"
         )
-    return messages[0]["content"]
+    return asked
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, cfg: SamplerConfig) -> bool:
@@ -437,8 +432,8 @@ def check_same_tokenizer(
 ) -> None:
     """InputError unless both read and write the same tokens: otherwise a KL between their distributions means nothing.
 
-    It compares the vocabularies, the special tokens, and one rendered prompt for each order of chat roles.
-    `arguments` name the two on the command line.
+    It compares the vocabularies, the special tokens and the rendered prompts. `arguments` name the two on the command
+    line.
     """
     both = [load_tokenizer(model, argument) for model, argument in zip((student, teacher), arguments)]
     pair = f"{arguments[0]} {student!r} and {arguments[1]} {teacher!r}"
@@ -453,8 +448,7 @@ def check_same_tokenizer(
         first, second = (getattr(tokenizer, name) for tokenizer in both)
         if first != second:
             raise InputError(f"{pair} differ in {name} ({first!r} and {second!r}); copy one tokenizer over the other")
-    orders = {tuple(turn["role"] for turn in chat_messages(problem, "")): problem for problem in problems}
-    for problem in orders.values():
+    for problem in problems:
         first, second = (render_prompt(tokenizer, problem, cfg) for tokenizer in both)
         if first != second:
             raise InputError(

@@ -76,20 +76,18 @@ STOP_AFTER_SKIPPED = 3
 
 
 class Run:
-    """The output directory of a stage while it runs.
+    """The output directory of a stage: OUT.partial while it runs, renamed to OUT at the end.
 
-    Everything is written to OUT.partial:
+    So a directory called OUT is always whole, however the process ends, and a Makefile can use it as a target. The run
+    writes
 
-    - `metrics.jsonl`: one line for each step and one for each validation, and `samples.jsonl`: a few responses of each
-      step. They are kept however the run ends.
-    - `state-NNNNNN`: weights, optimizer and run.json after NNNNNN steps, written every `save_every` steps and when a
-      signal stops the run. The previous one is removed when the new one is complete. `--resume` loads the newest that
-      can be loaded, and then drops the lines of later steps from the two files above, because they will come again.
-    - `step-NNNNNN`: checkpoints along the way, if there is `export_every`.
-    - `run.json`: settings and lineage.
-
-    At the end the last checkpoint is written beside them, and OUT.partial is renamed to OUT. So a directory called OUT
-    is always whole, however the process ends, and a Makefile can use it as a target.
+    - `metrics.jsonl`, with a line for each step and for each validation, and `samples.jsonl`, with a few responses of
+      each step. They are kept however the run ends;
+    - `state-NNNNNN`: weights, optimizer and run.json after NNNNNN steps, every `save_every` steps and when a signal stops
+      the run. The previous one is removed when the new one is complete. `--resume` loads the newest that can be loaded,
+      and drops the lines of later steps from the two logs, because they will come again;
+    - `step-NNNNNN`: checkpoints along the way, if there is `export_every`;
+    - `run.json`: settings and lineage; and in the end the checkpoint itself.
 
     `cfg` is a stage's Config. `parents` maps roles ("model", "teacher") to checkpoints, whose lineage is copied into
     `run.json`. Use it in a `with` block, in this order: `restore`, and in each of `steps` first `log`, then `save`; in
@@ -105,7 +103,6 @@ class Run:
         self.save_every, self.export_every = cfg.save_every, cfg.export_every
         self.steps_done = 0
         self.total_steps: int | None = None  # known once `steps` is called
-        self.lines: list[dict] = []  # of metrics.jsonl
         self._phases: dict[str, float] = defaultdict(float)
         self._tracker = Tracker(cfg.track)
         self._began, self._cpu_began = time.monotonic(), time.process_time()
@@ -120,9 +117,7 @@ class Run:
     def _open(self, cfg, parents: dict[str, str]) -> dict:
         """This run's record, if it may begin or continue."""
         finished = cfg.resume and read_run(self.out)
-        if (
-            os.path.lexists(self.out) and not finished
-        ):  # be it a link to nothing, onto which no directory can be renamed
+        if os.path.lexists(self.out) and not finished:  # nothing can be renamed onto a dangling link, either
             raise InputError(f"--out {cfg.out!r} already exists; name another, or delete it")
         if self._holds_work() and not cfg.resume:
             raise InputError(f"{self.partial} holds an interrupted run; add --resume to continue it, or delete it")
@@ -198,7 +193,7 @@ class Run:
         From here on a signal to stop waits for the end of the step, where `save` looks for it.
         """
         self.total_steps = total
-        self.lines = on_rank_0(self._cut_logs)
+        self.lines = on_rank_0(self._cut_logs)  # of metrics.jsonl
         self._tracker.start(self.record, self.out)
         self._at_exit.callback(self._tracker.call, "finish")
         on_rank_0(lambda: self._write_record(self.partial))
@@ -287,10 +282,8 @@ class Run:
         for name, score in scores.items():
             line[f"validation_{name}"] = score["avg"]
             line |= {f"validation_{name}_{key}": score[key] for key in ("se", "truncated", "tokens")}
-            average, error, truncated = (100 * score[key] for key in ("avg", "se", "truncated"))
-            said.append(
-                f"{name} {average:.1f} ± {error:.1f} % ({truncated:.1f} % truncated, {score['tokens']:.1f} tokens)"
-            )
+            average, error, truncated = (f"{100 * score[key]:.1f}" for key in ("avg", "se", "truncated"))
+            said.append(f"{name} {average} ± {error} % ({truncated} % truncated, {score['tokens']:.1f} tokens)")
         self._append(line)
         print0(f"Validation after {steps} steps: {', '.join(said)}.")
 

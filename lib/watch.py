@@ -20,10 +20,10 @@ def why(rollout: Rollout) -> str:
 
 
 def choose_samples(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> list[int]:
-    """Indices of at most SAMPLES_PER_STEP rollouts that say most: the best and the worst response to a few prompts.
+    """Indices of the best and the worst response to a few prompts, at most SAMPLES_PER_STEP together.
 
-    Prompts whose responses have different rewards come first, and prompts with one response last. The order of the
-    rollouts decides what is equal, so that a resumed run chooses the same.
+    Prompts whose responses have different rewards come first, and prompts with one response last. Of equal ones the
+    order of the rollouts decides, so that a resumed run chooses the same.
     """
     groups: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
@@ -58,7 +58,7 @@ def sample_lines(step: int, rollouts: Sequence[Rollout]) -> list[dict]:
 
 
 def shorten(text: str, chars: int) -> str:
-    """The text, or its first third and its end, about `chars` characters together, if it is longer."""
+    """The text, or of a longer one its first third and its end, about `chars` characters together."""
     if len(text) <= chars:
         return text
     first = chars // 3
@@ -66,10 +66,7 @@ def shorten(text: str, chars: int) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that could move the cursor or reverse the line; line breaks stay.
-
-    A response may hold any character, escape sequences of the terminal among them.
-    """
+    """The text with everything escaped that could move the terminal's cursor or reverse the line; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -117,12 +114,10 @@ def find_warnings(lines: Sequence[dict]) -> dict[str, str]:
     found = {}
     # One of these four at most: if all responses are cut there is no answer either, and no spread.
     if all_in("truncated", NEARLY_ALL, 1):
-        found["cut"] = (
-            "nearly all responses were cut; raise --max-response-tokens, or see in samples.jsonl why none ends"
-        )
+        found["cut"] = "nearly all responses were cut; raise --max-response-tokens, or see in samples.jsonl why"
     elif all_in("no_answer", NEARLY_ALL, 1):
         found["no answer"] = (
-            "nearly no response had a \\boxed answer; see samples.jsonl, and whether --prompt asks for a box"
+            "nearly no response had a \\boxed answer; see samples.jsonl, and let --prompt ask for a box"
         )
     elif all_in("frac_reward_zero_std", NEARLY_ALL, 1):
         found["no spread"] = (

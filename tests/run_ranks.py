@@ -136,14 +136,8 @@ def bfloat16() -> None:
     Activations are computed twice, an update has several micro-batches, and one rank has fewer of them than the other.
     The samples are the same because the embedded engine samples in float32 either way.
     """
-    settings = dict(
-        **COMMON,
-        max_response_tokens=12,
-        max_steps=1,
-        micro_batch_tokens=60,
-        activation_checkpointing=True,
-        engine="torch",
-    )
+    settings = dict(**COMMON, max_response_tokens=12, max_steps=1, micro_batch_tokens=60, engine="torch")
+    settings["activation_checkpointing"] = True
     grpo, distill = dict(**GRPO, mini_batch_prompts=3), dict(model=student, teacher=teacher, rollouts_per_prompt=3)
     stages = {
         "teacher": dict(model=teacher, half="1H", **grpo), "warmup": dict(mini_batch_prompts=3, **distill),

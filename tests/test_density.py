@@ -70,7 +70,7 @@ def test_long_and_hostile_responses_can_be_drawn(tmp_path):
         rollout = Rollout(Problem("p", "$1$" + HOSTILE[0], "$2"), 0, [2], ids, [0.0] * len(ids), "length", "")
         texts = density.cell_texts(rollout, tokenizer)
         assert texts[:6] == ["\\u202e", "$data", "\\x1b[2J", "<b>", "⏎", "␣"] and len(texts) == len(ids)
-        shown = density.Shown("title", rollout, torch.linspace(0, -9, len(ids)))
+        shown = density.Shown("title", rollout, torch.linspace(0, -9, len(ids)), [1])
         density.draw([[shown]], tokenizer, "", tmp_path / f"{name}.png")
     assert [density.nats(x) for x in (-0.04, -0.06, 0.5, -7.91, -10.04)] == ["0", "−0.1", "0.5", "−7.9", "−10"]
     height = lambda name: int.from_bytes((tmp_path / f"{name}.png").read_bytes()[20:24], "big")
@@ -103,4 +103,7 @@ def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert "wrong\nstep-by-step answers of the raw student to" in printed
     assert "0 ± 0 % with the raw one" in printed  # whose rewards are all 0, so the lowest is the first
-    assert drawn.pop()[1].startswith("The RL'd teacher's lowest number is at a wrong step in")
+    [[(_, _, _, mistakes), *_]], said = drawn.pop()
+    assert mistakes and said.startswith(
+        "Wrong steps are underlined. The RL'd teacher's lowest reward is at one of them in"
+    )

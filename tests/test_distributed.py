@@ -12,6 +12,8 @@ import common
 import lib.policy
 import teacher_grpo
 
+COMPARED = {"loss", "forward_kl", "reverse_kl", "reward", "entropy", "kl_to_reference", "grad_norm"}
+
 
 @pytest.fixture(scope="module")
 def run_ranks(tmp_path_factory, student, teacher, problems):
@@ -38,15 +40,7 @@ def test_two_ranks_do_what_one_does(run_ranks):
     assert len({tuple(ids) for batch in rollouts for *_, ids in batch}) > 60  # and samples differ
     for stage in STAGES:
         for alone, together in zip(metrics(one / stage), metrics(two / stage), strict=True):
-            for name in alone.keys() & {
-                "loss",
-                "forward_kl",
-                "reverse_kl",
-                "reward",
-                "entropy",
-                "kl_to_reference",
-                "grad_norm",
-            }:
+            for name in alone.keys() & COMPARED:
                 assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), (stage, name)
         assert max(line["grad_norm"] for line in metrics(one / stage)) > 0.01  # a batch may lack spread, a run not
         # AdamW moves a weight whose gradient is nothing but rounding by up to the learning rate, so a few may differ.
