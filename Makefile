@@ -116,6 +116,7 @@ GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
 DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
 OPD := --prompts-per-step 8 --lr 2e-5 --lr-schedule cosine
+SFT := --lr 2e-5 # after the rate of WARMUP, of which it has the other settings
 VALIDATE := --validate $(RAW)/validation.jsonl --validate-k 2 --validate-every
 TEACHER_BUDGET := --max-steps 32 $(VALIDATE) 8
 SFT_TEACHER_BUDGET := --max-steps 10
@@ -210,7 +211,7 @@ $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json | setup
 
 $(S)/%/sft_only/run.json: $(S)/%/warmup/run.json | setup
 	$(call train,SFT of the student on the teacher's responses,fkl_warmup.py,--loss sft --model $(STUDENT) $(distilled) $(WARMUP) \
-		--rollouts $(<D).rollouts $(BRIDGE_BUDGET))
+		--rollouts $(<D).rollouts $(BRIDGE_BUDGET) $(SFT))
 
 $(S)/%-2H/run.json: $(S)/%/run.json | setup
 	$(call train,Stage 3: GRPO of the student,student_grpo.py,--model $(<D) $(GRPO) $(STAGE3_BUDGET),2H)
