@@ -19,7 +19,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 .DELETE_ON_ERROR:
-.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check gpu-wheels test test-rest lint clean
+.PHONY: setup reinstall tables paper-toy demo demo-real distributed-demo gpu-check gpu-wheels test test-rest test-all lint clean
 .SECONDARY: # Make would delete a checkpoint that is only on the way to another one.
 
 setup: $(VENV)/installed
@@ -59,6 +59,8 @@ test: setup
 # The tests with vLLM, many kills, machine code and the whole corpora of the verifier.
 test-rest: setup $(TESTED_WITH)
 	$(PYTEST) --maxprocesses 2 -m rest
+
+test-all: test test-rest
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
