@@ -81,7 +81,7 @@ class TrainingConfig(SamplerConfig):
     # the settings to begin with
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
-    max_steps: int | None = None  # number of steps, in the place of --epochs; the data are repeated as needed
+    max_steps: int | None = None  # number of steps, instead of --epochs; the data are repeated as needed
     resume: bool = False  # continue an interrupted run of the same settings, if there is one
     # training
     exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
