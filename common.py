@@ -230,7 +230,7 @@ def read_texts(cfg) -> None:
 @dataclass(frozen=True)
 class Problem:
     id: str  # the same for all copies of a problem that `lib.data.problem_id` recognises, in any data set
-    prompt: str  # the problem's text, without the --prompt template; for a chat, the last message (the row has them all)
+    prompt: str  # the problem's text, without the --prompt template; of a chat, its last message (the row has all)
     answer: str
     row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a --reward function
 

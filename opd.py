@@ -139,7 +139,7 @@ def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], d
     maxima = {"sampler_mismatch_max": mismatch, "negated_dense_reward_max": -reward}
     return (
         {name: value.item() for name, value in sums.items()},
-        {name: value.max().item() if len(value) else -math.inf for name, value in maxima.items()},  # a batch may be empty
+        {name: value.max().item() if len(value) else -math.inf for name, value in maxima.items()},  # or an empty batch
     )
 
 

@@ -74,6 +74,10 @@ def prepare(
 # A single step whose loss or gradient is not finite may be bad luck. So many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
 
+# --resume accepts other values of these, because they change rounding at most and a run that has exhausted the memory or
+# the disk needs them.
+MAY_CHANGE = ("micro_batch_tokens", "max_num_seqs", "kv_cache_gib", "activation_checkpointing", "save_every")
+
 
 class Run:
     """The output directory of a stage: OUT.partial while it runs, renamed to OUT at the end.
@@ -370,8 +374,7 @@ def check_unchanged(saved: dict, record: dict, directory: Path) -> None:
     differing = [
         f"{name} = {before.get(name)!r}, now it is {now.get(name)!r}"
         for name in before | now
-        # The size of micro-batches changes rounding only, and a run may need a smaller one.
-        if before.get(name) != now.get(name) and name != "micro_batch_tokens"
+        if before.get(name) != now.get(name) and name not in MAY_CHANGE
         if not accepts or (name in before and name in now)
     ]
     old, new = saved["sessions"][-1]["files"], record["sessions"][-1]["files"]

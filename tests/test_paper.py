@@ -83,7 +83,7 @@ def test_settings_that_pages_name_exist():
     configs = [importlib.import_module(name).Config for name in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo",
                "evaluate", "experiments.audit", "experiments.tables", "experiments.toy")]  # fmt: skip
     known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
-    others = {"help", "dtype", "json-lines", "shutdown-timeout", "signals-to-handle"}
+    others = {"help", "dtype", "json-lines", "cpus-per-task", "shutdown-timeout", "signals-to-handle"}
     for page in PAGES:
         text = re.sub(r"torchrun.*|#SBATCH.*|pip install.*", "", page.read_text(encoding="utf-8"))
         named = re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]+)", text)

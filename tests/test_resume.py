@@ -211,6 +211,10 @@ def test_other_weights_or_another_stage_are_not_resumed_with(student, teacher, p
     monkeypatch.setattr(lib.lineage, "read_lineage", lambda model: {**lineage(model), "sha256": "0"})
     with pytest.raises(InputError, match="had model weights = '[0-9a-f]{64}', now it is '0'"):
         teacher_grpo.main(config)
+    monkeypatch.undo()
+    teacher_grpo.main(
+        dataclasses.replace(config, micro_batch_tokens=40, max_num_seqs=8, kv_cache_gib=1.0, save_every=1)
+    )
 
 
 def load_script(path: Path, source: str) -> types.ModuleType:
