@@ -55,7 +55,7 @@ class SamplerConfig:
 
     _: KW_ONLY
     # main settings
-    out: str  # output directory
+    out: str  # output directory of this run
     seed: int = 0  # seed of the data order and of every sampled response
     # prompts and grading
     prompt: str = "{problem}" + INSTRUCTION  # prompt template with {problem} in it (authors' earlier code), or @FILE

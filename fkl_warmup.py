@@ -185,7 +185,7 @@ def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) ->
     """
     per_epoch = sum(len(learnt_from(cache, problem, cfg.keep)) for problem in problems)
     if not per_epoch:
-        raise InputError("--keep correct leaves nothing, because no response is correct and finished; give --keep all")
+        raise InputError("--keep correct leaves nothing, because no response is right and finished; give --keep all")
     enough = cfg.max_steps and cfg.max_steps * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     epochs = math.ceil(enough / per_epoch) if enough else cfg.epochs
     order = data.problem_batches(problems, 1, epochs, "warmup", cfg.seed)
