@@ -102,29 +102,33 @@ else ifeq ($(SCALE),real)
 REAL := runs/real
 S := $(REAL)/seed$(SEED)
 RAW := $(S)/raw
-STUDENT := $(RAW)/raw_student
-TEACHER := $(REAL)/SmolLM2-135M-Instruct
+STUDENT := runs/real/raw_student
+TEACHER := runs/real/SmolLM2-135M-Instruct
 MADE := $(RAW)/test.jsonl
-MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT)
+# bfloat16 is fast on CPUs with bfloat16 instructions, and much slower than float32 on others.
+BFLOAT16 := $(if $(shell grep -m 1 -o 'avx512_bf16\|amx_bf16' /proc/cpuinfo 2>&1),--cpu-bfloat16)
+MAKE_DATA := -m experiments.real --teacher $(TEACHER) --student $(STUDENT) $(BFLOAT16)
 RUN := $(PY)
-# Problems are plain text after three examples, and a response ends at the end of its line.
+# Problems are plain text after two examples, and a response ends at the end of its line.
 TASK := --prompt @experiments/real_prompt.txt --no-chat-template --stop '\n' \
-	--max-prompt-tokens 128 --max-response-tokens 20 --cpu-bfloat16 --seed $(SEED)
+	--max-prompt-tokens 96 --max-response-tokens 20 $(BFLOAT16) --seed $(SEED)
 SETTINGS := --data $(RAW)/train.jsonl --exclude $(RAW)/validation.jsonl $(RAW)/test.jsonl --resume $(TASK) \
-	--weight-decay 0.01 --micro-batch-tokens 2048
+	--weight-decay 0.01 --micro-batch-tokens 1024
 GRPO := --prompts-per-step 8 --mini-batch-prompts 8 --kl-coef 0 --lr 1e-5
 DISTILL :=
 WARMUP := --mini-batch-prompts 16 --rollouts-per-prompt 4 --lr 5e-5
-OPD := --prompts-per-step 8 --lr 2e-5
-TEACHER_BUDGET := --max-steps 32
+OPD := --prompts-per-step 8 --lr 2e-5 --lr-schedule cosine
+SFT := --lr 2e-5 # after the rate of WARMUP, of which it has the other settings
+VALIDATE := --validate $(RAW)/validation.jsonl --validate-k 2 --validate-every
+TEACHER_BUDGET := --max-steps 32 $(VALIDATE) 8
 SFT_TEACHER_BUDGET := --max-steps 10
-DIRECT_BUDGET := --max-steps 36
-STAGE3_BUDGET := --max-steps 12
-WARMUP_BUDGET := --max-steps 10
-OPD_BUDGET := --max-steps 16
+DIRECT_BUDGET := --max-steps 78 --export-every 26 $(VALIDATE) 13
+STAGE3_BUDGET := --max-steps 26
+WARMUP_BUDGET := --max-steps 10 $(VALIDATE) 10
+OPD_BUDGET := --max-steps 16 $(VALIDATE) 8
 BRIDGE_BUDGET := --max-steps 26
 TESTS := $(RAW)/$(POOL).jsonl
-EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 4 $(TASK)
+EVALUATE := --temperature 1 --top-p 1 --top-k -1 --k 2 $(TASK)
 DENSITY := --tried 64 $(TASK)
 else ifeq ($(SCALE),paper)
 PAIR ?= qwen3-8b
@@ -209,7 +213,7 @@ $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json | setup
 
 $(S)/%/sft_only/run.json: $(S)/%/warmup/run.json | setup
 	$(call train,SFT of the student on the teacher's responses,fkl_warmup.py,--loss sft --model $(STUDENT) $(distilled) $(WARMUP) \
-		--rollouts $(<D).rollouts $(BRIDGE_BUDGET))
+		--rollouts $(<D).rollouts $(BRIDGE_BUDGET) $(SFT))
 
 $(S)/%-2H/run.json: $(S)/%/run.json | setup
 	$(call train,Stage 3: GRPO of the student,student_grpo.py,--model $(<D) $(GRPO) $(STAGE3_BUDGET),2H)
@@ -240,9 +244,11 @@ ifeq ($(PAIR),llama)
 ROWS := full/direct full/raw/bridge full/rl/teacher full/rl/bridge
 endif
 ifeq ($(SCALE),real)
-# Every row uses the half 1H, so that all rows make use of the same labels; only Stage 3 uses 2H.
-ROWS := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/opd_only 1H/rl/sft_only \
-	1H/rl/bridge_sampled 1H/rl/bridge-2H 1H/rl/bridge-replay
+# Every row uses the half 1H, so that all rows make use of the same labels. One run of direct GRPO gives two rows: its
+# checkpoint after as many updates as the bridge, and its final checkpoint after as much CPU time.
+AS_MANY_UPDATES := 1H/direct/step-000026
+$(S)/$(AS_MANY_UPDATES)/run.json: $(S)/1H/direct/run.json ;
+ROWS := 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/direct $(AS_MANY_UPDATES) 1H/raw/bridge 1H/rl/opd_only 1H/rl/sft_only
 DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H
 endif
 

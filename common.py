@@ -1,10 +1,9 @@
-"""What every stage shares: settings, records (`Problem`, `Rollout`, `Batch`), processes, and the optimizer's step.
+"""Shared by all stages: settings, records (`Problem`, `Rollout`, `Batch`), processes, and the optimizer's step.
 
 A `Problem` is a question with its answer. A `Rollout` is one response sampled for it, later marked as correct or not
 and, in GRPO, given an advantage. A `Batch` is several rollouts packed one after another for one forward and backward
-pass (a micro-batch). A mini-batch is what one optimizer step works on, split into micro-batches so that it fits into
-memory. In GRPO a step of the stage is a rollout batch of several mini-batches; in the other stages it is one
-mini-batch.
+pass (a micro-batch). A mini-batch has the rollouts of one optimizer step, split into micro-batches to fit into memory.
+A training step of GRPO uses a rollout batch of several mini-batches; in the other stages a step is one mini-batch.
 
 The paper's symbols: x is a prompt, y = (y_1 .. y_T) a response, s_t = (x, y_<t) the state in which y_t is sampled.
 pi_theta is the model in training (the policy, or the student) and pi_T the frozen teacher.
@@ -12,7 +11,7 @@ pi_theta is the model in training (the policy, or the student) and pi_T the froz
 Letters used for shapes in every file: P problems, G rollouts per problem (the group), B sequences, T positions of a
 pack, N response tokens of a batch, V vocabulary, D hidden size.
 
-"Collective" in a docstring means that all ranks have to make the call together, because each waits for the others.
+A function marked "Collective" must be called by all ranks together, because each waits for the others.
 """
 
 from __future__ import annotations
@@ -41,64 +40,63 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-# The paper does not give the wording of its prompts. This is that of the authors' public code for two earlier papers
-# (HJSang/OPSD_OnPolicyDistillation), which the comments below call their earlier code.
+# The paper does not give the wording of its prompts. This wording is from the authors' public code for two earlier
+# papers (HJSang/OPSD_OnPolicyDistillation), "authors' earlier code" in the comments below.
 INSTRUCTION = "\n\nLet's think step by step and output the final answer within \\boxed{}."
 
 
-# Settings. A stage's Config inherits one of these two classes and adds the values of the paper's Tables 8 and 9, which
-# differ by stage, and its own options. --help prints the comments. KW_ONLY lets a subclass add settings without a
-# default.
+# Settings. A stage's Config inherits one of these two classes and adds its own settings, with defaults from the paper's
+# Tables 8 and 9. --help prints the comments. KW_ONLY lets a subclass add settings without a default.
 
 
 @dataclass
 class SamplerConfig:
-    """How prompts are written and where responses are sampled: the same in training and in the evaluation."""
+    """Settings that training and evaluation share: prompts, grading and sampling."""
 
     _: KW_ONLY
-    # the settings to begin with
-    out: str  # directory to write
-    seed: int = 0  # decides the order of the data and every sampled response
+    # main settings
+    out: str  # output directory of this run
+    seed: int = 0  # seed of the data order and of every sampled response
     # prompts and grading
-    prompt: str = "{problem}" + INSTRUCTION  # what is asked, with {problem} in it (authors' earlier code); or @FILE
-    chat_template: bool = True  # render prompts with the tokenizer's chat template, if it has one, or as plain text
+    prompt: str = "{problem}" + INSTRUCTION  # prompt template with {problem} in it (authors' earlier code), or @FILE
+    chat_template: bool = True  # use the tokenizer's chat template if it has one; otherwise prompts are plain text
     stop: tuple[str, ...] = ()  # stop strings, such as "\n": a response ends at the first token that contains one
-    thinking: bool = False  # whether Qwen3 may think before it answers (off in the authors' earlier code)
-    reward: str | None = None  # FILE.py:function that rewards responses, truncated ones too; its code is run
+    thinking: bool = False  # let Qwen3 think before it answers (off in the authors' earlier code)
+    reward: str | None = None  # FILE.py:function that rewards responses, also truncated ones; its code is run
     # sampling
-    engine: Literal["auto", "torch", "vllm"] = "auto"  # what samples; auto is vLLM if it and a GPU are present
-    max_num_seqs: int = 512  # sequences that each process samples at a time; lower it when memory runs out
-    kv_cache_gib: float | None = None  # GiB for vLLM's cache; by default 16, or what is free without a trainer
+    engine: Literal["auto", "torch", "vllm"] = "auto"  # sampling engine; auto is vLLM if it and a GPU are present
+    max_num_seqs: int = 512  # sequences that each process samples at once; lower it if memory runs out
+    kv_cache_gib: float | None = None  # GiB of vLLM's KV cache; default: 16 in training, else nearly all that is free
     tensor_parallel: int = 1  # GPUs that share one vLLM engine, for a model too large for one GPU
-    cpu_bfloat16: bool = False  # compute in bfloat16 on a CPU too: about twice as fast on many, but less exact
+    cpu_bfloat16: bool = False  # use bfloat16 on a CPU too: about twice as fast on many CPUs, but less exact
 
 
 @dataclass
 class TrainingConfig(SamplerConfig):
-    """What Stages 1, 2a, 2b and 3 have in common."""
+    """Settings that Stages 1, 2a, 2b and 3 share."""
 
     _: KW_ONLY
-    # the settings to begin with
+    # main settings
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
     max_steps: int | None = None  # number of steps, instead of --epochs; the data are repeated as needed
-    resume: bool = False  # continue an interrupted run of the same settings, if there is one
+    resume: bool = False  # continue an interrupted run with the same settings, if there is one
     # training
     exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls towards a tenth of --lr; not in the paper
-    lr_warmup_steps: int = 0  # steps in which the learning rate rises to --lr (authors' earlier code)
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine decays towards a tenth of --lr; not in the paper
+    lr_warmup_steps: int = 0  # steps of linear learning-rate warmup (authors' earlier code)
     weight_decay: float = 0.1  # AdamW's weight decay (authors' earlier code; not given in this paper)
-    max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (Table 8; Table 9 does not say)
-    micro_batch_tokens: int | None = None  # positions in one pass; by default 16,384 on a GPU and 2,048 on a CPU
-    activation_checkpointing: bool = False  # compute activations again in the backward pass, which saves memory
-    # saving, validating and watching
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm (Table 8; Table 9 does not say)
+    micro_batch_tokens: int | None = None  # positions in a micro-batch; by default 16,384 on a GPU and 2,048 on a CPU
+    activation_checkpointing: bool = False  # recompute activations in the backward pass to save memory
+    # saving, validation and tracking
     save_every: int = 20  # steps between saved training states, from which --resume continues
-    export_every: int | None = None  # steps between checkpoints along the way, OUT/step-NNNNNN, for any later stage
-    validate: tuple[str, ...] = ()  # problem sets on which avg@k is measured while the stage trains (Table 8)
-    validate_every: int = 20  # steps between two validations; there is one before the first step and one at the end
+    export_every: int | None = None  # steps between exported checkpoints, OUT/step-NNNNNN, which any stage can load
+    validate: tuple[str, ...] = ()  # problem sets on which avg@k is measured during training (Table 8)
+    validate_every: int = 20  # steps between validations, which also run before the first step and at the end
     validate_k: int = 4  # responses sampled for each validation problem
-    track: Literal["trackio", "wandb"] | None = None  # also send the metrics to this tracker, which has to be installed
-    accept_changes: bool = False  # with --resume: go on with changed code or a changed --reward, which is recorded
+    track: Literal["trackio", "wandb"] | None = None  # also send the metrics to this tracker, which must be installed
+    accept_changes: bool = False  # with --resume: accept changed code or a changed --reward, and record the change
 
 
 class InputError(ValueError):
@@ -106,25 +104,25 @@ class InputError(ValueError):
 
 
 class AlreadyFinished(InputError):
-    """With --resume nothing is left to do. This is a success: the sentence is printed, and the exit status is 0."""
+    """A resumed run was already complete. This is a success: the sentence is printed, and the exit status is 0."""
 
 
 class Stopped(BaseException):
-    """A signal has ended a run after a step, which is saved."""
+    """A signal ended the run after a step, and that step was saved."""
 
     def __init__(self, number: int, sentence: str):
         super().__init__(sentence)
-        self.number = number  # of the signal; the exit status is 128 more
+        self.number = number  # the signal's number; the exit status is 128 more
 
 
 POSITIVE = {"temperature", "top_p", "clip_ratio", "importance_cap", "lr", "max_grad_norm", "kv_cache_gib"}
 
 
 def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
-    """Raises InputError for a number of a Config that is negative, too big, NaN, or zero where it must be positive.
+    """Raises InputError for a numeric setting that is negative, too large, NaN, or zero where it must be positive.
 
-    Whole numbers are counts and must be positive, apart from seeds and warmup steps. Of the others only those in
-    POSITIVE must be, so that a coefficient which somebody adds may be 0.
+    Integers are counts and must be positive, except for the seed and the warmup steps. Of the floats only those in
+    POSITIVE must be positive, so a newly added coefficient may be 0.
     """
     for field_ in dataclasses.fields(cfg):
         name, value = field_.name, getattr(cfg, field_.name)
@@ -134,7 +132,7 @@ def check_settings(cfg, may_be_zero: Sequence[str] = ()) -> None:
             zero = coefficient or name in ("seed", "lr_warmup_steps", *may_be_zero)
             if value < 0 or (value == 0 and not zero):
                 raise InputError(f"{flag} is too small; give {'zero or more' if zero else 'a number above zero'}")
-            if not value < 2**32:  # the end of NumPy's seeds, to which vLLM passes ours on; all else is far below it
+            if not value < 2**32:  # NumPy's seed limit (vLLM seeds NumPy); all other settings are far below it
                 raise InputError(f"{flag} is not a number below {2**32}; give one")
 
 
@@ -142,8 +140,8 @@ def cli(main: Callable, config: type) -> None:
     """Runs `main` with the settings of the command line. The exit status is 2 after an `InputError`, 1 after a failure,
     and 128 + the signal's number after a signal.
 
-    Under torchrun every process runs `main` and finds the same fault in the input. Rank 0 reports it and exits, and
-    torchrun then ends the others.
+    Under torchrun every process runs `main` and raises the same error. Rank 0 reports it and exits, and torchrun then
+    ends the others.
     """
     cfg = parse(main, config)
     status = 0
@@ -156,7 +154,7 @@ def cli(main: Callable, config: type) -> None:
     except (InputError, KeyboardInterrupt, Stopped) as error:
         status = 2 if isinstance(error, InputError) else 128 + getattr(error, "number", signal.SIGINT)
         if rank():
-            time.sleep(10)  # rank 0 reports what all ranks find, and torchrun ends this one meanwhile
+            time.sleep(10)  # meanwhile rank 0 reports the error, and torchrun ends this process
         sentence = "; ".join([str(error) or "stopped by Ctrl-C", *getattr(error, "__notes__", ())])
         last_words(f"error: {sentence}" if status == 2 else sentence)
     except BaseException:
@@ -168,8 +166,8 @@ def cli(main: Callable, config: type) -> None:
 
 
 def parse(main: Callable, config: type):
-    """The settings of the command line. For --help it prints the docstring of `main`'s file and the settings, and exits."""
-    # A shell expands the ~ of `--out ~/runs/x`, and not that of `--out=~/runs/x` or of an argument in quotes.
+    """The settings of the command line. --help prints the docstring of `main`'s file and the settings, and exits."""
+    # A shell expands ~ in `--out ~/runs/x`, but not in `--out=~/runs/x` or in a quoted argument.
     words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
     if {"-h", "--help"} & set(words):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without a traceback
@@ -183,10 +181,9 @@ def parse(main: Callable, config: type):
 
 
 def settings_help(config: type) -> list[str]:
-    """The part of --help that explains the settings of a Config, in groups. A stage's own come before the inherited ones.
+    """The lines of --help that explain a Config's settings, in groups, with a stage's own before the inherited ones.
 
-    In the source of a Config a line with nothing but a comment begins a group, and the comment beside a setting explains
-    it.
+    In a Config's source, a comment on its own line begins a group, and the comment beside a setting explains it.
     """
     settings = {setting.name: setting for setting in dataclasses.fields(config)}
     groups: dict[str, list[str]] = {}
@@ -211,9 +208,9 @@ def settings_help(config: type) -> list[str]:
 
 
 def read_texts(cfg) -> None:
-    """Replaces a --prompt that is @FILE by the file's text without its last line break, and \\n in --stop by a newline.
+    """Replaces --prompt @FILE by the file's text without its final newline, and \\n in --stop by a newline.
 
-    So the settings hold all that decides a response, and are recorded whole. InputError for a prompt without {problem}.
+    The recorded settings thus determine every response. Raises InputError for a prompt without {problem}.
     """
     if hasattr(cfg, "prompt"):
         if cfg.prompt.startswith("@"):
@@ -232,10 +229,10 @@ def read_texts(cfg) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    id: str  # equal for all copies of a problem that `lib.data.problem_id` recognises, whichever data set they are in
-    prompt: str  # its text, without --prompt; of several chat messages that of the last (all of them are in the row)
+    id: str  # the same for all copies of a problem that `lib.data.problem_id` recognises, in any data set
+    prompt: str  # the problem's text, without the --prompt template; of a chat, its last message (the row has all)
     answer: str
-    row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a reward of one's own
+    row: dict = field(default_factory=dict, compare=False, repr=False)  # the data set's row, for a --reward function
 
 
 @dataclass
@@ -250,14 +247,14 @@ class Rollout:
     finish_reason: str  # "stop" at an end-of-sequence token, "length" at the limit
     text: str  # the decoded response, without special tokens
     correct: bool | None = None  # the grader's verdict on its answer (lib.rewards)
-    how: str = ""  # how that was decided: "reward" by --reward alone, else a `how` of lib.verifier.Verdict
-    reward: float | None = None  # R(x, y): what --reward returned, then the reward that GRPO used
-    advantage: float = 0.0  # its reward relative to its group, which GRPO gives to each of its tokens
+    how: str = ""  # how this was decided: "reward" if by --reward alone, else a `how` of lib.verifier.Verdict
+    reward: float | None = None  # R(x, y): set by --reward, or else by GRPO from the grader's verdict
+    advantage: float = 0.0  # the reward relative to the group; GRPO uses it for every token
 
 
 @dataclass(frozen=True)
 class Span:
-    """A segment of a pack. Its positions attend causally to each other and to all of its prefix, another segment."""
+    """A segment of a pack. Its positions attend causally to each other, and to all of its prefix, another segment."""
 
     start: int
     length: int
@@ -267,10 +264,10 @@ class Span:
 
 @dataclass
 class Batch:
-    """Rollouts packed one after another without padding: what one forward and backward pass works on.
+    """Rollouts packed one after another without padding, for one forward and backward pass.
 
     Responses to one prompt may share it: the prompt is packed once, and each response after it is a span that has the
-    prompt as its prefix. For the prompt x1 x2 and its responses a1 a2 a3 and b1 b2 b3 these are six tokens:
+    prompt as its prefix. The prompt x1 x2 and its responses a1 a2 a3 and b1 b2 b3 take six positions:
 
         position       0     1      2     3     4     5
         input_ids      x1    x2     a1    a2    b1    b2
@@ -280,11 +277,11 @@ class Batch:
 
     Hence targets = [a1, a2, a3, b1, b2, b3] and predicted_at = [1, 2, 3, 1, 4, 5].
 
-    Which positions are trained follows from the lengths of prompts and responses, not from looking for padding tokens,
-    so that an end-of-sequence token is trained like any other.
+    The trained positions are computed from the lengths of prompts and responses, not by searching for padding tokens,
+    so an end-of-sequence token is trained like any other.
     """
 
-    input_ids: Tensor  # (1, T) prompts and responses, without a response's last token: nothing after it is predicted
+    input_ids: Tensor  # (1, T) prompts and responses, without each response's last token, which predicts nothing
     position_ids: Tensor  # (1, T)
     spans: list[Span]  # they cover the T positions in order
     predicted_at: Tensor  # (N,) int64, the position at which each response token is predicted
@@ -297,27 +294,25 @@ class Batch:
 
 
 def count_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Response tokens of the rollouts of all ranks: every summed loss of an optimizer step is divided by this
-    number.
-    """
+    """Number of response tokens on all ranks, by which the summed loss of an optimizer step is divided."""
     return sum(len(rollout.response_ids) for rollout in rollouts)
 
 
 def request_seed(*key: int | str) -> int:
-    """A 63-bit seed made from what identifies one response to be sampled: (run seed, step, problem id, sample)."""
+    """A 63-bit seed for one response, from the key that identifies it: (run seed, step, problem id, sample)."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
 
-# Processes, or ranks. torchrun starts one for each GPU. Without torchrun there is one, which is rank 0 of 1.
+# Processes (ranks). torchrun starts one for each GPU; without torchrun there is only rank 0.
 
 
-TIMEOUT = timedelta(hours=3)  # of what ranks do together; long, because they wait while the longest response is sampled
+TIMEOUT = timedelta(hours=3)  # for collective calls; long, because all ranks wait for the longest response
 
 
 def start_process(alone_too: bool = False) -> None:
     """Joins the other processes of this run, once. A single process on a CPU forms a group only if `alone_too`.
 
-    Call it before making a vLLM engine, which would otherwise make a process group of its own.
+    Call it before creating a vLLM engine, which would otherwise create its own process group.
     """
     torchrun, cuda = "TORCHELASTIC_RUN_ID" in os.environ, torch.cuda.is_available()
     if dist.is_initialized() or not (torchrun or cuda or alone_too):
@@ -330,11 +325,11 @@ def start_process(alone_too: bool = False) -> None:
 
 
 def exit_process(status: int) -> None:
-    """Ends this process with an exit status: the one way out for all of them, after success and after failure.
+    """Ends this process with an exit status. Every process ends here, after success and after failure.
 
     A process that belongs to a group skips Python's own shutdown, for two reasons. vLLM's finalizer waits for the other
-    processes: after a failure this one would hang while they wait for it. And a thread of the group may abort during
-    the shutdown: a process that has finished all its work would be reported as failed.
+    processes, so after a failure they and this one would wait for each other. And a thread of the group may abort
+    during shutdown, so a process that has finished all its work would be reported as failed.
     """
     if dist.is_initialized():
         if status == 0:
@@ -348,8 +343,8 @@ def exit_process(status: int) -> None:
 
 
 def last_words(sentence: str) -> None:
-    """Prints the final sentence on standard error, and under torchrun again after torchrun's own traceback, so that it is
-    the last thing on the screen. A small process waits for that.
+    """Prints the final sentence on standard error. Under torchrun a small process waits for torchrun's own traceback
+    and prints the sentence again, so that it is the last line on the screen.
     """
     print(sentence, file=sys.stderr, flush=True)
     if os.environ.get("TORCHELASTIC_ERROR_FILE") and hasattr(os, "pidfd_open"):  # torchrun sets it; Linux has pidfd
@@ -381,7 +376,7 @@ def print0(text: str) -> None:
 
 
 def progress_bar(total: int, caption: str, unit: str, **options) -> tqdm:
-    """A tqdm bar on rank 0. In a file or a pipe it is a line now and then."""
+    """A tqdm bar on rank 0. If stderr is a file or a pipe, it prints a line at most every 30 seconds instead."""
     if not sys.stderr.isatty():
         options |= {"file": Lines(), "mininterval": 30, "ncols": 0, "position": 0}
     return tqdm(total=total, desc=caption, unit=unit, disable=rank() > 0, **options)
@@ -419,9 +414,9 @@ def barrier() -> None:
 
 
 def map_over_ranks(work: Callable[[list], list], items: Sequence, tensor_parallel: int = 1) -> list:
-    """`work(items)` done by all ranks together: each works on a contiguous share, and all get every result in order.
+    """Splits `work(items)` over the ranks: each works on a contiguous share, and all get every result in order.
 
-    `tensor_parallel` successive ranks work on the same share. Collective; results must be picklable.
+    `tensor_parallel` consecutive ranks work on the same share. Collective; results must be picklable.
     """
     parts, part = world_size() // tensor_parallel, rank() // tensor_parallel
     results = work(items[len(items) * part // parts : len(items) * (part + 1) // parts])
@@ -451,7 +446,7 @@ def _all_reduce(values: dict[str, float], operation) -> dict[str, float]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, without what follows its first full stop, to be quoted in our own."""
+    """The first line of a library's error message, up to the first full stop, to quote in our own message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(" .")
 
 
@@ -461,10 +456,10 @@ def first_line(error: BaseException) -> str:
 def optimizer_step(
     policy: nn.Module, optimizer: torch.optim.Optimizer, loss: float, lr: float, max_grad_norm: float
 ) -> float:
-    """Scales the gradient down to `max_grad_norm` (2-norm over all parameters), steps and clears it; returns its norm.
+    """Clips the gradient to `max_grad_norm` (2-norm over all parameters), steps, and returns the norm before clipping.
 
     If the norm, or the `loss` of any rank, is not finite, the step is skipped: no weight changes, and nan is returned.
-    The loss serves no other purpose here. Collective.
+    The loss has no other use here. Collective.
     """
     grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)  # over the shards of all ranks
     if isinstance(grad_norm, DTensor):
@@ -479,10 +474,7 @@ def optimizer_step(
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: str, lr_warmup_steps: int = 0) -> float:
-    """Rises linearly to `peak` in `lr_warmup_steps`, then stays, or falls as a cosine towards a tenth of it.
-
-    `step` counts from 0.
-    """
+    """Linear warmup to `peak`, then constant, or a cosine decay towards a tenth of it. `step` counts from 0."""
     if step < lr_warmup_steps:
         return peak * (step + 1) / lr_warmup_steps
     if schedule == "constant":

@@ -4,15 +4,15 @@
 
 A problem's score is the mean correctness of its k answers, and a data set's entry is the mean score, ± the standard
 error over problems. Two checkpoints are compared problem by problem: the standard error of their difference is that of
-the paired differences, which is smaller than the two entries suggest.
+the paired differences, usually smaller than the two separate errors suggest.
 
-The paper says that its ± is over problems, too. For AIME it cannot be: with 30 problems and 16 samples such an error is
-expected to be at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 % where the paper prints 1.4. It does not state its
-decoding; the defaults are those of the authors' code for their earlier papers.
+The paper says that its ± is also over problems. For AIME it cannot be: with 30 problems and 16 samples the expected
+error is at least sqrt(p (1 - p) / 480), 1.8 points at 19.8 %, where the paper prints 1.4. The paper does not state its
+decoding settings; the defaults are those of the authors' earlier code.
 
-The output directory gets every sample (<checkpoint>/<data set>-<hash of the settings>.jsonl), results.json, table.md and
-bars.png. Samples of the same weights, prompts, end tokens and decoding are used again, so the same command continues an
-evaluation that was killed.
+The output directory gets every sample (<checkpoint>/<data set>-<hash of the settings>.jsonl), results.json, table.md
+and bars.png. Samples of the same weights, prompts, end tokens and decoding are reused, so the same command continues a
+killed evaluation.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ from lib.verifier import Verifier
 
 @dataclass
 class Config(SamplerConfig):
-    # the settings to begin with
+    # main settings
     models: tuple[str, ...]  # checkpoints to evaluate: directories, or names on the hub
-    labels: tuple[str, ...] = ()  # names of the checkpoints in the tables; by default those of their directories
+    labels: tuple[str, ...] = ()  # checkpoint names in the tables; by default their directories' names
     data: tuple[str, ...] = ("math500", "aime24", "aime25")  # data sets: names, files or owner/name:split
     k: int = 16  # responses sampled for each problem (App. F)
     # sampling
     temperature: float = 0.7  # sampling temperature; 0 is greedy decoding (authors' earlier code; not in this paper)
-    top_p: float = 0.8  # sample from the likeliest tokens that hold this much probability (authors' earlier code)
-    top_k: int = 20  # sample from this many likeliest tokens, -1 for all (authors' earlier code)
+    top_p: float = 0.8  # sample from the most likely tokens with this total probability (authors' earlier code)
+    top_k: int = 20  # sample from this many of the most likely tokens, -1 for all (authors' earlier code)
     max_prompt_tokens: int = 3072  # longest prompt (Table 8)
     max_response_tokens: int = 16384  # length at which a response is cut (Table 8)
 
 
-# The settings that decide the samples, beside the weights, the rendered prompts and the end tokens.
+# Settings that determine the samples, besides the weights, the rendered prompts and the end tokens.
 DECODING = ("k", "temperature", "top_p", "top_k", "max_response_tokens", "cpu_bfloat16", "seed")
 
 
 class Engines:
-    """One engine for each architecture; checkpoints that share one are loaded into it in turn.
+    """One engine for each architecture; checkpoints of the same architecture are loaded into it in turn.
 
-    Loading the next checkpoint is quicker than making an engine, and vLLM's cannot be taken down within a process.
+    Loading a checkpoint is faster than creating an engine, and a vLLM engine cannot be shut down within a process.
     """
 
     # Entries of a checkpoint's config that may differ within one engine.
@@ -97,7 +97,7 @@ class Checkpoint:
 
     model: str
     label: str
-    directory: Path  # of its samples, inside the report
+    directory: Path  # inside --out, for its samples
     lineage: dict  # its run.json and the hash of its weights
     tokenizer: PreTrainedTokenizerBase
     sets: TokenizedSets  # the problems of each data set, and their prompts' token ids by problem id
@@ -106,7 +106,7 @@ class Checkpoint:
 def evaluate_checkpoint(
     checkpoint: Checkpoint, cfg: Config, grader: Verifier | Reward, engines: Engines
 ) -> dict[str, dict]:
-    """Samples, grades and summarises one checkpoint on every data set; samples already on disk are used again.
+    """Samples, grades and summarises one checkpoint on every data set; samples already on disk are reused.
 
     Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
@@ -132,7 +132,7 @@ def evaluate_checkpoint(
 def sample_missing(
     file: SampleFile, engine, prompts: dict, cfg: Config, grader: Verifier | Reward, caption: str
 ) -> None:
-    """Samples and grades the file's missing problems, in parts, so that an interruption loses at most one of them."""
+    """Samples and grades the file's missing problems, in parts, so that an interruption loses at most one part."""
     sampling = Sampling(cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     at_a_time = max(1, common.world_size() * cfg.max_num_seqs // cfg.k)
     done = len(prompts) - len(file.missing)
@@ -154,7 +154,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TRAINED_ON = "†"  # marks a score on problems that the checkpoint, or one before it, was trained on
+TRAINED_ON = "†"  # marks a score on problems that the checkpoint or an ancestor was trained on
 
 
 def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
@@ -212,20 +212,18 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
 
 
 def prepare(cfg: Config) -> list[Checkpoint]:
-    """Reads the problems, and renders and tokenises them for each checkpoint. Wrong settings are refused here, before a
-    model loads.
-    """
+    """Reads, renders and tokenises the problems for each checkpoint. Refuses wrong settings before any model loads."""
     if not cfg.models:
         raise InputError("there is nothing to evaluate; name checkpoints with --models")
     common.check_settings(cfg, may_be_zero=("temperature",))
     if cfg.top_p > 1 or not (cfg.top_k >= 1 or cfg.top_k == -1):
-        raise InputError(f"--top-p {cfg.top_p} and --top-k {cfg.top_k} must be at most 1, and at least 1 or -1 for all")
+        raise InputError(f"--top-p {cfg.top_p} must be at most 1, and --top-k {cfg.top_k} at least 1, or -1 for all")
     labels = cfg.labels or tuple(Path(os.path.abspath(model)).name for model in cfg.models)
     directories = [re.sub(r"[^\w.+-]+", "-", label).strip("-.") for label in labels]
     if len(labels) != len(cfg.models) or len({*directories} - {""}) < len(labels):
         raise InputError(
-            f"--labels {list(labels)} must be one different name for each of the {len(cfg.models)} --models, with letters or "
-            "digits that tell it from the others, because it names a directory"
+            f"--labels {list(labels)} must give each of the {len(cfg.models)} --models its own name, and the names "
+            "must differ in letters or digits, because they become directory names"
         )
     sets = data.load_sets(cfg.data, "--data", cfg.reward)
     checkpoints = []
@@ -250,7 +248,7 @@ def main(cfg: Config) -> None:
 
 
 def write_report(results: dict[str, dict[str, dict]], checkpoints: list[Checkpoint], cfg: Config) -> None:
-    """table.md, bars.png and, last because make takes it for the whole report, results.json."""
+    """Writes table.md, bars.png and, last, results.json, which tells make that the report is complete."""
     out = Path(cfg.out)
     tables = report_tables(results, cfg)
     configs = {each.label: load_config(each.model).get_text_config() for each in checkpoints}

@@ -2,24 +2,24 @@ r"""Stage 2a: forward-KL warmup of the student on cached teacher rollouts (Secti
 
     L_F(theta) = E_{s ~ d_teacher} KL(pi_T(. | s) || pi_theta(. | s))
 
-The teacher pi_T samples `rollouts_per_prompt` responses y to each problem x once, and they are kept on disk. d_teacher
-are the states s_t = (x, y_<t) that these responses go through. At each of them the student pi_theta is trained towards
-the teacher's distribution of the next token over the whole vocabulary. The stage brings the student close to the
-teacher before the student samples for itself in Stage 2b (condition C2, minimal deviation).
+The teacher pi_T samples `rollouts_per_prompt` responses y to each problem x once; they are cached on disk. d_teacher is
+the distribution of the states s_t = (x, y_<t) in these responses. At each state the student pi_theta is trained towards
+the teacher's next-token distribution over the whole vocabulary. The stage brings the student close to the teacher
+before the student samples its own responses in Stage 2b (condition C2, minimal deviation).
 
-Difference from the paper: the cache holds the teacher's *responses*. Its distributions over the vocabulary would take
+Difference from the paper: the cache holds only the teacher's *responses*. Its next-token distributions would take
 300 KB for each token, so its forward pass over the cached tokens is repeated instead, and the KL stays exact.
 
 Our choices where the paper is silent: L_F is a mean over all tokens of an update, so long responses weigh more.
 "Mini-batch 64" in Table 9 counts prompts: an update has 64 times `rollouts_per_prompt` responses. The problems are
-shuffled, and all responses to one come together.
+shuffled, and all responses to a problem stay together.
 
-The same script trains the controls that learn from the sampled tokens instead of the distributions:
+The same script trains the controls that learn from sampled tokens instead of distributions:
 - `--loss sft` is teacher-sample SFT (Tables 2, 5 and 6): cross-entropy on the teacher's tokens.
-- `--loss sft --keep correct`, with the raw teacher (the one before Stage 1) as both model and teacher, makes an SFT'd
-  teacher (Tables 4 and 6) from its own responses that are right and finished.
-- `--loss sft --rollouts FILE.jsonl` learns from texts that any model has written, with any tokenizer. The paper's SFT'd
-  teacher learnt from the responses of gpt-oss-120B in this way (App. B); we do not have those.
+- `--loss sft --keep correct`, with the raw teacher (the one before Stage 1) as both model and teacher, trains an SFT'd
+  teacher (Tables 4 and 6) on its own correct and finished responses.
+- `--loss sft --rollouts FILE.jsonl` trains on texts written by any model, with any tokenizer. The paper's SFT'd teacher
+  was trained on responses of gpt-oss-120B in this way (App. B); we do not have those responses.
 
     One process:   python fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/teacher --data dapo --half 1H \
                        --out runs/warmup
@@ -58,17 +58,17 @@ from lib.verifier import Verifier
 
 @dataclass
 class Config(TrainingConfig):
-    # the settings to begin with
+    # main settings
     model: str  # student to train: a directory, or a name on the hub
-    teacher: str | None = None  # teacher to learn from, with the student's tokenizer; none if --rollouts is a file
-    epochs: int = 1  # passes over the teacher rollouts, without --max-steps (Table 9: 1 epoch)
+    teacher: str | None = None  # teacher to distil from, with the student's tokenizer; none if --rollouts is a file
+    epochs: int = 1  # passes over the teacher rollouts, unless --max-steps is given (Table 9: 1 epoch)
     lr: float = 1e-6  # learning rate (Table 9)
     rollouts_per_prompt: int = 8  # responses that the teacher samples for each prompt (Table 9)
     # warmup
-    mini_batch_prompts: int = 64  # an update has this many times rollouts_per_prompt responses (Table 9)
+    mini_batch_prompts: int = 64  # an optimizer step uses this many times rollouts_per_prompt responses (Table 9)
     rollouts: str | None = None  # directory of teacher rollouts (by default in --out), or .jsonl file of texts (sft)
     loss: Literal["fkl", "sft"] = "fkl"  # forward KL to the teacher's distributions, or cross-entropy on its tokens
-    keep: Literal["all", "correct"] = "all"  # learn from all teacher rollouts, or only from right and finished ones
+    keep: Literal["all", "correct"] = "all"  # train on all teacher rollouts, or only on correct and finished ones
     # sampling
     temperature: float = 1.0  # the teacher's sampling temperature (Table 9)
     max_prompt_tokens: int = 2048  # longest prompt (Table 9)
@@ -80,8 +80,8 @@ def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 
     Its gradient with respect to the student's logits at a state is p - q, with p = pi_theta and q = pi_T.
 
-    `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
-    softmaxes leave the padding out.
+    `vocab_size` is the tokenizer's. Models of one family may pad their output matrices to different sizes; both
+    softmaxes exclude the padding.
     """
     teacher_hidden, teacher_weight = teacher.hidden_states(batch)  # (N, D_T), (V_T, D_T)
 
@@ -96,21 +96,21 @@ def forward_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 def sft_loss(student: Policy, batch: Batch) -> Tensor:
     """Cross-entropy on the teacher's sampled tokens (hard labels), summed: teacher-sample SFT, and the SFT of App. B.
 
-    Its gradient with respect to the student's logits at a state is pi_theta - 1, with 1 at the sampled token only.
+    Its gradient with respect to the student's logits at a state is pi_theta minus the sampled token's one-hot vector.
     """
     logprobs, _ = student(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))
     return -logprobs.sum()
 
 
 def learns_from_texts(cfg: Config) -> bool:
-    """Whether `--rollouts` names a file of texts. Raises InputError unless there is one source that the loss can use."""
+    """Whether `--rollouts` names a file of texts. Raises InputError unless exactly one usable source is given."""
     texts = (cfg.rollouts or "").endswith(".jsonl")
     if not texts and cfg.teacher is None:
         raise InputError("--teacher is missing; name a checkpoint, or with --loss sft a .jsonl file in --rollouts")
     if texts and (cfg.loss == "fkl" or cfg.teacher is not None):
         raise InputError(
-            f"--rollouts {cfg.rollouts!r} holds texts, from which --loss sft learns without a --teacher; give these two "
-            "settings, or a directory in --rollouts"
+            f"--rollouts {cfg.rollouts!r} holds texts, which need --loss sft and no --teacher; change these settings, "
+            "or name a directory in --rollouts"
         )
     if texts and not Path(cfg.rollouts).is_file():
         raise InputError(f"--rollouts {cfg.rollouts!r} is not a file; check the path")
@@ -120,10 +120,10 @@ def learns_from_texts(cfg: Config) -> bool:
 def rollout_identity(
     cfg: Config, source_sha256: str, problems: Sequence[Problem], prompts: dict[str, list[int]], tokenizer
 ) -> dict:
-    """All that decides the cached rollouts: a cache with another identity is refused.
+    """Everything that determines the cached rollouts. A cache with another identity is refused.
 
-    `source_sha256` is the hash of the teacher, or of the file of texts. The token ids of the prompts stand for all
-    settings that word them.
+    `source_sha256` is the hash of the teacher, or of the file of texts. The prompts' token ids cover every setting that
+    affects their wording.
     """
     ordered = sorted(problems, key=lambda problem: problem.id)
     end = data.end_tokens(load_generation_config(cfg.teacher), tokenizer, cfg.stop) if cfg.teacher else None
@@ -139,15 +139,15 @@ def rollout_identity(
 
 
 def learnt_from(cache: RolloutCache, problem: Problem, keep: str) -> list[int]:
-    """The cache's rows of a problem that the student learns from."""
+    """The cache rows of a problem that the student is trained on."""
     return [row for row in cache.rows.get(problem.id, ()) if keep == "all" or cache.right[row]]
 
 
 def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: Verifier | Reward, cfg: Config) -> None:
-    """Samples the missing rollouts from the teacher, in parts, so that an interruption loses at most one of them.
+    """Samples the missing rollouts from the teacher, in parts, so that an interruption loses at most one part.
 
-    With `--max-steps` it samples the problems that the updates need, which are the first in the order of training. With
-    `--keep correct` nobody knows beforehand how many these are, so it goes on until the responses are enough.
+    With `--max-steps` it samples only the problems that the updates need, the first in training order. With
+    `--keep correct` their number is not known in advance, so it samples until there are enough responses.
     """
     order = [problem for [problem] in data.problem_batches(problems, 1, 1, "warmup", cfg.seed)]
     enough = (cfg.max_steps or math.inf) * cfg.mini_batch_prompts * cfg.rollouts_per_prompt
@@ -160,11 +160,11 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
         while order and found < enough:
             part, order = order[:at_a_time], order[at_a_time:]
             if missing := [problem for problem in part if problem.id not in cache.rows]:
-                if cfg.validate and chosen_engine(cfg.engine) == "vllm":  # which has room for one engine in a process
+                if cfg.validate and chosen_engine(cfg.engine) == "vllm":  # vLLM can free one engine per process
                     raise InputError(
-                        f"--validate {list(cfg.validate)} needs vLLM for the student, and this process needs it for the "
-                        "teacher's missing rollouts; make those first, by this command with --rollouts DIR and another "
-                        "--out, and with --exclude in the place of --validate, which can be stopped when its training begins"
+                        f"--validate {list(cfg.validate)} needs vLLM for the student, but this process needs it for "
+                        "the teacher's missing rollouts; sample these first: run this command with --rollouts DIR, "
+                        "another --out, and --exclude instead of --validate, and stop it when training begins"
                     )
                 engine = engine or make_engine(cfg, cfg.teacher, tokenizer, cache_gib=None)
                 rollouts = sample_rollouts(
@@ -179,7 +179,7 @@ def fill_cache(cache: RolloutCache, problems: list[Problem], tokenizer, grader: 
 
 
 def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) -> list[int]:
-    """The cache's rows in the order of training: each problem in turn, with all its responses to learn from.
+    """The cache rows in training order: each problem in turn, with all its responses to train on.
 
     With `--max-steps` there are as many epochs as the updates need.
     """
@@ -193,13 +193,13 @@ def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) ->
 
 
 def main(cfg: Config) -> None:
-    role = "rollouts" if learns_from_texts(cfg) else "teacher"  # whose responses the student learns from
+    role = "rollouts" if learns_from_texts(cfg) else "teacher"  # the source of the responses
     problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
 
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)
 
-        # 1. Sample from the teacher, once; or read texts that another model has written.
+        # 1. Sample from the teacher, once, or read another model's texts.
         identity = rollout_identity(cfg, run.record["parents"][role]["sha256"], problems, prompts, tokenizer)
         shared = cfg.rollouts and role == "teacher"
         directory = Path(cfg.rollouts) if shared else run.partial / "teacher_rollouts"
@@ -214,7 +214,7 @@ def main(cfg: Config) -> None:
         run.record["sampled_tokens"] = cache.tokens
         common.print0(f"responses: {len(cache)}, {sum(cache.right)} right and finished; learning from {len(set(rows))}")
 
-        teacher = None  # SFT needs the teacher's tokens only
+        teacher = None  # SFT needs only the teacher's tokens
         if cfg.loss == "fkl":
             teacher = load_policy(cfg.teacher, cfg, trainable=False)
         policy = load_policy(cfg.model, cfg, trainable=True)

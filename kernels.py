@@ -1,7 +1,7 @@
 """Exact losses over the whole vocabulary from hidden states: token log-probabilities, and the KL between two models.
 
 Sizes: N response tokens packed together, V tokens in the vocabulary, D the hidden size (Ds of the student, Dt of the
-teacher). In KL(p || q), p is one model and q the other. e stands for exp(logit - maximum of its row).
+teacher). In KL(p || q), p is the first model and q the second. e stands for exp(logit - maximum of its row).
 
 Why this file exists. The logits of N=16384 tokens over V=151936 (Qwen3) take 10 GB in fp32, and a naive KL over the
 whole vocabulary keeps four to five such matrices alive: 44-51 GB, although the answer is only N numbers and two
@@ -10,8 +10,8 @@ and bytes, with Ds=2048 and Dt=4096, leads to a different algorithm for each of 
 
 The KL, `fused_linear_kl`, takes the tokens in chunks and writes the logits of a chunk to memory.
   The matrix products need 2 N V (Ds + Dt) operations for the logits of both models and 4 N V Ds for dH and dW. That is
-  51 TFLOP, or 64 ms at the 800 TFLOP/s of an H100. Computing the logits again in the backward would make it 102 ms, so
-  the forward already forms the gradient, while it has the logits. Keeping the logits out of memory would then gain
+  51 TFLOP, or 64 ms at the 800 TFLOP/s of an H100. Recomputing the logits in the backward would make it 102 ms, so the
+  forward already forms the gradient while it has the logits. Keeping the logits out of memory would then gain
   nothing. The vendor's GEMM writes a chunk of fp32 logits of each model. A row kernel reads both twice, once for the
   statistics and once for the gradient, which it writes in bf16 over the student's logits: 18 bytes an entry, 45 GB in
   all, 16 ms at 2.8 TB/s. Two GEMMs turn this gradient into dH and dW. The statistics take one pass: the maximum and the
@@ -19,20 +19,20 @@ The KL, `fused_linear_kl`, takes the tokens in chunks and writes the logits of a
   under both models are returned too, because they cost only a few scalars a row while both rows are at hand.
 
 The token log-probability, `fused_linear_logprob`, is fused with its matrix product.
-  Policy gradients also need its forward alone (for the old and the reference policy), and there the traffic of logits
-  buys nothing. A tile kernel multiplies 128 tokens with 256 vocabulary rows, keeps the logits in registers, and writes
-  three numbers for each row: 10 TFLOP, 13 ms of products. Each program computes one tile only, because a loop over V
-  inside the program would spill 1.4 KB of registers a thread. The upstream gradient is unknown in the forward, so the
-  backward computes the logits again. It takes slices of the vocabulary rather than of the tokens: every slice of dW is
-  then complete at once, and only dH (N, D) has to be accumulated.
+  Policy gradients also need its forward alone (for the old and the reference policy), where writing the logits to
+  memory would be wasted. A tile kernel multiplies 128 tokens with 256 vocabulary rows, keeps the logits in registers,
+  and writes three numbers for each row: 10 TFLOP, 13 ms of products. Each program computes one tile only, because a
+  loop over V inside the program would spill 1.4 KB of registers per thread. The upstream gradient is unknown in the
+  forward, so the backward recomputes the logits. It takes slices of the vocabulary rather than of the tokens: every
+  slice of dW is then complete at once, and only dH (N, D) has to be accumulated.
 
 Precision. Logits, statistics and all accumulation are fp32 (fp64 for fp64 inputs, in PyTorch). Only the operands of the
 matrix products are bf16, which includes the gradient of the logits on its way into dH and dW. This matters most at the
 end of a distillation, when the models are close: rounding the logits to bf16 gives an error in the gradient of 9 % at
 KL = 0.1, 35 % at 4e-3 and 120 % at 4e-4, whereas rounding only the gradient gives 0.2 % everywhere.
 
-Reading order: the references are the formulas. The PyTorch row operations do the same in place, and run on a CPU. The
-Triton kernels do it on a GPU. L_R and L_F are the names that section 2 of arXiv 2605.12483 v4 gives to two equations
+Reading order: the references are the formulas. The PyTorch row operations compute them in place, on a CPU. The Triton
+kernels do so on a GPU. L_R and L_F are the names that section 2 of arXiv 2605.12483 v4 gives to two equations
 without numbers. A generalised Jensen-Shannon divergence is left out: its gradient needs a third pass over both rows.
 """
 
@@ -47,7 +47,7 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-except ImportError:  # On a machine without a GPU everything works in PyTorch.
+except ImportError:  # Without Triton everything runs in PyTorch.
     triton, tl = None, SimpleNamespace(constexpr=None)  # The kernels' signatures mention tl.constexpr.
 
 # Triton reads this variable when it is imported. Its kernels then run as Python on CPU tensors, which the tests use.
@@ -62,7 +62,7 @@ HOPPER_TILE = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, GROUP=16, num_warps=8, 
 TILE = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, GROUP=16, num_warps=8, num_stages=3)  # 96 KB
 AMD_TILE = dict(TILE, num_stages=2)  # 32 KB
 FP32_TILE = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, GROUP=16, num_warps=4, num_stages=2)
-ROW = dict(BLOCK=2048, num_warps=8)  # for the kernels in which one program has one row
+ROW = dict(BLOCK=2048, num_warps=8)  # for the kernels with one program for each row
 
 
 class TokenKL(NamedTuple):
@@ -113,7 +113,7 @@ def _operand(x):
 
 
 def _wide_result(operand):
-    """The argument that makes a product of bf16 operands fp32. Products of other dtypes have their operands' dtype."""
+    """The argument that makes a product of bf16 operands fp32. Other products keep their operands' dtype."""
     return dict(out_dtype=torch.float32) if operand.dtype == torch.bfloat16 else {}
 
 
@@ -122,12 +122,12 @@ def _mm(a, b, out=None):
 
 
 def _add_mm(accumulator, a, b):
-    """accumulator += a @ b. An fp32 accumulator beside bf16 operands needs PyTorch 2.10 or later."""
+    """accumulator += a @ b. An fp32 accumulator with bf16 operands needs PyTorch 2.10 or later."""
     torch.addmm(accumulator, a, b, out=accumulator, **_wide_result(a))
 
 
 def _pieces(count, row_bytes, device):
-    """Slices of range(count), nearly equal, each of about the budget of bytes at most if one row takes row_bytes."""
+    """Nearly equal slices of range(count), each within about the byte budget if a row takes row_bytes."""
     budget = GPU_LOGIT_BYTES if device.type == "cuda" else CPU_LOGIT_BYTES
     pieces = max(1, math.ceil(count * row_bytes / budget))
     step = math.ceil(count / pieces)
@@ -166,9 +166,9 @@ def _kl_rows(student, teacher, target_ids, reverse, temperature, with_grad):
     the sum of kl with respect to the student's logits (n, V), or None.
 
     Let p and q be logits relative to their row_max, and let mean_diff be the mean of p - q under the softmax of p. Then
-    the KL is mean_diff - log(sum(e_p)) + log(sum(e_q)), and the log-ratio of the probabilities less the KL is p - q -
-    mean_diff. The student's entropy is its log_sum_exp less mean_logit, the mean of its logits relative to row_max.
-    Only teacher_exp takes new memory for a whole matrix. Each later result overwrites one that is not needed any more.
+    the KL is mean_diff - log(sum(e_p)) + log(sum(e_q)), and the log-ratio of the probabilities minus the KL is p - q -
+    mean_diff. The student's entropy is its log_sum_exp minus mean_logit, the mean of its logits relative to row_max.
+    Only teacher_exp allocates a whole matrix. Each later result overwrites one that is no longer needed.
     """
     for logits in (student, teacher):
         logits.mul_(1 / temperature)
@@ -197,11 +197,11 @@ def _kl_rows(student, teacher, target_ids, reverse, temperature, with_grad):
     return outputs, student_exp.mul_(scale / student_sum).sub_(teacher_exp.mul_(scale / teacher_sum))
 
 
-# The same in Triton. One program has one row and walks over its columns, BLOCK at a time. Every lane of the block keeps
-# a running maximum and sums of its own, so that the loop needs no reduction across warps; the lanes are merged once, at
-# the end. Whenever a maximum rises, the sums that are relative to it are corrected. Columns past V read as -1e30, far
-# below the -1e20 at which the maxima start, so that e, and e times anything, is 0 there. V is a compile-time constant,
-# because each model has only one. Offsets of rows are int64, because N * V exceeds 2**31.
+# The same in Triton. Each program handles one row and loops over its columns, BLOCK at a time. Every lane of the block
+# keeps its own running maximum and sums, so the loop needs no reduction across warps; the lanes are merged once, at the
+# end. Whenever a maximum rises, the sums relative to it are corrected. Columns past V read as -1e30, far below the
+# -1e20 at which the maxima start, so e, and e times anything, is 0 there. V is a compile-time constant, because each
+# model has only one. Row offsets are int64, because N * V exceeds 2**31.
 
 def _jit(function):
     return function if triton is None else triton.jit(function)
@@ -250,7 +250,7 @@ def _kl_row_kernel(
         student_sum = student_sum * student_scale + student_exp
         teacher_sum = teacher_sum * teacher_scale + teacher_exp
 
-    # The lanes are merged, with the same corrections for the change to the maximum of the row.
+    # Merge the lanes, with the same corrections, from each lane's maximum to the row's.
     student_row_max, teacher_row_max = tl.max(student_max, 0), tl.max(teacher_max, 0)
     student_change, teacher_change = student_max - student_row_max, teacher_max - teacher_row_max
     student_scale, teacher_scale = tl.exp(student_change), tl.exp(teacher_change)
@@ -306,7 +306,7 @@ def _logprob_grad_kernel(
         x = tl.load(logits_ptr + columns, columns < V, other=-1e30).to(tl.float32) * inv_temperature
         onehot = tl.where(columns == target, 1.0, 0.0)
         grad = upstream * inv_temperature * (onehot - tl.exp(x - row_max - log_sum_exp))
-        tl.debug_barrier()  # The reason is the one given in _kl_row_kernel.
+        tl.debug_barrier()  # for the reason given in _kl_row_kernel
         tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), columns < V)
 
 
@@ -368,7 +368,7 @@ def _logprob_tile_kernel(
 # Launches.
 
 def _use_triton(backend, x):
-    """Whether Triton runs. If the caller does not say, it does for CUDA tensors, and PyTorch runs for all others."""
+    """Whether to use Triton. By default CUDA tensors use it, and all others use PyTorch."""
     possible = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
     if backend is None:
         backend = "triton" if possible and x.is_cuda else "torch"
@@ -377,7 +377,7 @@ def _use_triton(backend, x):
     if backend == "triton" and not possible:
         raise ValueError(f'backend is "triton" for a {x.dtype} tensor on {x.device}; that needs the triton package, '
                          'float32 or bfloat16, and CUDA (or TRITON_INTERPRET=1 in the environment): pass "torch".')
-    return backend == "triton" and len(x) > 0  # A grid of no programs cannot be launched.
+    return backend == "triton" and len(x) > 0  # An empty grid cannot be launched.
 
 
 def _launch(kernel, programs, *args, **constants):
@@ -386,7 +386,7 @@ def _launch(kernel, programs, *args, **constants):
 
 
 def _logit_space(like, rows, columns, kernel):
-    """Memory for a piece of logits. The pieces share it, because fresh memory costs a CPU one page fault for each page.
+    """Memory for a piece of logits. The pieces share it, because on a CPU each page of fresh memory costs a page fault.
     On a GPU, rows start at multiples of 256 bytes: an odd vocabulary, such as 151669, would make the products slow."""
     return like.new_empty((rows, columns + (-columns % 64 if kernel else 0)))[:, :columns]
 
@@ -397,7 +397,7 @@ def _grad_space(logits, dtype):
 
 
 def _launch_kl_rows(student, teacher, target_ids, outputs, grad, reverse, temperature):
-    """The Triton counterpart of `_kl_rows`: it fills outputs (4, n) and, unless that is None, grad (n, V)."""
+    """The Triton counterpart of `_kl_rows`: it fills outputs (4, n) and, unless it is None, grad (n, V)."""
     with_grad = grad is not None
     grad = grad if with_grad else student  # The kernel needs a pointer, even if it writes no gradient.
     _launch(_kl_row_kernel, len(student), student, teacher, target_ids, *outputs, grad, student.stride(0),
@@ -414,7 +414,7 @@ def _tile(x):
 
 
 def _logprob_tiles(hidden, weight, target_ids, temperature, tile):
-    """Launches the tile kernel and merges its statistics into what `_logprob_rows` returns, (4, n)."""
+    """Launches the tile kernel and merges its statistics into the (4, n) result of `_logprob_rows`."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     (n, depth), vocabulary = hidden.shape, len(weight)
     row_tiles, column_tiles = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(vocabulary, tile["BLOCK_V"])
@@ -464,8 +464,8 @@ class _FusedLinearLogprob(torch.autograd.Function):
         temperature, vocab_size, kernel = ctx.settings
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden, weight = _operand(hidden_in), _operand(weight_in[:vocab_size])
-        # Tokens without an upstream gradient (those that were clipped, or whose group has equal rewards) are left out.
-        # They then cost no products, and even NaN in their hidden states does not reach dW.
+        # Tokens whose upstream gradient is 0 (clipped, or in a group with equal rewards) are left out. They then cost
+        # no products, and even NaN in their hidden states does not reach dW.
         keep = upstream.nonzero().squeeze(1)
         partial = len(keep) < len(upstream)
         per_token = target_ids, row_max, log_sum_exp, upstream.contiguous()
@@ -494,7 +494,7 @@ class _FusedLinearLogprob(torch.autograd.Function):
 
 
 def fused_linear_logprob(hidden, weight, target_ids, temperature=1.0, vocab_size=None, backend=None):
-    """The log-probability of one token a row, log_softmax(hidden @ weight.T / temperature)[target].
+    """The log-probability of one token per row, log_softmax(hidden @ weight.T / temperature)[target].
 
     hidden (N, D) and weight (V, D) share a dtype: float32, bfloat16 or float64. target_ids (N,) are int64. Rows of
     weight from vocab_size on are padding, with probability and gradient 0. backend is "torch", "triton", or None to
@@ -502,10 +502,10 @@ def fused_linear_logprob(hidden, weight, target_ids, temperature=1.0, vocab_size
 
     Returns logprob (N,), differentiable with respect to hidden and weight, and entropy (N,), for logging, which carries
     no gradient. Both are float32 (float64 for float64 inputs). A row whose upstream gradient is 0 contributes to no
-    gradient. Where no gradient can be asked for, nothing is saved for a backward.
+    gradient. If no gradient is required, nothing is saved for a backward.
 
-    Raises ValueError for shapes, dtypes or values that do not fit. On a CPU that includes a target outside the
-    vocabulary. On a GPU the check would have to wait for the device, and the Triton kernels give NaN for such a row.
+    Raises ValueError for shapes, dtypes or values that do not fit, on a CPU also for a target outside the vocabulary.
+    On a GPU this check would have to wait for the device; instead the Triton kernels give NaN for such a row.
     """
     vocab_size = _check_linear(hidden, weight, vocab_size, temperature)
     target_ids = _check_targets(target_ids, len(hidden), vocab_size)
@@ -562,8 +562,8 @@ class _FusedLinearKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        # The product takes the place of the gradient where their dtypes agree, because a copy of dW would be as large as
-        # all else together. So this graph can be walked once only.
+        # The product overwrites the gradient if their dtypes agree, because a copy of dW would be as large as
+        # everything else together. So only one backward pass is possible.
         if ctx.gradients is None:
             raise RuntimeError("This KL has had its backward pass; call fused_linear_kl again for another one.")
         gradients, ctx.gradients = ctx.gradients, None
@@ -584,11 +584,11 @@ def fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weig
 
     student_hidden (N, Ds) and student_weight (V, Ds), teacher_hidden (N, Dt) and teacher_weight (Vt, Dt): each model
     has a dtype of its own, float32 or bfloat16, or both are in float64. target_ids (N,) are int64, the sampled tokens.
-    Rows of either weight from vocab_size on are padding, with probability and gradient 0. Where V differs from Vt,
+    Rows of either weight from vocab_size on are padding, with probability and gradient 0. If V differs from Vt,
     vocab_size (the tokenizer's) must be given. backend is as in `fused_linear_logprob`.
 
     Raises ValueError as `fused_linear_logprob` does. For a target outside the vocabulary on a GPU, the Triton kernel
-    gives NaN as both of its log-probabilities, and leaves every other output and the gradient as they are.
+    gives NaN for both of its log-probabilities; every other output and the gradient are unaffected.
     """
     if vocab_size is None and len(student_weight) != len(teacher_weight):
         raise ValueError(f"student_weight has {len(student_weight)} rows, teacher_weight {len(teacher_weight)}; pass "
@@ -615,7 +615,7 @@ def _describe(x):
 
 
 def _check_linear(hidden, weight, vocab_size, temperature, name=""):
-    """Returns the size of the vocabulary: vocab_size if it is given, or else the number of rows of weight."""
+    """Returns the vocabulary size: vocab_size if given, else the number of rows of weight."""
     if hidden.dim() != 2 or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"{name}hidden is {_describe(hidden)}; flatten it to 2 dimensions and convert it to float32, "
                          "bfloat16 or float64.")
@@ -633,9 +633,9 @@ def _check_linear(hidden, weight, vocab_size, temperature, name=""):
 
 
 def _check_targets(target_ids, count, vocab_size):
-    """Returns target_ids as the kernels read them, without gaps."""
+    """Returns the checked target_ids, contiguous as the kernels read them."""
     if target_ids.shape != (count,) or target_ids.dtype != torch.int64:
-        raise ValueError(f"target_ids is {_describe(target_ids)}; pass ({count},) int64, one a row.")
+        raise ValueError(f"target_ids is {_describe(target_ids)}; pass ({count},) int64, one per row.")
     if target_ids.device.type == "cpu" and count and not 0 <= target_ids.min() <= target_ids.max() < vocab_size:
         raise ValueError(f"target_ids spans {target_ids.min()}..{target_ids.max()} but the vocabulary has {vocab_size} "
                          "tokens; drop padding such as -100 before the call.")

@@ -3,32 +3,29 @@ r"""Stage 2b: on-policy distillation, OPD, of the student from the trained teach
     L_R(theta) = E_{s ~ d_student} KL(pi_theta(. | s) || pi_T(. | s))
 
 The student pi_theta samples responses y = (y_1 .. y_T) to prompts x. A state s_t = (x, y_<t) is a prompt with the
-response so far, and d_student are the states that the student's own responses go through. At each of them the frozen
-teacher pi_T gives its distribution of the next token over the whole vocabulary, and the loss is the KL from the student's
-distribution to the teacher's.
+response so far, and d_student is the distribution of the states in the student's own responses. At each state the
+frozen teacher pi_T gives its next-token distribution over the whole vocabulary, and the loss is the reverse KL, with
+the student first, for this one token. The states are treated as constants: no gradient goes through their sampling.
 
-This is the reverse KL, with the student first, of one token at a time. The states are treated as constants: no gradient
-goes through the sampling of them.
+Relation to Eq. 3, the policy gradient that lowers the KL(pi_theta || pi_T) of whole responses: Eq. 3 multiplies each
+token's grad log pi_theta(y_t) by the sum of log pi_T - log pi_theta over the response. (We omit the paper's constant
+factor beta.) With the states held constant, L_R keeps only token t's own summand. Dropping the earlier summands changes
+nothing on average; dropping the later ones ignores the token's effect on later states. `--estimator sampled` estimates
+this same-token term from the sampled token: a policy gradient with the dense reward log pi_T(y_t | s_t) - log
+pi_theta(y_t | s_t). The default differentiates the exact KL; because a loss is minimised and a reward maximised, its
+gradient is minus the expectation of the same-token term over the next token. The two agree on average, except where an
+importance weight is truncated, and the exact one has no sampling noise. Neither is an unbiased estimate of Eq. 3.
 
-Relation to Eq. 3. Eq. 3 is the policy gradient that lowers KL(pi_theta || pi_T) between whole responses: it multiplies
-grad log pi_theta(y_t) of each token by the sum of log pi_T - log pi_theta over the response. (The paper multiplies it
-by a constant beta, which we leave out.) With the states held constant, L_R keeps only token t's own summand. Leaving
-out the earlier summands changes nothing on average; leaving out the later ones ignores what a token does to the states
-after it. `--estimator sampled` estimates this same-token term from the sampled token: a policy gradient with the dense
-reward log pi_T(y_t | s_t) - log pi_theta(y_t | s_t). The default differentiates the exact KL. Its gradient is
-minus the expectation of the same-token term over the next token, because a loss is minimised where a reward is
-maximised. On average the two agree, except where an importance weight is truncated, and the exact one has no sampling
-noise. Neither is an unbiased estimate of Eq. 3.
+The paper names two conditions under which the dense reward is informative. C1 (optimality): the teacher itself is near
+the best reward; Stage 1 (teacher_grpo.py) is meant to ensure this. C2 (minimal deviation): the teacher is close to the
+student at the states that the student visits; Stage 2a (fkl_warmup.py) is meant to ensure this. Without C2, a few
+sampled tokens that the teacher finds very unlikely dominate the sampled gradient, and the teacher is queried at states
+that it would seldom reach. The teacher's recorded RL rewards are printed (C1) and C2 is logged at every step, but
+neither is enforced.
 
-The paper names two conditions for the dense reward to be informative. C1 (optimality): the teacher is itself near the
-best reward, which Stage 1 (teacher_grpo.py) is for. C2 (minimal deviation): the teacher is close to the student where
-the student goes, which Stage 2a (fkl_warmup.py) is for; otherwise a few tokens that the student samples and the teacher
-finds very unlikely dominate the sampled gradient, and the teacher is asked about states that it would seldom reach.
-The RL rewards recorded for the teacher are printed (C1), C2 is logged at every step, and neither is enforced.
-
-Our choices where the paper is silent: L_R is a mean over all tokens of an update, so long responses weigh more. Every
-batch of rollouts is used for one update, so that training is on-policy. "Mini-batch 64" in Table 9 counts prompts, each
-with all its 8 responses. Rollouts are graded for the log only: no label enters the loss.
+Our choices where the paper is silent: L_R is a mean over all tokens of an update, so long responses weigh more. Each
+rollout batch is used for one update, so training is on-policy. "Mini-batch 64" in Table 9 counts prompts, each with all
+its 8 responses. Rollouts are graded for the log only: no label enters the loss.
 
 Every rank has all rollouts and computes its share of the micro-batches. Gradients are summed over ranks.
 
@@ -61,24 +58,24 @@ from lib.scores import Validation
 
 @dataclass
 class Config(TrainingConfig):
-    # the settings to begin with
+    # main settings
     model: str  # student to train: a directory (the warmup's, for the two-stage bridge), or a name on the hub
-    teacher: str  # teacher to learn from, with the student's tokenizer
-    epochs: int = 1  # passes over the data, without --max-steps (Table 9: 1 epoch)
+    teacher: str  # teacher to distil from, with the student's tokenizer
+    epochs: int = 1  # passes over the data, unless --max-steps is given (Table 9: 1 epoch)
     lr: float = 1e-6  # learning rate (Table 9)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt (Table 9)
     # on-policy distillation
     prompts_per_step: int = 64  # prompts in an update (Table 9: mini-batch)
     estimator: Literal["exact", "sampled"] = "exact"  # KL over the whole vocabulary, or from the sampled token alone
-    importance_cap: float = 2.0  # largest ratio of trainer to sampler; only for --estimator sampled
+    importance_cap: float = 2.0  # largest importance weight, trainer over sampler; only for --estimator sampled
     # sampling
     temperature: float = 1.0  # the student's sampling temperature (Table 9)
     max_prompt_tokens: int = 2048  # longest prompt (Table 9)
     max_response_tokens: int = 16384  # length at which a response is cut (Table 9)
 
 
-FAR_KL = 1.0  # nats a token, our rule of thumb: the teacher finds the tokens 2.7 times less likely on average (C2)
-OUTLIER_REWARD = -5.0  # nats; the teacher finds the token e^5 = 148 times less likely than the student who sampled it
+FAR_KL = 1.0  # nats a token, our rule of thumb for C2: the teacher finds the tokens 2.7 times less likely on average
+OUTLIER_REWARD = -5.0  # nats: the teacher finds the sampled token e^5 = 148 times less likely than the student does
 
 
 def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int) -> TokenKL:
@@ -87,8 +84,8 @@ def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: in
     Its gradient with respect to the student's logits at a state is p (log p - log q - KL), with p = pi_theta and
     q = pi_T: minus the expectation of Eq. 3's same-token term over the next token.
 
-    `vocab_size` is the tokenizer's. Output matrices of one model family are padded to different sizes, and both
-    softmaxes leave the padding out. The targets, which are the sampled tokens, do not enter the loss, only the log.
+    `vocab_size` is the tokenizer's. Models of one family may pad their output matrices to different sizes; both
+    softmaxes exclude the padding. The targets (the sampled tokens) are used for the log only.
     """
     teacher_hidden, teacher_weight = teacher.hidden_states(batch)  # (N, D_T), (V_T, D_T)
 
@@ -103,11 +100,11 @@ def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: in
 def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int, importance_cap: float) -> TokenKL:
     """A loss whose gradient estimates that of `exact_kl_loss` from the sampled tokens: Eq. 3's same-token term, summed.
 
-    Its gradient is -w (log pi_T(y_t) - log pi_theta(y_t)) grad log pi_theta(y_t), that of a policy gradient with the
-    bracket as dense reward. (The paper defines r_T without the - log pi_theta.) The weight w is the ratio of the token's
-    probability in the trainer to that in the sampler, at most `importance_cap`. Only the gradient is meaningful, not the
-    loss value. `kl` in the result is the reward with its sign changed: a noisy estimate of each token's KL (k1), without
-    those weights, and biased unless the sampling temperature is 1.
+    Its gradient is -w (log pi_T(y_t) - log pi_theta(y_t)) grad log pi_theta(y_t), a policy gradient with the bracket as
+    dense reward. (The paper defines r_T without the - log pi_theta.) The weight w is the token's probability in the
+    trainer over that in the sampler, at most `importance_cap`. Only the gradient is meaningful, not the loss value.
+    `kl` in the result is the negated reward, unweighted: a noisy estimate of each token's KL (k1), biased unless the
+    sampling temperature is 1.
     """
 
     def head(hidden, weight):
@@ -126,8 +123,8 @@ def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], d
     """The logged statistics of one micro-batch, before the step's update: sums over its tokens, and maxima.
 
     Log-probabilities, KL and entropy are in nats, at temperature 1. Outliers are logged as a fraction of tokens.
-    The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is a
-    noisy -KL, but its spread and its outliers show how well condition C2 holds.
+    The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is
+    only a noisy -KL, but its spread and outliers show how well condition C2 holds.
     """
     reward = (result.teacher_logprobs - result.logprobs).double()  # (N,)
     mismatch = (result.logprobs - batch.sampler_logprobs).abs()  # (N,) between trainer and sampler
@@ -147,9 +144,7 @@ def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], d
 
 
 def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temperature: float) -> dict[str, float]:
-    """Means over the tokens of all micro-batches and ranks, and extremes, from `token_statistics` of each.
-    Collective.
-    """
+    """Combines `token_statistics` of all micro-batches and ranks: means over tokens, and extremes. Collective."""
     sums = {name: sum(sums[name] for sums, _ in statistics) for name in statistics[0][0]}
     maxima = {name: max(maxima[name] for _, maxima in statistics) for name in statistics[0][1]}
     means = {name: total / num_tokens for name, total in common.all_sum(sums).items()}
@@ -164,7 +159,7 @@ def reduce_statistics(statistics: list[tuple[dict, dict]], num_tokens: int, temp
 
 
 def report_c1(teacher_record: dict) -> None:
-    """Prints the recorded RL rewards of the teacher or of its nearest ancestor with any (C1; what Eq. 2 assumes)."""
+    """Prints the recorded RL rewards of the teacher or of its nearest RL-trained ancestor (C1, assumed by Eq. 2)."""
     stage = last_rl_stage(teacher_record)
     if stage is None:
         common.print0("C1: the teacher has no recorded RL stage, so C1 is unchecked.")

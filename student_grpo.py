@@ -4,10 +4,10 @@ The student comes from Stages 2a and 2b, the bridge. This *is* Stage 1 on anothe
 `teacher_grpo.main`, so that direct GRPO, Stage 3 and the replay control run the same code with the same defaults, which
 is the paper's matched protocol (App. F).
 
-What this file adds is the guarantee that the labels are held out. A checkpoint's run.json lists every problem that its
-weights, or its teacher's, have been trained on. Training on any of them is refused, unless `--replay` says that this is
-the replay control of Table 2, which trains again on the half that was used already (1H). Both halves are equally large,
-so both runs make as many updates.
+This file adds the guarantee that the labels are held out. A checkpoint's run.json lists every problem on which its
+weights, or its teacher's, have been trained. Training on any of them is refused, unless `--replay` says that this is
+the replay control of Table 2, which trains again on the half used before (1H). The halves are equally large, so both
+runs make the same number of updates.
 
     One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
     The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay
@@ -30,10 +30,10 @@ from lib.runs import prepare
 @dataclass
 class Config(teacher_grpo.Config):
     _: KW_ONLY
-    # the settings to begin with
+    # main settings
     half: Literal["full", "1H", "2H"] = "2H"  # labels to train on; the default assumes that Stages 1 and 2 used 1H
     # GRPO
-    replay: bool = False  # train on purpose on labels that were used already: the replay control of Table 2
+    replay: bool = False  # train again on labels used before: the replay control of Table 2
 
 
 def main(cfg: Config) -> None:
@@ -46,8 +46,8 @@ def main(cfg: Config) -> None:
     seen = sum(problem.id in trained_on for problem in problems)
     if seen and not cfg.replay:
         raise InputError(
-            f"--half {cfg.half}: on {seen} of its {len(problems)} problems --model {cfg.model!r} or a checkpoint before it was "
-            "already trained; give the other half, or add --replay for the replay control"
+            f"--half {cfg.half}: --model {cfg.model!r} or an ancestor was already trained on {seen} of the "
+            f"{len(problems)} problems; give the other half, or add --replay for the replay control"
         )
     if cfg.replay and not seen:
         raise InputError(

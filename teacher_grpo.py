@@ -2,23 +2,23 @@ r"""Stage 1: GRPO with the sparse verifiable reward, on the teacher (Sections 2 
 
     maximise  E_{y ~ pi_theta} R(x, y) - beta KL(pi_theta || pi_ref),    R(x, y) = 1 if the answer is right, else 0
 
-The optimum is pi*_R(y | x), proportional to pi_ref(y | x) exp(R(x, y) / beta) (Eq. 1). In the later stages the teacher
-pi_T that is trained here is used in its place (Eq. 2). Each step samples G responses to every prompt, rewards them,
-compares each with its group, and takes PPO-clipped updates.
+The optimum is pi*_R(y | x), proportional to pi_ref(y | x) exp(R(x, y) / beta) (Eq. 1). The later stages use the teacher
+pi_T trained here in its place (Eq. 2). Each step samples G responses to every prompt, rewards them, compares each with
+its group, and takes PPO-clipped updates.
 
-The paper gives settings of GRPO for direct RL and for Stage 3 (Table 8), and none for Stage 1. Ours are the same.
+The paper gives GRPO settings for direct RL and Stage 3 (Table 8), but none for Stage 1. We use the same ones.
 
 Differences from common GRPO implementations:
-- The loss is the mean over all response tokens of a mini-batch, of all ranks and micro-batches, so long responses weigh
-  more. It is not a mean of each response's mean.
+- The loss is the mean over all response tokens of a mini-batch, across ranks and micro-batches, so long responses weigh
+  more. It is not a mean of per-response means.
 - The KL to the reference policy is the k3 estimate, added to the loss and not subtracted from the reward.
 - The sampler and the trainer compute slightly different probabilities of a token. The policy-gradient term of each
-  token (not its KL term) is therefore multiplied by the ratio of the trainer's to the sampler's, at most 2.
-- A response that was cut at the length limit earns no reward from the verifier. A function given with `--reward` is told
-  how a response ended, and its value is used unchanged.
+  token (not its KL term) therefore has an importance weight: the ratio of the trainer's to the sampler's, at most 2.
+- A response cut at the length limit gets no reward from the verifier. A `--reward` function is told how a response
+  ended, and its value is used unchanged.
 
 Our choices where the paper is silent:
-- "GRPO epochs 10" in Table 8 is read as 10 passes over the data. Every rollout batch is used for one pass of updates.
+- "GRPO epochs 10" in Table 8 is read as 10 passes over the data. Each rollout batch gets one pass of updates.
 - "Mini-batch 8" in Table 8 counts prompts, as in the authors' earlier code; with G = 8 a mini-batch has 64 responses.
 - Advantages are divided by the group's standard deviation, as in the original GRPO (switch it off with
   `--no-normalize-by-std`).
@@ -55,20 +55,20 @@ from lib.scores import Validation
 
 @dataclass
 class Config(TrainingConfig):
-    # the settings to begin with
+    # main settings
     model: str  # checkpoint to train: a directory, or a name on the hub
-    epochs: int = 10  # passes over the data, without --max-steps (Table 8: "GRPO epochs")
+    epochs: int = 10  # passes over the data, unless --max-steps is given (Table 8: "GRPO epochs")
     lr: float = 1e-6  # learning rate (Table 8)
-    rollouts_per_prompt: int = 8  # responses sampled for each prompt, the group (G; not given in Table 8)
+    rollouts_per_prompt: int = 8  # responses sampled for each prompt: the group size G (not given in Table 8)
     # GRPO
-    prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches of Table 8 (authors' earlier code)
+    prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches (authors' earlier code)
     mini_batch_prompts: int = 8  # prompts in an optimizer step (Table 8)
     inner_epochs: int = 1  # passes of updates over each rollout batch
     require_finished: bool = True  # the verifier rewards only responses that ended before the length limit
     clip_ratio: float = 0.2  # epsilon: the policy ratio is clipped to 1 - epsilon .. 1 + epsilon (Table 8)
     kl_coef: float = 5e-4  # beta, weight of the KL to the stage's initial policy (Table 8); 0 drops the reference model
     normalize_by_std: bool = True  # divide advantages by the group's standard deviation
-    importance_cap: float = 2.0  # largest ratio of trainer to sampler by which a token is weighted
+    importance_cap: float = 2.0  # largest importance weight: a token's probability in the trainer over the sampler's
     # sampling
     temperature: float = 1.0  # divides the logits in sampling and in every log-probability (authors' earlier code)
     max_prompt_tokens: int = 3072  # longest prompt (Table 8)
@@ -78,12 +78,11 @@ class Config(TrainingConfig):
 def rewards_of(rollouts: list[Rollout], require_finished: bool) -> Tensor:
     """R(x, y) of each rollout, (P*G,): 1 if its answer is right, else 0.
 
-    With `require_finished` a response that was cut at the length limit earns 0, too. With `--reward` R is what that
-    function returned.
+    With `require_finished` a response cut at the length limit also gets 0. With `--reward`, R is that function's value.
     """
 
     def reward(rollout: Rollout) -> float:
-        if rollout.reward is not None:  # that of --reward
+        if rollout.reward is not None:  # set by --reward
             return rollout.reward
         return float(bool(rollout.correct) and (rollout.finish_reason == "stop" or not require_finished))
 
@@ -98,7 +97,7 @@ def group_advantages(rewards: Tensor, normalize_by_std: bool = True) -> Tensor:
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if normalize_by_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True, correction=0) + 1e-6)
-    # The mean of equal numbers may differ from them by a rounding error, which the division would enlarge.
+    # The mean of equal numbers may differ from them by a rounding error, which the division would amplify.
     return advantages.masked_fill(no_spread(rewards)[:, None], 0.0)
 
 
@@ -126,14 +125,14 @@ def grpo_loss(
     clip_ratio: float,
     kl_coef: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO loss of Eq. 1 *summed* over tokens, and sums of what is logged; arguments (N,) over response tokens.
+    """The GRPO loss of Eq. 1, *summed* over response tokens, and the sums to log. Tensor arguments are (N,).
 
         sum_t  w_t max(-rho_t A_t, -clip(rho_t, 1 - eps, 1 + eps) A_t) + beta k3_t,    rho_t = exp(log pi - log pi_old)
 
-    It is to be minimised. `importance_weights` w are the ratios of trainer to sampler, cut off at a largest value; they
-    carry no gradient. At a token that is not clipped, the gradient with respect to log pi is -w rho A + beta (1 -
-    exp(log pi_ref - log pi)). Only the gradient is meaningful, not the loss value: a group's advantages sum to
-    zero, and what is left says little more than whether right answers are longer than wrong ones.
+    It is minimised. `importance_weights` w are truncated ratios of trainer to sampler probabilities, without gradient.
+    At an unclipped token the gradient with respect to log pi is -w rho A + beta (1 - exp(log pi_ref - log pi)). Only
+    the gradient is meaningful, not the loss value: since a group's advantages sum to zero, the value says little more
+    than whether right answers are longer than wrong ones.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # (N,)
     unclipped = -ratio * advantages
@@ -156,10 +155,10 @@ def token_logprobs(policy: Policy, batch: Batch, temperature: float) -> tuple[Te
 def train_mini_batch(
     policy: Policy, optimizer: torch.optim.Optimizer, batches: list[Batch], num_tokens: int, lr: float, cfg: Config
 ) -> tuple[dict[str, float], float, float]:
-    """One optimizer step on the micro-batches of a mini-batch that has `num_tokens` response tokens on all ranks.
+    """One optimizer step on the micro-batches of a mini-batch with `num_tokens` response tokens over all ranks.
 
-    Returns sums over this rank's tokens of what is logged, its largest sampler mismatch, and the gradient's norm (nan
-    if the step was skipped because something was not finite).
+    Returns the sums to log and the largest sampler mismatch, both over this rank's tokens, and the gradient norm (nan
+    if the step was skipped because the loss or the norm was not finite).
     """
     sums: dict[str, float] = defaultdict(float)
     worst_mismatch = 0.0
@@ -167,7 +166,7 @@ def train_mini_batch(
         logprobs, entropy = token_logprobs(policy, batch, cfg.temperature)  # (N,), (N,)
         if batch.old_logprobs is None:  # the first mini-batch of `update`, before any update: pi is still pi_old
             batch.old_logprobs = logprobs.detach()
-        mismatch = batch.old_logprobs - batch.sampler_logprobs  # (N,) log of the ratio of trainer to sampler
+        mismatch = batch.old_logprobs - batch.sampler_logprobs  # (N,) log of trainer over sampler probability
         ratio = mismatch.exp()
         weights = ratio.clamp(max=cfg.importance_cap)
         loss, logged = grpo_loss(
@@ -195,12 +194,12 @@ def update(
 ) -> dict[str, float]:
     """`inner_epochs` passes over the mini-batches of one rollout batch.
 
-    `rollouts` are those of all ranks, grouped by prompt, with their advantages. Without a KL term, an advantage of 0
-    leaves nothing to learn from a rollout: it costs no pass, though its tokens count in the loss's denominator.
+    `rollouts` are those of all ranks, grouped by prompt, with their advantages. Without a KL term, rollouts whose
+    advantage is 0 have no gradient and are left out, but their tokens still count in the loss's denominator.
 
-    Returns what is logged: the loss per response token; means over the tokens that had a pass, and their share of all
-    (`frac_tokens_trained`); the largest sampler mismatch, the mean norm of the gradient, and the number of skipped
-    optimizer steps.
+    Returns the metrics to log: the loss per response token; means over the tokens that went through the model, and
+    their fraction (`frac_tokens_trained`); the largest sampler mismatch, the mean gradient norm, and the number of
+    skipped optimizer steps.
     """
     size = cfg.mini_batch_prompts * cfg.rollouts_per_prompt
     mini_batches = []
@@ -245,7 +244,7 @@ def update(
 
 
 def main(cfg: Config, prepared: tuple | None = None) -> None:
-    """Stage 1, or what calls it with the problems and prompts that it has `prepared` (Stage 3)."""
+    """Runs Stage 1, or Stage 3, which passes in the problems and prompts that it has `prepared`."""
     if cfg.rollouts_per_prompt < 2:
         raise InputError(
             f"--rollouts-per-prompt {cfg.rollouts_per_prompt} leaves nothing to compare a response with; give 2 or more"

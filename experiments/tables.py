@@ -14,12 +14,14 @@ An entry is avg@k: for one run ± the standard error over problems, for several 
 runs. Differences are taken problem by problem within a run, so that variation shared by two checkpoints cancels. Verdicts
 are at the 5 % level, by Student's t (`difference`).
 
-It writes tables.md, results.json (the same figures, unrounded) and routes.png (bars, rewards in GRPO, KL in OPD).
+It writes tables.md, results.json (the same figures, unrounded), routes.png (bars, rewards in GRPO, KL in OPD) and, for
+SCALE=real, time.png (accuracy against CPU time).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections import Counter
@@ -124,11 +126,12 @@ TABLES = {
         "student", "teacher", "full/sft/teacher", "full/rl/teacher", "1H/sft/teacher", "1H/rl/teacher",
     ),
 }  # fmt: skip
-# With SCALE=real every row uses 1H, so that all rows make use of the same labels; only Stage 3 uses 2H.
+# With SCALE=real every row uses 1H, so that all rows make use of the same labels. Direct GRPO takes as much CPU time as the
+# bridge with its teacher; after step 26 it has made as many student updates as the bridge.
 TABLES_1H = {
-    "Rows on half of the labels (1H), and Stage 3 after them": (
-        "student", "teacher", "1H/rl/teacher", "1H/direct", "1H/raw/bridge", "1H/rl/bridge", "1H/rl/bridge_sampled",
-        "1H/rl/opd_only", "1H/rl/sft_only", "1H/rl/bridge-2H", "1H/rl/bridge-replay",
+    "Rows on half of the labels (1H)": (
+        "student", "teacher", "1H/rl/teacher", "1H/direct/step-000026", "1H/direct", "1H/raw/bridge", "1H/rl/warmup",
+        "1H/rl/bridge", "1H/rl/opd_only", "1H/rl/sft_only",
     ),
 }  # fmt: skip
 
@@ -201,17 +204,16 @@ CLAIMS = {
     "App. C": ("full/rl/bridge ? 1H/rl/bridge-2H",),
 }
 CLAIMS_1H = {
-    "P1": ("1H/rl/teacher > teacher", "1H/direct > 1H/raw/bridge", "1H/rl/bridge > 1H/direct"),
+    "P1": (
+        "1H/rl/teacher > teacher",
+        "1H/direct/step-000026 > 1H/raw/bridge",
+        "1H/rl/bridge > 1H/direct/step-000026",
+        f"1H/rl/bridge > 1H/direct {OURS}",
+    ),
     "P2": (
+        f"1H/rl/bridge > 1H/rl/warmup {OURS}",
         "1H/rl/bridge > 1H/rl/opd_only",
         "1H/rl/bridge > 1H/rl/sft_only",
-        "1H/rl/opd_only > 1H/rl/sft_only",
-        f"1H/rl/bridge > 1H/rl/bridge_sampled {OURS}",
-    ),
-    "P3": (
-        "1H/rl/bridge-2H > 1H/rl/bridge",
-        "1H/rl/bridge-2H > 1H/rl/bridge-replay",
-        "1H/rl/bridge-replay = 1H/rl/bridge",
     ),
 }
 
@@ -237,7 +239,8 @@ VERDICTS = (
     "**Claims**: the relations between rows that the paper predicts or finds on MATH-500. Differences are in points, taken "
     "problem by problem, ± one standard error. {spread} If the interval excludes zero, a claim of an order (>) holds or is "
     "REVERSED; otherwise it is not resolved. A claim of equality (=) does not hold if the interval excludes zero; otherwise "
-    "no difference is resolved, which does not prove equality: the interval says how large the difference may be."
+    "no difference is resolved, which does not prove equality: the interval says how large the difference may be. Brackets "
+    "give the number of runs that would resolve the difference if its mean and its spread over runs stayed the same."
 )
 ONE_RUN = "The 95 % interval is Student's t over {problems} problems of one run; another seed may differ by more."
 SEVERAL_RUNS = (
@@ -285,6 +288,13 @@ def difference(each: Sequence[tuple[float, float]], problems: int) -> dict[str, 
         "interval": max(quantile(df) * error for error, df in tests),
         "p": max(p_value(mean, error, df) for error, df in tests),
     }
+
+
+def runs_needed(each: Sequence[tuple[float, float]]) -> int | None:
+    """Number of runs that would resolve the mean if it and the spread over runs stayed the same; None if over 199."""
+    mean, error = mean_and_error(np.array(each, float)[:, 0])
+    spread = error * len(each) ** 0.5
+    return next((n for n in range(len(each) + 1, 200) if quantile(n - 1) * spread / n**0.5 < abs(mean)), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -362,6 +372,7 @@ def collect(cfg: Config) -> dict:
             if None not in found
         },
         "orderings": orderings,
+        "over_time": over_time(cfg.runs),
     }
 
 
@@ -370,6 +381,8 @@ def judge(results: dict) -> None:
     for ordering in results["orderings"]:
         ordering |= difference(ordering["runs"], results["problems"][ordering["data"]])
         ordering["verdict"] = verdict(ordering["mean"], ordering["p"], ordering["relation"])
+        if len(ordering["runs"]) > 1 and ordering["p"] >= 0.05:
+            ordering["runs_needed"] = runs_needed(ordering["runs"])
     for ordering, p in zip(results["orderings"], holm([o["p"] for o in results["orderings"]])):
         ordering["p_holm"] = p
 
@@ -404,6 +417,53 @@ def cost(directory: str, checkpoint: str) -> dict[str, float] | None:
         sampler = "teacher" if "sampled_tokens" in record else trained
         spent[f"{sampler}_sampled"] += record.get("sampled_tokens", record["trained_tokens"])
     return spent
+
+
+# Accuracy against CPU time
+
+OVER_TIME = {  # curve -> the stages that lead to its model
+    "direct GRPO of the student": ("1H/direct",),
+    "the bridge, after its teacher's Stage 1": ("1H/rl/teacher", "1H/rl/warmup", "1H/rl/bridge"),
+    "the teacher in Stage 1": ("1H/rl/teacher",),
+}
+
+
+def over_time(directories: Sequence[str]) -> dict[str, list[list[tuple[float, float]]]]:
+    """The points (CPU minutes, validation accuracy) of each curve of OVER_TIME in each run; none without its validations.
+
+    A stage records its CPU time at its end. Here it is spread over the steps by the seconds that each took, and the
+    validations are left out.
+    """
+    curves: dict[str, list] = {name: [] for name in OVER_TIME}
+    for directory, (name, stages) in itertools.product(directories, OVER_TIME.items()):
+        spent, points = 0.0, []
+        for stage in stages:
+            lines = json_lines(Path(directory, stage, "metrics.jsonl"))
+            seconds = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
+            for line, of_line in zip(lines, seconds):
+                if "validation_validation" not in line:
+                    spent += of_line / sum(seconds) * read_run(str(Path(directory, stage)))["cpu_seconds"] / 60
+                elif stage in (stages[-1], "1H/rl/warmup"):  # of the student, and not of its teacher
+                    points.append((spent, line["validation_validation"]))
+        if not points:
+            return {}
+        curves[name].append([(0.0, points[0][1]), *points])  # while its teacher learns, the student stays what it is
+    return curves
+
+
+def draw_over_time(curves: dict[str, list], picture: Path) -> None:
+    """The mean of the runs, and their range as a band."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axis = figure.add_subplot(xlabel="CPU minutes, without validations", ylabel="validation accuracy, %")
+    for (name, runs), colour in zip(curves.items(), COLOURS):
+        minutes, accuracy = np.array(runs).transpose(2, 0, 1)  # (runs, points) each
+        axis.plot(minutes.mean(0), 100 * accuracy.mean(0), marker=".", label=name, color=colour)
+        axis.fill_between(minutes.mean(0), 100 * accuracy.min(0), 100 * accuracy.max(0), color=colour, alpha=0.12)
+    axis.set_title(f"line: mean, band: range of {len(runs)} runs", fontsize=11)
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    label_lines(axis)
+    figure.savefig(picture, dpi=120)
 
 
 # From results.json to tables.md and routes.png
@@ -468,7 +528,8 @@ def claims_text(results: dict) -> list[str]:
         lines = [
             [claim_of(o), o["data"], signed(o["mean"], o["se"]), interval(o), small(o["p"]), small(o["p_holm"]),
              ", ".join(signed(*run) for run in o["runs"]),
-             paper_difference(o["first"], o["second"], results["pair"]), o["verdict"]]
+             paper_difference(o["first"], o["second"], results["pair"]),
+             o["verdict"] + (f" ({o['runs_needed'] or 'over 199'} runs might)" if "runs_needed" in o else "")]
             for o in orderings if o["prediction"] == prediction
         ]  # fmt: skip
         parts += [f"**{prediction}**: {says}", markdown_table(header, lines)] if lines else []
@@ -612,6 +673,8 @@ def main(cfg: Config) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if not cfg.results:
         draw(results, out / "routes.png")
+    if results.get("over_time"):
+        draw_over_time(results["over_time"], out / "time.png")
     print(text)
     print(f"wrote {out}: tables.md, results.json{'' if cfg.results else ', routes.png'}")
 

@@ -195,12 +195,23 @@ class TorchEngine:
 
     def _generate_batch(self, prompts, seeds, sampling: Sampling) -> Iterator[Completion]:
         device = self.model.device
-        width = max(map(len, prompts))
-        # P prompts, left-padded to T tokens so that every row's next token is sampled from the last position.
-        input_ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, T)
+        # A common beginning of the prompts (such as worked examples) is computed once. It excludes each prompt's last token,
+        # which predicts the first sampled token, and short beginnings are not worth a pass. It is not used with a sliding
+        # window, because the padding after it would take up part of the window.
+        shared = len(os.path.commonprefix([tuple(prompt[:-1]) for prompt in prompts]))
         cache = DynamicCache(config=self.model.config)
+        shared = shared if shared >= 16 and len(prompts) > 1 and not any(cache.is_sliding) else 0
+        if shared:
+            start = torch.tensor([prompts[0][:shared]], device=device)
+            self._logits(start, torch.ones_like(start), torch.arange(shared, device=device)[None], cache)
+            cache.batch_repeat_interleave(len(prompts))
+        # The rest of P prompts, left-padded to T tokens, so that every row's next token is sampled from the last position.
+        rests = [list(prompt[shared:]) for prompt in prompts]
+        width = max(map(len, rests))
+        padding = [width - len(rest) for rest in rests]
+        input_ids = torch.tensor([[0] * n + rest for n, rest in zip(padding, rests)], device=device)
+        mask = torch.tensor([[1] * shared + [0] * n + [1] * (width - n) for n in padding], device=device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]  # (P, T)
         logits = self._logits(input_ids, mask, positions, cache)  # (P, V)
         # From here on there is one row for each of the B responses.
         repeats = torch.tensor([len(group) for group in seeds], device=device)

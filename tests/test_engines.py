@@ -49,14 +49,16 @@ def model_logprobs(model, prompt, response, temperature):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_logprobs_equal_a_plain_forward(name, temperature):
+@pytest.mark.parametrize("temperature, shared", [(0.5, 0), (1.0, 0), (1.0, 20)])
+def test_logprobs_equal_a_plain_forward(name, temperature, shared):
+    """Also of prompts that begin with the same tokens, which are computed once for all of them."""
     model = make_model(name)
     sampled_from = copy.deepcopy(model)  # the engine changes its attention
     seeds = [[100 * i + j for j in range(12)] for i in range(len(PROMPTS))]
-    groups = TorchEngine(sampled_from, TOKENIZER).generate(PROMPTS, seeds, Sampling(40, temperature))
+    prompts = [[5, 6, 7, 8] * (shared // 4) + prompt for prompt in PROMPTS]
+    groups = TorchEngine(sampled_from, TOKENIZER).generate(prompts, seeds, Sampling(40, temperature))
     lengths = set()
-    for prompt, group in zip(PROMPTS, groups):
+    for prompt, group in zip(prompts, groups):
         assert len(group) == 12
         for completion in group:
             expected = model_logprobs(model, prompt, completion.token_ids, temperature)

@@ -189,4 +189,4 @@ def test_help_explains_every_setting(name):
         assert len(re.findall(r"[a-z]{2,}", comment)) >= 3 and not re.search(r"likewise|ditto|^of ", comment), comment
     if name in STAGES:
         assert "Table 8" in printed or "Table 9" in printed
-        assert printed.startswith(" the settings to begin with: ") and len(dataclasses.fields(config)) <= 46
+        assert printed.startswith(" main settings: ") and len(dataclasses.fields(config)) <= 46

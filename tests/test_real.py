@@ -27,42 +27,38 @@ def rows(directory: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[int, Path]:
-    """Directories with the problem files by seed. A student that is named is not made."""
-    made = {seed: tmp_path_factory.mktemp("real") for seed in (0, 1)}
-    for seed, out in made.items():
-        real.main(real.Config(out=str(out), teacher="none", student="none", seed=seed))
-    return made
-
-
 def asked_for(row: dict) -> tuple[int, str, int]:
-    """The calculation that the words of a problem ask for: the larger number, the operation, and the other one."""
+    """The calculation that the words of a problem ask for, with a sum's larger number first."""
     first, second = map(int, re.findall(r"\d+", row["problem"]))
-    [operation] = [sign for word, sign in (("gets", "+"), ("loses", "-"), ("each", "*")) if word in row["problem"]]
-    assert operation != "-" or first > second
+    operation = "+" if "gets" in row["problem"] else "-"
+    assert operation == "+" or first > second
     return max(first, second), operation, min(first, second)
 
 
-def test_the_files_share_no_calculation_in_any_order_and_no_problem_and_their_answers_are_right(files):
-    work_out = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-    for out in files.values():
-        assert {path.name for path in out.iterdir()} == {f"{name}.jsonl" for name in real.SIZES}
-        assert {name: len(rows(out, name)) for name in real.SIZES} == real.SIZES
-        every = [row for name in real.SIZES for row in rows(out, name)]
+def test_the_files_share_no_calculation_in_any_order_and_no_problem_and_their_answers_are_right(tmp_path):
+    for seed in (0, 1):
+        files = real.draw_problems(seed)
+        assert {name: len(problems) for name, problems in files.items()} == {**real.SIZES, "healing": real.HEALING}
+        every = [row for problems in files.values() for row in problems]
         for row in every:
             first, operation, second = row["calculation"].split()
             assert (int(first), operation, int(second)) == asked_for(row)
-            assert int(row["answer"]) == work_out[operation](int(first), int(second))
+            assert int(row["answer"]) == int(first) + int(second) * {"+": 1, "-": -1}[operation]
         calculations = collections.Counter(map(asked_for, every))
-        assert set(calculations) == set(real.calculations()) and set(calculations.values()) == {1}
-        problems = [problem for name in real.SIZES for problem in lib.data.load_problems(str(out / f"{name}.jsonl"))]
-        assert len({problem.id for problem in problems}) == sum(real.SIZES.values())
+        assert set(calculations) <= set(real.calculations()) and set(calculations.values()) == {1}
+        real.write_rows(tmp_path / "every.jsonl", every)
+        assert len({problem.id for problem in lib.data.load_problems(str(tmp_path / "every.jsonl"))}) == len(every)
 
 
-def test_the_seed_decides_the_problems(files, tmp_path):
+def test_the_seed_decides_all_problems_but_those_of_the_healing(tmp_path):
     real.main(real.Config(out=str(tmp_path), teacher="none", student="none", seed=0))
-    assert all(rows(tmp_path, name) == rows(files[0], name) != rows(files[1], name) for name in real.SIZES)
+    first, again, other = (
+        {p.stem: rows(tmp_path, p.stem) for p in tmp_path.iterdir()},
+        *map(real.draw_problems, (0, 1)),
+    )
+    healing = again.pop("healing")
+    assert first == again and healing == other.pop("healing")
+    assert all(first[name] != other[name] for name in real.SIZES)
 
 
 def random_rollouts(count: int) -> list[Rollout]:
@@ -106,7 +102,7 @@ def test_the_reported_kl_is_that_of_the_models(capsys):
 
 def test_the_student_is_the_teacher_without_layers_and_has_no_history(tmp_path, monkeypatch):
     """The healing is a run of Stage 2a; here it is made in this process, which saves the start of another one."""
-    teacher, out = write_checkpoint(tmp_path / "teacher", **{**SIZES, "vocab_size": 26}), tmp_path / "raw"
+    teacher = write_checkpoint(tmp_path / "teacher", **{**SIZES, "vocab_size": 26})
     weights = load_file(f"{teacher}/model.safetensors")
     for number in (1, 4):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -119,18 +115,19 @@ def test_the_student_is_the_teacher_without_layers_and_has_no_history(tmp_path, 
         common.cli(fkl_warmup.main, fkl_warmup.Config)
 
     monkeypatch.setattr(real, "subprocess", SimpleNamespace(run=in_this_process))
-    real.main(real.Config(out=str(out), teacher=teacher, drop_layers=2))
-    pruned, healed = (load_file(out / name / "model.safetensors") for name in ("pruned", "raw_student"))
+    student, made = tmp_path / "raw_student", tmp_path / "raw_student.made"
+    real.make_student(real.Config(out="", teacher=teacher, drop_layers=2), student, real.draw_problems(0)["healing"])
+    pruned, healed = (load_file(path / "model.safetensors") for path in (made / "pruned", student))
     kept = (0, 2, 3, 5)
-    assert AutoConfig.from_pretrained(out / "raw_student", trust_remote_code=False).num_hidden_layers == len(kept)
+    assert AutoConfig.from_pretrained(student, trust_remote_code=False).num_hidden_layers == len(kept)
     for name, value in pruned.items():
         number = re.search(r"layers\.(\d+)", name)
         before = name.replace(number[0], f"layers.{kept[int(number[1])]}") if number else name
         assert torch.equal(value, weights[before])
     assert healed.keys() == pruned.keys() and any(not torch.equal(healed[name], pruned[name]) for name in pruned)
-    assert lib.lineage.read_lineage(str(out / "raw_student")).get("stage") is None
-    assert len(lib.data.load_tokenizer(str(out / "raw_student"))) == 26
-    healing = json.loads((out / "healing" / "run.json").read_text())["config"]
+    assert lib.lineage.read_lineage(str(student)).get("stage") is None
+    assert len(lib.data.load_tokenizer(str(student))) == 26
+    healing = json.loads((made / "healing" / "run.json").read_text())["config"]
     examples = "".join(f"{text}\n" for text in re.findall(r"    (.* = \\boxed.*)\n", real.__doc__))
     assert healing["prompt"] == examples + "{problem}" and healing["stop"] == ["\n"]
-    assert healing["data"] == str(out / "healing.jsonl") and not healing["chat_template"]
+    assert healing["data"] == str(made / "healing.jsonl") and not healing["chat_template"]

@@ -147,7 +147,7 @@ def test_lineage_names_ancestors_and_every_problem_trained_on(chain, problems):
 
 def test_stage_3_refuses_labels_trained_on_unless_it_is_the_replay(chain, problems, tmp_path):
     bridge = str(chain / "bridge")
-    with pytest.raises(InputError, match="on 6 of its 6 problems --model .* already trained"):
+    with pytest.raises(InputError, match="--model .* already trained on 6 of the 6 problems"):
         student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="1H"))
     with pytest.raises(InputError, match="--replay: .* was trained on none"):
         student_grpo.main(grpo(bridge, problems, tmp_path / "x", student_grpo.Config, half="2H", replay=True))
