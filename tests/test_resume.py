@@ -203,7 +203,7 @@ def test_logs_are_kept_when_a_run_ends_before_its_first_state(teacher, problems,
 def test_other_weights_or_another_stage_are_not_resumed_with(student, teacher, problems, tmp_path, monkeypatch):
     config = grpo(teacher, problems, tmp_path / "out", epochs=1, resume=True)
     interrupt(teacher_grpo.main, config, 2)
-    with pytest.raises(InputError, match="had seed = 0, now it is 1, and lr = 0.01, now it is 0.5; go back to"):
+    with pytest.raises(InputError, match="had seed = 0, now it is 1, and lr = 0.01, now it is 0.5; restore its"):
         teacher_grpo.main(dataclasses.replace(config, lr=0.5, seed=1))
     with pytest.raises(InputError, match="had stage = 'teacher_grpo', now it is 'fkl_warmup', and"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", resume=True))
@@ -292,7 +292,7 @@ def test_a_tracker_gets_the_metrics_and_a_resumed_run_continues_its_run(
     assert first["config"]["lr"] == 0.01
     sys.modules["trackio"].log = lambda *a, **k: 1 / 0
     teacher_grpo.main(dataclasses.replace(config, out=str(tmp_path / "other")))
-    assert capsys.readouterr().out.count("--track trackio: ZeroDivisionError: division by zero; the run goes on") == 1
+    assert capsys.readouterr().out.count("--track trackio: ZeroDivisionError: division by zero; the run continues") == 1
     with pytest.raises(AlreadyFinished):
         teacher_grpo.main(dataclasses.replace(config, track=None))
 
@@ -321,7 +321,7 @@ def test_what_is_not_on_record_is_said(student, teacher, problems, tmp_path, cap
     heir["parents"]["teacher"]["id_rule"] = 0
     for lineage in (lib.lineage.read_lineage(str(tmp_path / "own")), heir):
         [found] = lib.lineage.history_notes(lineage)
-        assert found == f"{tmp_path}/own names its problems by another rule: held-out labels cannot be checked"
+        assert found == f"{tmp_path}/own has problem ids of another version: held-out labels cannot be checked"
     del heir["parents"]["teacher"]["id_rule"]  # as in the records of earlier code
     assert lib.lineage.history_notes(heir) == [found]
 
@@ -409,7 +409,7 @@ def test_three_skipped_steps_in_a_row_end_the_run_and_leave_the_batch(teacher, p
         break_loss(patch, "teacher", {1, 2, 3}, float("inf"))
         interrupt(teacher_grpo.main, config, 3)
     break_loss(monkeypatch, "teacher", {0}, float("nan"))  # the first step of the resumed run, which is step 3
-    with pytest.raises(InputError, match="in 3 steps in a row, the last of them step 3, whose rollouts") as error:
+    with pytest.raises(InputError, match="in 3 steps in a row, the last of which is step 3; look at its rollouts") as error:
         teacher_grpo.main(dataclasses.replace(config, resume=True))
     [path] = partial.glob("skipped-*")
     assert path.name == "skipped-000003.json" and str(path) in str(error.value)

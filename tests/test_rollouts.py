@@ -178,7 +178,7 @@ def test_a_cache_is_refused_when_its_responses_would_differ(student, problems, t
         opened("cache", first)
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "letter").touch()
-    with pytest.raises(InputError, match="holds something else than rollouts"):
+    with pytest.raises(InputError, match="holds something other than rollouts"):
         opened("documents", first)
 
 
