@@ -409,7 +409,9 @@ def test_three_skipped_steps_in_a_row_end_the_run_and_leave_the_batch(teacher, p
         break_loss(patch, "teacher", {1, 2, 3}, float("inf"))
         interrupt(teacher_grpo.main, config, 3)
     break_loss(monkeypatch, "teacher", {0}, float("nan"))  # the first step of the resumed run, which is step 3
-    with pytest.raises(InputError, match="in 3 steps in a row, the last of which is step 3; look at its rollouts") as error:
+    with pytest.raises(
+        InputError, match="in 3 steps in a row, the last of which is step 3; look at its rollouts"
+    ) as error:
         teacher_grpo.main(dataclasses.replace(config, resume=True))
     [path] = partial.glob("skipped-*")
     assert path.name == "skipped-000003.json" and str(path) in str(error.value)
