@@ -199,9 +199,9 @@ def settings_help(config: type) -> list[str]:
                 no = "[no-]" if setting.default is True else ""
                 name = f"  --{no}{setting.name.replace('_', '-')} {'' if kind == 'bool' else kind}".ljust(29)
                 value = " ".join(setting.default) if isinstance(setting.default, tuple) else repr(setting.default)
-                told = " (required)" if setting.default is dataclasses.MISSING else f" (default {value})"
-                told = told * (value not in ("", "None", "False"))
-                wrapped = textwrap.wrap(found[2] + told, 70)
+                default = f" (default {value})" if value not in ("", "None", "False") else ""
+                default = " (required)" if setting.default is dataclasses.MISSING else default
+                wrapped = textwrap.wrap(found[2] + default, 70)
                 first = [name + " " + wrapped.pop(0)] if len(name) == 29 else [name]
                 groups.setdefault(group, []).extend([*first, *(" " * 30 + more for more in wrapped)])
     return [line for group, lines in groups.items() for line in ("", f"{group}:", *lines)]

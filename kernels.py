@@ -562,8 +562,8 @@ class _FusedLinearKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        # The product overwrites the gradient if their dtypes agree, because a copy of dW would be as large as
-        # everything else together. So only one backward pass is possible.
+        # The product with `upstream` is written over the gradient if their dtypes agree, because another dW would be as
+        # large as everything else together. So only one backward pass is possible.
         if ctx.gradients is None:
             raise RuntimeError("This KL has had its backward pass; call fused_linear_kl again for another one.")
         gradients, ctx.gradients = ctx.gradients, None

@@ -439,10 +439,11 @@ def over_time(directories: Sequence[str]) -> dict[str, list[list[tuple[float, fl
         spent, points = 0.0, []
         for stage in stages:
             lines = json_lines(Path(directory, stage, "metrics.jsonl"))
+            cpu_minutes = read_run(Path(directory, stage))["cpu_seconds"] / 60 if lines else 0.0
             seconds = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
             for line, of_line in zip(lines, seconds):
                 if "validation_validation" not in line:
-                    spent += of_line / sum(seconds) * read_run(str(Path(directory, stage)))["cpu_seconds"] / 60
+                    spent += of_line / sum(seconds) * cpu_minutes
                 elif stage in (stages[-1], "1H/rl/warmup"):  # of the student, and not of its teacher
                     points.append((spent, line["validation_validation"]))
         if not points:
@@ -451,14 +452,20 @@ def over_time(directories: Sequence[str]) -> dict[str, list[list[tuple[float, fl
     return curves
 
 
+def draw_mean_and_range(axis, x: Sequence[float], runs: np.ndarray, **style) -> None:
+    """Draws the mean of the runs (runs, points) as a line, and their range as a band, in the next colour."""
+    colour = COLOURS[len(axis.lines) % len(COLOURS)]
+    axis.plot(x, runs.mean(0), color=colour, **style)
+    axis.fill_between(x, runs.min(0), runs.max(0), color=colour, alpha=0.12)
+
+
 def draw_over_time(curves: dict[str, list], picture: Path) -> None:
     """The mean of the runs, and their range as a band."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.add_subplot(xlabel="CPU minutes, without validations", ylabel="validation accuracy, %")
-    for (name, runs), colour in zip(curves.items(), COLOURS):
+    for name, runs in curves.items():
         minutes, accuracy = np.array(runs).transpose(2, 0, 1)  # (runs, points) each
-        axis.plot(minutes.mean(0), 100 * accuracy.mean(0), marker=".", label=name, color=colour)
-        axis.fill_between(minutes.mean(0), 100 * accuracy.min(0), 100 * accuracy.max(0), color=colour, alpha=0.12)
+        draw_mean_and_range(axis, minutes.mean(0), 100 * accuracy, label=name, marker=".")
     axis.set_title(f"line: mean, band: range of {len(runs)} runs", fontsize=11)
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
@@ -588,10 +595,8 @@ def draw_curves(axis, directories: Sequence[str], checkpoints: Sequence[str], me
         for metric in metrics:
             series = [[line[metric] for line in lines if line.get(metric) is not None] for lines in logs]
             if shortest := min(map(len, series)):
-                colour = COLOURS[len(axis.lines) % len(COLOURS)]
                 values = np.array([run[:shortest] for run in series])  # (runs, steps)
-                axis.plot(values.mean(0), label=in_words(checkpoint), linewidth=1.6, color=colour)
-                axis.fill_between(range(shortest), values.min(0), values.max(0), color=colour, alpha=0.12)
+                draw_mean_and_range(axis, range(shortest), values, label=in_words(checkpoint), linewidth=1.6)
                 break
     spread = f" (line: mean, band: range of {len(directories)} runs)" if len(directories) > 1 else ""
     axis.set_xlabel("step" + spread, fontsize=11)

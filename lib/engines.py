@@ -195,9 +195,9 @@ class TorchEngine:
 
     def _generate_batch(self, prompts, seeds, sampling: Sampling) -> Iterator[Completion]:
         device = self.model.device
-        # A common beginning of the prompts (such as worked examples) is computed once. It excludes each prompt's last token,
-        # which predicts the first sampled token, and short beginnings are not worth a pass. It is not used with a sliding
-        # window, because the padding after it would take up part of the window.
+        # A common beginning of the prompts (such as worked examples) is computed once, unless it is too short to be worth a
+        # pass. It ends before each prompt's last token, whose logits are needed for each prompt. Models with a sliding
+        # window do without it, because the padding after it would take up part of the window.
         shared = len(os.path.commonprefix([tuple(prompt[:-1]) for prompt in prompts]))
         cache = DynamicCache(config=self.model.config)
         shared = shared if shared >= 16 and len(prompts) > 1 and not any(cache.is_sliding) else 0

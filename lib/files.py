@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -71,6 +71,11 @@ def flush(path: Path) -> None:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_json_lines(objects: Iterable[dict]) -> str:
+    """The objects as JSON, one per line, as `json_lines` reads them."""
+    return "".join(json.dumps(each) + "\n" for each in objects)
 
 
 def json_lines(path: Path) -> list[dict]:

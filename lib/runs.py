@@ -34,7 +34,7 @@ import common
 from common import AlreadyFinished, InputError, Problem, Rollout, Stopped, on_rank_0, print0, rank
 from lib import data
 from lib.engines import check_engine, check_lengths
-from lib.files import commit, json_lines, locked, whole
+from lib.files import as_json_lines, commit, json_lines, locked, whole
 from lib.lineage import new_record, read_run, settings_and_parents
 from lib.plots import plot_metrics
 from lib.policy import Policy, check_checkpoint, save_pretrained
@@ -161,10 +161,7 @@ class Run:
                 saved = on_rank_0(lambda path=path: read_run(path))
                 dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
                 set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-            except (
-                Exception,
-                CheckpointException,
-            ) as error:  # a damaged file may raise anything
+            except (Exception, CheckpointException) as error:  # a damaged file may raise anything
                 problem = error
             if common.all_max({"failed": problem is not None})["failed"]:
                 print0(f"{path} cannot be loaded: {problem or 'another rank failed'}")
@@ -187,7 +184,7 @@ class Run:
         for path in list(self.partial.glob("*.jsonl")):
             kept = [line for line in json_lines(path) if line["step"] < self.steps_done]
             with whole(path) as unfinished:
-                unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                unfinished.write_text(as_json_lines(kept), encoding="utf-8")
         return json_lines(self.partial / "metrics.jsonl")
 
     def steps(self, total: int) -> Iterator[int]:
@@ -273,7 +270,7 @@ class Run:
 
     def _write_lines(self, name: str, lines: list[dict]) -> None:
         with (self.partial / name).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write(as_json_lines(lines))
 
     def log_validation(self, steps: int, scores: dict[str, dict]) -> None:
         """Appends a line to metrics.jsonl for the validation after `steps` steps, and prints it.

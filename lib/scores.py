@@ -17,7 +17,7 @@ from common import InputError, Problem, Rollout, SamplerConfig, TrainingConfig, 
 from lib import verifier
 from lib.data import tokenize_prompts
 from lib.engines import Sampling, TorchEngine, VLLMEngine, check_lengths
-from lib.files import file_sha256, json_lines, whole
+from lib.files import as_json_lines, file_sha256, json_lines, whole
 from lib.policy import Policy
 from lib.rewards import Reward, grade, reward_sha256
 from lib.rollouts import sample_rollouts
@@ -113,9 +113,8 @@ class SampleFile:
         missing = [name for name in self.problems if any((name, n) not in found for n in range(self.k))]
         kept = [(name, n) for name in self.problems if name not in missing for n in range(self.k)]
         self.samples = {key: found[key] for key in kept}
-        if not self.path.exists() or not self.path.read_bytes().endswith(
-            b"\n"
-        ):  # new, or a kill truncated the last line
+        # The file is written anew if there is none yet, or if a kill has truncated its last line.
+        if not self.path.exists() or not self.path.read_bytes().endswith(b"\n"):
             self._rewrite()
         return missing
 
@@ -125,7 +124,7 @@ class SampleFile:
 
         def write() -> None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in samples)
+                file.write(as_json_lines(samples))
 
         on_rank_0(write)
 
@@ -158,8 +157,9 @@ class SampleFile:
 
     def _rewrite(self) -> None:
         with whole(self.path) as unfinished:
-            lines = [{"settings": self.settings}, *self.samples.values()]
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            unfinished.write_text(
+                as_json_lines([{"settings": self.settings}, *self.samples.values()]), encoding="utf-8"
+            )
 
     def in_order(self) -> list[dict]:
         """All samples in the order of the problems; on rank 0 only."""

@@ -126,7 +126,7 @@ def normalise(text: str) -> str:
             text = inner
         for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = text[len(opening) : -len(closing)]
-            # The two ends must match each other: "$1$ or $2$" is not one formula between dollar signs.
+            # The delimiters must not occur inside: "$1$ or $2$" is two formulas, and keeps its dollar signs.
             if text == opening + inner + closing and opening not in inner and closing not in inner:
                 text = inner.strip()
     for pattern, replacement in _CLEAN:

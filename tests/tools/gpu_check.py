@@ -242,7 +242,7 @@ def run_limited(words: list[str], seconds: float) -> tuple[str, int | None]:
     try:
         return process.communicate(timeout=seconds)[0].decode(errors="replace"), process.returncode
     except subprocess.TimeoutExpired:
-        # On SIGTERM torchrun ends its workers, which are in sessions of their own.
+        # SIGTERM comes first: torchrun's workers have sessions of their own, which SIGKILL to this group would not reach.
         for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
