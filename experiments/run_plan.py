@@ -58,4 +58,4 @@ if __name__ == "__main__":
     for command in sys.stdin.read().replace("\\\n", " ").splitlines():
         words = shlex.split(command)
         if words and not words[0].startswith("make") and (status := run(words)):
-            sys.exit(f"error: exit status {status} from: {command}")
+            sys.exit(f"error: exit status {status} of: {command}")
