@@ -23,7 +23,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -156,7 +155,7 @@ def cli(main: Callable, config: type) -> None:
         if rank():
             time.sleep(10)  # meanwhile rank 0 reports the error, and torchrun ends this process
         sentence = "; ".join([str(error) or "stopped by Ctrl-C", *getattr(error, "__notes__", ())])
-        last_words(f"error: {sentence}" if status == 2 else sentence)
+        print(f"error: {sentence}" if status == 2 else sentence, file=sys.stderr)
     except BaseException:
         if not dist.is_initialized():
             raise
@@ -170,7 +169,6 @@ def parse(main: Callable, config: type):
     # A shell expands ~ in `--out ~/runs/x`, but not in `--out=~/runs/x` or in a quoted argument.
     words = [re.sub(r"^(--[\w-]+=)?~/", lambda m: (m[1] or "") + os.path.expanduser("~/"), w) for w in sys.argv[1:]]
     if {"-h", "--help"} & set(words):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without a traceback
         explanation = re.sub(r"(?<=\S)\n(?:  )?(?!- )(?=\S)", " ", sys.modules[main.__module__].__doc__)
         for line in explanation.splitlines():
             indent = "  " * line.startswith("- ")
@@ -340,17 +338,6 @@ def exit_process(status: int) -> None:
         os._exit(status)
     if status:
         sys.exit(status)
-
-
-def last_words(sentence: str) -> None:
-    """Prints the final sentence on standard error. Under torchrun a small process waits for torchrun's own traceback
-    and prints the sentence again, so that it is the last line on the screen.
-    """
-    print(sentence, file=sys.stderr, flush=True)
-    if os.environ.get("TORCHELASTIC_ERROR_FILE") and hasattr(os, "pidfd_open"):  # torchrun sets it; Linux has pidfd
-        fd = os.pidfd_open(os.getppid())
-        wait = f"import select, sys; select.select([{fd}], [], [], 60)[0] and print(sys.argv[1], file=sys.stderr)"
-        subprocess.Popen([sys.executable, "-ISc", wait, sentence], pass_fds=[fd], start_new_session=True)
 
 
 def rank() -> int:

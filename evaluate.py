@@ -33,7 +33,7 @@ from common import InputError, SamplerConfig
 from lib import data
 from lib.engines import Sampling, check_engine, make_engine, shared_cache_gib
 from lib.files import locked, whole
-from lib.lineage import code_version, hardware, history_notes, problems_trained_on, read_lineage
+from lib.lineage import code_version, hardware, problems_trained_on, read_lineage, report_missing_history
 from lib.plots import draw_bars
 from lib.policy import check_checkpoint, load_config, load_generation_config
 from lib.rewards import Reward, grade, make_grader
@@ -110,8 +110,7 @@ def evaluate_checkpoint(
 
     Sampling and grading are spread over ranks, rank 0 writes the files, and every rank gets the statistics. Collective.
     """
-    for note in history_notes(checkpoint.lineage):
-        common.print0(f"{checkpoint.label}: {note}")
+    report_missing_history(checkpoint.label, checkpoint.lineage)
     trained_on, weights = problems_trained_on(checkpoint.lineage), checkpoint.lineage["sha256"]
     tokenizer, report = checkpoint.tokenizer, {}
     for name, (problems, prompts) in checkpoint.sets.items():
@@ -213,8 +212,6 @@ def report_tables(results: dict[str, dict[str, dict]], cfg: Config) -> str:
 
 def prepare(cfg: Config) -> list[Checkpoint]:
     """Reads, renders and tokenises the problems for each checkpoint. Refuses wrong settings before any model loads."""
-    if not cfg.models:
-        raise InputError("there is nothing to evaluate; name checkpoints with --models")
     common.check_settings(cfg, may_be_zero=("temperature",))
     if cfg.top_p > 1 or not (cfg.top_k >= 1 or cfg.top_k == -1):
         raise InputError(f"--top-p {cfg.top_p} must be at most 1, and --top-k {cfg.top_k} at least 1, or -1 for all")

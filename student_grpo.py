@@ -23,7 +23,7 @@ from typing import Literal
 import common
 import teacher_grpo
 from common import InputError
-from lib.lineage import history_notes, problems_trained_on, read_lineage
+from lib.lineage import problems_trained_on, read_lineage, report_missing_history
 from lib.runs import prepare
 
 
@@ -40,8 +40,7 @@ def main(cfg: Config) -> None:
     prepared = prepare(cfg)
     problems = prepared[0]
     lineage = common.on_rank_0(lambda: read_lineage(cfg.model))
-    for note in history_notes(lineage):
-        common.print0(f"--model {cfg.model}: {note}")
+    report_missing_history(f"--model {cfg.model}", lineage)
     trained_on = problems_trained_on(lineage)
     seen = sum(problem.id in trained_on for problem in problems)
     if seen and not cfg.replay:

@@ -19,8 +19,6 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from common import INSTRUCTION, InputError, Problem, SamplerConfig, first_line, print0
 from lib.verifier import MAX_CHARS, extract_answer
 
-ID_RULE = 2  # the version of `problem_id`, recorded in run.json: ids of different versions cannot be compared
-
 HUB_SETS = {  # short name -> owner/name[@configuration]:split
     "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train",
     "dapo-processed": "open-r1/DAPO-Math-17k-Processed@en:train",
@@ -276,7 +274,7 @@ def load_training_problems(cfg, validation: Iterable[Problem]) -> list[Problem]:
     """
     problems = half_of(load_problems(cfg.data, reward=cfg.reward), cfg.half)
     held_out = [(problem.prompt, problem.id) for problem in validation]
-    for source in cfg.exclude:
+    for source in [source for source in cfg.exclude if source not in cfg.validate]:
         found = []
         for row in read_rows(source, "--exclude"):
             with suppress(ValueError):  # raised for a row without a prompt
@@ -287,7 +285,7 @@ def load_training_problems(cfg, validation: Iterable[Problem]) -> list[Problem]:
         held_out += found
     ids = {name for prompt, whole in held_out for name in (whole, problem_id(prompt))}
     kept = [problem for problem in problems if ids.isdisjoint({problem.id, problem_id(problem.prompt)})]
-    names, dropped = ", ".join((*cfg.exclude, *cfg.validate)), len(problems) - len(kept)
+    names, dropped = ", ".join(dict.fromkeys((*cfg.exclude, *cfg.validate))), len(problems) - len(kept)
     if names:
         print0(f"{cfg.data}: {dropped} of {len(problems)} problems dropped because they are in {names}")
     if not kept:

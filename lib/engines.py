@@ -28,7 +28,6 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from common import InputError, barrier, start_process, this_device, world_size
 from lib.data import end_tokens
 from lib.policy import (
-    FAMILIES,
     Policy,
     checkpoint_weights,
     compute_dtype,
@@ -91,22 +90,6 @@ def check_engine(cfg, model: str) -> None:
     elif world_size() % cfg.tensor_parallel:
         ranks = f"the number of processes ({world_size()})"
         raise InputError(f"--tensor-parallel {cfg.tensor_parallel} must divide {ranks}; give one that does")
-    elif cfg.kv_cache_gib and (needed := gib_of_a_sequence(cfg, model)) > cfg.kv_cache_gib:
-        raise InputError(
-            f"--kv-cache-gib {cfg.kv_cache_gib:g} is too small: one full sequence of {model!r} takes {needed:.2g} GiB; give "
-            "more, or lower --max-response-tokens"
-        )
-
-
-def gib_of_a_sequence(cfg, model: str) -> float:
-    """GiB of vLLM's cache for one full-length prompt and response in bfloat16; 0 for unknown architectures."""
-    config = load_config(model).get_text_config()
-    if config.model_type not in FAMILIES:
-        return 0.0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = max(1, config.num_key_value_heads // cfg.tensor_parallel)  # keys and values, 2 bytes per number
-    tokens = min(cfg.max_prompt_tokens + cfg.max_response_tokens, number_of_positions(model))
-    return config.num_hidden_layers * 2 * heads * head_dim * 2 * tokens / GIB
 
 
 def shared_cache_gib(cfg, models: Sequence[str]) -> float | None:

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, world_size
-from lib.data import ID_RULE
+from common import InputError, print0, world_size
 from lib.files import file_sha256
 from lib.policy import load_config
 from lib.rewards import reward_sha256
@@ -86,15 +85,10 @@ def problems_trained_on(lineage: dict) -> set[str]:
     return {problem for record in ancestry(lineage) for problem in record.get("trained_on", ())}
 
 
-def history_notes(lineage: dict) -> list[str]:
-    """Reasons why `problems_trained_on` may be incomplete, one sentence each."""
+def report_missing_history(checkpoint: str, lineage: dict) -> None:
+    """Prints a note if no stage wrote the checkpoint, because then `problems_trained_on` knows nothing about it."""
     if "stage" not in lineage:
-        return ["no recorded history: held-out labels cannot be checked"]
-    return [
-        f"{record['path']} has problem ids of another version: held-out labels cannot be checked"
-        for record in ancestry(lineage)
-        if "stage" in record and record.get("id_rule", 1) != ID_RULE  # records of version 1 lack the entry
-    ]
+        print0(f"{checkpoint}: no recorded history: held-out labels cannot be checked")
 
 
 def last_rl_stage(lineage: dict) -> dict | None:
@@ -151,7 +145,6 @@ def new_record(cfg, parents: dict[str, str]) -> dict:
         "stage": stage.stem,
         "config": dataclasses.asdict(cfg),
         "parents": {role: read_lineage(model) for role, model in parents.items()},
-        "id_rule": ID_RULE,
         "trained_on": [],
         "warnings": {},
         "sessions": [session],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import inspect
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -42,7 +41,7 @@ def make_batches(
     if share_prompts is None:
         share_prompts = device.type == "cpu"
     max_tokens = max_tokens or MICRO_BATCH_TOKENS[device.type]
-    shares = balance_groups(rollouts, world_size(), share_prompts)
+    shares = deal(rollouts, world_size(), share_prompts)
     shares = [split_micro_batches(rollouts, share, max_tokens) for share in shares]
     micro_batches = shares[rank()]
     micro_batches += [[]] * (max(1, *map(len, shares)) - len(micro_batches))
@@ -62,31 +61,21 @@ def by_prompt(rollouts: Sequence[Rollout], indices: Iterable[int]) -> list[list[
     return list(groups.values())
 
 
-def balance_groups(rollouts: Sequence[Rollout], shares: int, share_prompts: bool) -> list[list[list[int]]]:
-    """Splits the rollouts' indices into shares with about equal numbers of positions; a share is a list of groups.
+def deal(rollouts: Sequence[Rollout], shares: int, share_prompts: bool) -> list[list[list[int]]]:
+    """Deals the rollouts' indices to shares with about equal numbers of positions; a share is a list of groups.
 
-    The responses of a group share their prompt. Whole groups compute the fewest positions, but cannot always be spread
-    evenly. So groups are also cut into halves, quarters and so on, and the split with the smallest maximum share wins.
-    Each split is greedy: the longest remaining piece goes to the share with the fewest positions so far.
+    A group is what shares a prompt: with `share_prompts` all of a share's responses to it, otherwise one response. The
+    longest remaining rollout (for a single share: group) goes to the share with the fewest positions so far.
     """
     groups = by_prompt(rollouts, range(len(rollouts)))
-    size = max(map(len, groups), default=1) if share_prompts else 1
-    best, least = [], math.inf
-    while size:
-        pieces = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-        dealt: list[list[list[int]]] = [[] for _ in range(shares)]
-        totals = [(0, share) for share in range(shares)]
-        for piece in sorted(pieces, key=lambda piece: -positions(rollouts, piece)):
-            total, share = heapq.heappop(totals)
-            dealt[share].append(piece)
-            heapq.heappush(totals, (total + positions(rollouts, piece), share))
-        if share_prompts:  # pieces of one prompt that landed on the same rank are joined, to pack the prompt once
-            dealt = [by_prompt(rollouts, itertools.chain(*share)) for share in dealt]
-        largest = max(sum(positions(rollouts, group) for group in share) for share in dealt)
-        if largest < least:
-            best, least = dealt, largest
-        size //= 2
-    return best
+    pieces = groups if share_prompts and shares == 1 else [[index] for group in groups for index in group]
+    dealt: list[list[list[int]]] = [[] for _ in range(shares)]
+    totals = [(0, share) for share in range(shares)]
+    for piece in sorted(pieces, key=lambda piece: -positions(rollouts, piece)):
+        total, share = heapq.heappop(totals)
+        dealt[share].append(piece)
+        heapq.heappush(totals, (total + positions(rollouts, piece), share))
+    return [by_prompt(rollouts, itertools.chain(*share)) for share in dealt] if share_prompts else dealt
 
 
 def split_micro_batches(

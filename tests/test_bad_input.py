@@ -165,7 +165,6 @@ CASES = {
     "another template": ("opd", BAD_TEACHER, copied(tokenizer(chat_template=OTHER_TEMPLATE), "teacher"),
         "render prompts differently .*give both the same chat template"),
     # evaluation
-    "nothing to evaluate": ("evaluate", "--models", None, "there is nothing to evaluate; name checkpoints with --models"),
     "two sets of one name": ("evaluate", "--data {problems} {tmp}/train.jsonl", lines(ROW, name="train.jsonl"),
         "--data .*two sets have the same name.*rename a file"),
     "top-p above one": ("evaluate", "--top-p 1.5", None, "--top-p 1.5"),

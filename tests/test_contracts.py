@@ -7,20 +7,17 @@ all awake. Each call is bound to the signature of the real method.
 import dataclasses
 import inspect
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
-import transformers
 
 import evaluate
 import kernels
 import lib.engines
 import lib.policy
 import teacher_grpo
-from common import InputError
 from experiments import toy
 from lib.engines import Sampling, TorchEngine, VLLMEngine
 
@@ -164,28 +161,6 @@ def test_engines_that_share_a_gpu_leave_room_for_each_others_weights(student, te
     each = evaluate.Engines(cfg, (student, teacher, student)).cache_gib
     weights = sum(value.numel() * 2 for model in (student, teacher) for value in helpers.weights(model).values())
     assert 2 * (each + lib.engines.RESERVE_GIB) * 2**30 + weights == pytest.approx(79 << 30)
-
-
-def test_a_cache_that_holds_no_whole_sequence_is_refused_by_vllms_own_count(tmp_path, monkeypatch):
-    """Qwen3-8B, at the paper's lengths; vLLM would say so after the trainer has been loaded."""
-    interface = pytest.importorskip("vllm.v1.kv_cache_interface")
-    config = transformers.Qwen3Config(
-        num_hidden_layers=36, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960
-    )
-    config.save_pretrained(tmp_path)
-    settings = dict(data="", out="", engine="vllm", max_prompt_tokens=3072, max_response_tokens=16384)
-    for ranks in (1, 2):
-        layer = interface.FullAttentionSpec(block_size=16, num_kv_heads=8 // ranks, head_size=128, dtype=torch.bfloat16)
-        length = SimpleNamespace(max_model_len=19456)
-        parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
-        vllm_config = SimpleNamespace(model_config=length, parallel_config=parallel)
-        needed = 36 * layer.max_memory_usage_bytes(vllm_config) / 2**30
-        monkeypatch.setattr(lib.engines, "world_size", lambda: ranks)
-        for gib, refused in ((needed * 0.99, True), (needed * 1.01, False), (None, False)):
-            cfg = teacher_grpo.Config("", **settings, kv_cache_gib=gib, tensor_parallel=ranks)
-            expected = pytest.raises(InputError, match="is too small: one full sequence") if refused else nullcontext()
-            with expected:
-                lib.engines.check_engine(cfg, str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

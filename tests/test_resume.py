@@ -133,7 +133,7 @@ def test_a_later_signal_acts_at_once(teacher, problems, tmp_path, monkeypatch):
 
 
 @pytest.mark.rest
-def test_two_ranks_stop_after_the_same_step_and_our_sentence_is_the_last(teacher, problems, tmp_path):
+def test_two_ranks_stop_after_the_same_step(teacher, problems, tmp_path):
     """A signal to one rank only, when it has logged its third step; then a resume."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f"""
@@ -150,8 +150,7 @@ def test_two_ranks_stop_after_the_same_step_and_our_sentence_is_the_last(teacher
     """))  # fmt: skip
     config = grpo(teacher, problems, tmp_path / "out", epochs=2, save_every=1000)
     done = launch(2, str(script), *command_line(teacher_grpo, config)[2:])
-    said = done.stderr.splitlines()
-    assert done.returncode == 1 and said[-1].startswith("stopped by SIGUSR1 after step 3, which is saved"), done.stderr
+    assert done.returncode == 1 and "\nstopped by SIGUSR1 after step 3, which is saved" in done.stderr, done.stderr
     for name in ("out", "straight"):
         cfg = dataclasses.replace(config, out=str(tmp_path / name), resume=True)
         done = launch(2, *command_line(teacher_grpo, cfg)[1:])
@@ -302,7 +301,6 @@ def test_a_tracker_gets_the_metrics_and_a_resumed_run_continues_its_run(
 
 def test_what_is_not_on_record_is_said(student, teacher, problems, tmp_path, capsys):
     teacher_grpo.main(grpo(student, problems, tmp_path / "own", half="1H"))
-    assert record(tmp_path / "own")["id_rule"] == lib.lineage.ID_RULE
     fkl_warmup.main(warmup(student, str(tmp_path / "own"), problems, tmp_path / "heir", half="1H"))
     note = "no recorded history: held-out labels cannot be checked"
     for directory, said in (
@@ -312,18 +310,10 @@ def test_what_is_not_on_record_is_said(student, teacher, problems, tmp_path, cap
     ):
         opd.report_c1(lib.lineage.read_lineage(str(directory)))
         assert said in capsys.readouterr().out
-        assert lib.lineage.history_notes(lib.lineage.read_lineage(str(directory))) == ([note] if directory == student else [])  # fmt: skip
+        lib.lineage.report_missing_history("it", lib.lineage.read_lineage(str(directory)))
+        assert (f"it: {note}\n" in capsys.readouterr().out) == (directory == student)
     student_grpo.main(grpo(student, problems, tmp_path / "third", student_grpo.Config, max_steps=1))
     assert f"--model {student}: {note}\n" in capsys.readouterr().out
-    changed = record(tmp_path / "own") | {"id_rule": 0}
-    (tmp_path / "own" / "run.json").write_text(json.dumps(changed))
-    heir = record(tmp_path / "heir") | {"path": "heir"}
-    heir["parents"]["teacher"]["id_rule"] = 0
-    for lineage in (lib.lineage.read_lineage(str(tmp_path / "own")), heir):
-        [found] = lib.lineage.history_notes(lineage)
-        assert found == f"{tmp_path}/own has problem ids of another version: held-out labels cannot be checked"
-    del heir["parents"]["teacher"]["id_rule"]  # as in the records of earlier code
-    assert lib.lineage.history_notes(heir) == [found]
 
 
 # Output
