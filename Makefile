@@ -143,7 +143,7 @@ GPUS ?= 8
 NODES ?= $(if $(filter llama,$(PAIR)),2,1)
 # With several nodes, all share this directory, and each runs the same make.
 MEET = --nnodes=$(NODES) --rdzv_backend=c10d --rdzv_endpoint=$(FIRST_NODE):29500 --rdzv_id=$(PAIR)-$(SEED)
-RUN := $(VENV)/bin/torchrun --nproc_per_node=$(GPUS) $(if $(filter 1,$(NODES)),--standalone,$(MEET))
+RUN := $(VENV)/bin/torchrun --shutdown-timeout=900 --nproc_per_node=$(GPUS) $(if $(filter 1,$(NODES)),--standalone,$(MEET))
 # The weights and optimizer states of a 70B teacher need two nodes.
 LARGE := $(if $(filter llama,$(PAIR)),--tensor-parallel 8)
 SETTINGS := --data dapo --seed $(SEED) --resume --activation-checkpointing $(LARGE)

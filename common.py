@@ -79,7 +79,7 @@ class TrainingConfig(SamplerConfig):
     data: str  # training problems: dapo, gsm8k-train, a .jsonl or .parquet file, or owner/name:split on the hub
     half: Literal["full", "1H", "2H"] = "full"  # all problems, or one of the two fixed random halves (App. F)
     max_steps: int | None = None  # number of steps, instead of --epochs; the data are repeated as needed
-    resume: bool = False  # continue an interrupted run with the same settings, if there is one
+    resume: bool = False  # continue an interrupted run, if there is one; docs/guide.md says which settings may change
     # training
     exclude: tuple[str, ...] = ("math500", "aime24", "aime25")  # evaluation sets whose problems are never trained on
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine decays towards a tenth of --lr; not in the paper

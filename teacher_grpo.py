@@ -2,9 +2,10 @@ r"""Stage 1: GRPO with the sparse verifiable reward, on the teacher (Sections 2 
 
     maximise  E_{y ~ pi_theta} R(x, y) - beta KL(pi_theta || pi_ref),    R(x, y) = 1 if the answer is right, else 0
 
-The optimum is pi*_R(y | x), proportional to pi_ref(y | x) exp(R(x, y) / beta) (Eq. 1). The later stages use the teacher
-pi_T trained here in its place (Eq. 2). Each step samples G responses to every prompt, rewards them, compares each with
-its group, and takes PPO-clipped updates.
+The optimum is pi*_R(y | x), proportional to pi_ref(y | x) exp(R(x, y) / beta) (Eq. 1). The teacher pi_T trained here
+serves as its proxy in the later stages (Eq. 2). Each step samples G responses to every prompt of a rollout batch, rewards
+them, compares each with its group, and takes one PPO-clipped update per mini-batch. `--max-steps`, validation, saving and
+the learning-rate schedule count these steps, not the updates.
 
 The paper gives GRPO settings for direct RL and Stage 3 (Table 8), but none for Stage 1. We use the same ones.
 
@@ -12,8 +13,9 @@ Differences from common GRPO implementations:
 - The loss is the mean over all response tokens of a mini-batch, across ranks and micro-batches, so long responses weigh
   more. It is not a mean of per-response means.
 - The KL to the reference policy is the k3 estimate, added to the loss and not subtracted from the reward.
-- The sampler and the trainer compute slightly different probabilities of a token. The policy-gradient term of each
-  token (not its KL term) therefore has an importance weight: the ratio of the trainer's to the sampler's, at most 2.
+- The sampler and the trainer compute slightly different probabilities of a token. Truncated importance sampling (TIS)
+  corrects for it: the policy-gradient term of each token, but not its KL term, is multiplied by the trainer's
+  probability over the sampler's, at most 2.
 - A response cut at the length limit gets no reward from the verifier. A `--reward` function is told how a response
   ended, and its value is used unchanged.
 
@@ -61,7 +63,7 @@ class Config(TrainingConfig):
     lr: float = 1e-6  # learning rate (Table 8)
     rollouts_per_prompt: int = 8  # responses sampled for each prompt: the group size G (not given in Table 8)
     # GRPO
-    prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches (authors' earlier code)
+    prompts_per_step: int = 32  # prompts in a rollout batch: four mini-batches, as in the authors' earlier code
     mini_batch_prompts: int = 8  # prompts in an optimizer step (Table 8)
     inner_epochs: int = 1  # passes of updates over each rollout batch
     require_finished: bool = True  # the verifier rewards only responses that ended before the length limit
@@ -109,8 +111,8 @@ def no_spread(rewards: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref), Eq. 1's regulariser, of each token. Any shape; never negative.
 
-    It is unbiased as long as pi is the policy that sampled the tokens, which after the first update of a rollout batch
-    is only approximately so.
+    The value is unbiased as long as pi is the policy that sampled the tokens. Used as a loss, which is the common
+    practice, its expected gradient is that of KL(pi_ref || pi), the other direction. Near the reference the two agree.
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
@@ -130,9 +132,8 @@ def grpo_loss(
         sum_t  w_t max(-rho_t A_t, -clip(rho_t, 1 - eps, 1 + eps) A_t) + beta k3_t,    rho_t = exp(log pi - log pi_old)
 
     It is minimised. `importance_weights` w are truncated ratios of trainer to sampler probabilities, without gradient.
-    At an unclipped token the gradient with respect to log pi is -w rho A + beta (1 - exp(log pi_ref - log pi)). Only
-    the gradient is meaningful, not the loss value: since a group's advantages sum to zero, the value says little more
-    than whether right answers are longer than wrong ones.
+    At an unclipped token the gradient with respect to log pi is -w rho A + beta (1 - exp(log pi_ref - log pi)). The loss
+    value does not measure progress: at rho = 1 its first term is a sum of advantages, whose mean over a group is zero.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # (N,)
     unclipped = -ratio * advantages

@@ -74,9 +74,11 @@ def prepare(
 # One step with a non-finite loss or gradient may be bad luck. This many in a row mean that the run has diverged.
 STOP_AFTER_SKIPPED = 3
 
-# --resume accepts new values of these settings: they affect at most rounding, and a run that ran out of memory or disk
-# needs different ones.
-MAY_CHANGE = ("micro_batch_tokens", "max_num_seqs", "kv_cache_gib", "activation_checkpointing", "save_every")
+# --resume accepts new values of these settings: they affect at most rounding, and a run that ran out of memory, disk or
+# time needs different ones.
+MAY_CHANGE = (
+    "micro_batch_tokens", "max_num_seqs", "kv_cache_gib", "activation_checkpointing", "save_every", "export_every"
+)  # fmt: skip
 
 
 class Run:
@@ -398,8 +400,8 @@ COPY_SECONDS = 1.0  # SLURM and torchrun may both send a signal; a second one wi
 
 
 class StopSignal:
-    """In a `with` block, stores the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 (which SLURM can send before it ends a job)
-    in `number`, which is 0 before. A later signal has its usual effect, unless it is a copy of the first.
+    """In a `with` block, stores the first SIGINT (Ctrl-C), SIGTERM, SIGHUP (lost terminal) or SIGUSR1 (from SLURM before it
+    ends a job) in `number`, which is 0 before. A later signal has its usual effect, unless it is a copy of the first.
 
     Files on disk are always consistent, so a process may end at any point; finishing the step only saves its work. A
     rank that waits in a collective runs no handler; torchrun kills it some time after the first signal.
@@ -407,7 +409,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.number = 0
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         # A signal that is already ignored stays ignored, such as Ctrl-C in a shell's background job.
         self._usual = {each: signal.getsignal(each) for each in numbers if signal.getsignal(each) != signal.SIG_IGN}
         for number in self._usual:

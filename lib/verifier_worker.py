@@ -162,7 +162,7 @@ def lock_down() -> None:
 def main(deadline: float, memory_bytes: int) -> None:
     """Answers questions until the parent closes stdin or dies."""
     # torchrun and the terminal signal the whole process group, but a worker must finish its pair.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     logging.disable(logging.CRITICAL)

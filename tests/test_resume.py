@@ -212,7 +212,9 @@ def test_other_weights_or_another_stage_are_not_resumed_with(student, teacher, p
         teacher_grpo.main(config)
     monkeypatch.undo()
     teacher_grpo.main(
-        dataclasses.replace(config, micro_batch_tokens=40, max_num_seqs=8, kv_cache_gib=1.0, save_every=1)
+        dataclasses.replace(
+            config, micro_batch_tokens=40, max_num_seqs=8, kv_cache_gib=1.0, save_every=1, export_every=1
+        )
     )
 
 
