@@ -89,6 +89,7 @@ OPD := --prompts-per-step 16
 TEACHER_BUDGET := --max-steps 48
 SFT_TEACHER_BUDGET := --max-steps 72
 DIRECT_BUDGET := --max-steps 72
+DIRECT_LONG_BUDGET := --max-steps 216 # takes the CPU time of the bridge and its teacher
 STAGE3_BUDGET := --max-steps 36
 WARMUP_BUDGET := --max-steps 30
 OPD_BUDGET := --max-steps 90
@@ -179,7 +180,7 @@ $(RUN) $2 --half $(or $4,$(half)) --out $(@D) $(SETTINGS) $3
 endef
 
 # Make must not delete a checkpoint's record if the process that wrote it fails at the very end.
-WHATS := /rl/teacher /direct /sft/teacher /warmup /bridge /bridge_sampled /opd_only /fkl_only /sft_only -2H -replay
+WHATS := /rl/teacher /direct /direct_long /sft/teacher /warmup /bridge /bridge_sampled /opd_only /fkl_only /sft_only -2H -replay
 .PRECIOUS: $(addprefix $(S)/%,$(addsuffix /run.json,$(WHATS)))
 .SECONDEXPANSION:
 
@@ -188,6 +189,9 @@ $(S)/%/rl/teacher/run.json: $(MADE) | setup
 
 $(S)/%/direct/run.json: $(MADE) | setup
 	$(call train,Direct GRPO of the student,teacher_grpo.py,--model $(STUDENT) $(GRPO) $(DIRECT_BUDGET))
+
+$(S)/%/direct_long/run.json: $(MADE) | setup
+	$(call train,Direct GRPO with the bridge's CPU time,teacher_grpo.py,--model $(STUDENT) $(GRPO) $(DIRECT_LONG_BUDGET))
 
 $(S)/%/sft/teacher/run.json: $(MADE) | setup
 	$(call train,SFT of the teacher on its own right answers,fkl_warmup.py,--loss sft --keep correct --model $(TEACHER) \
@@ -235,7 +239,7 @@ $(ROUTES): %: $(S)/$$($$@)/run.json
 
 # The rows of the paper's tables: all labels used upstream (Tables 1, 2 top and 6), or half held out (2 bottom, 4, 5).
 ROWS := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
-	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/rl/bridge_sampled) \
+	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/direct_long full/rl/bridge_sampled) \
 	full/rl/fkl_only 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
 DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H

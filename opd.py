@@ -9,23 +9,26 @@ the student first, for this one token. The states are treated as constants: no g
 
 Relation to Eq. 3, the policy gradient that lowers the KL(pi_theta || pi_T) of whole responses: Eq. 3 multiplies each
 token's grad log pi_theta(y_t) by the sum of log pi_T - log pi_theta over the response. (We omit the paper's constant
-factor beta.) With the states held constant, L_R keeps only token t's own summand. Dropping the earlier summands changes
-nothing on average; dropping the later ones ignores the token's effect on later states. `--estimator sampled` estimates
-this same-token term from the sampled token: a policy gradient with the dense reward log pi_T(y_t | s_t) - log
-pi_theta(y_t | s_t). The default differentiates the exact KL; because a loss is minimised and a reward maximised, its
-gradient is minus the expectation of the same-token term over the next token. The two agree on average, except where an
-importance weight is truncated, and the exact one has no sampling noise. Neither is an unbiased estimate of Eq. 3.
+factor beta.) With the states held constant, L_R keeps only token t's own summand. Dropping the earlier summands
+changes nothing on average. Dropping the later ones is a bias: a token gets no credit for the states that it leads to.
+In return the gradient has far less variance, and where the student can match the teacher at every state both losses
+have the same minimum.
 
-The paper names two conditions under which the dense reward is informative. C1 (optimality): the teacher itself is near
-the best reward; Stage 1 (teacher_grpo.py) is meant to ensure this. C2 (minimal deviation): the teacher is close to the
-student at the states that the student visits; Stage 2a (fkl_warmup.py) is meant to ensure this. Without C2, a few
-sampled tokens that the teacher finds very unlikely dominate the sampled gradient, and the teacher is queried at states
-that it would seldom reach. The teacher's recorded RL rewards are printed (C1) and C2 is logged at every step, but
-neither is enforced.
+`--estimator sampled` estimates the same-token term from the sampled token: a policy gradient with the dense reward
+log pi_T(y_t | s_t) - log pi_theta(y_t | s_t). The default sums over the vocabulary instead: its negative gradient is
+the expectation of the same-token term over the next token. The two agree on average, except where an importance
+weight is truncated, and the exact one has no sampling noise. Neither is an unbiased estimate of Eq. 3.
+
+The paper names two conditions under which the dense reward is informative. C1 (optimality): the teacher itself is
+near the best reward; Stage 1 (teacher_grpo.py) is meant to ensure this. C2 (minimal deviation): the teacher is close
+to the student at the states that the student visits; Stage 2a (fkl_warmup.py) is meant to ensure this. Without C2 the
+teacher is queried at states outside its own distribution, where it is a poor guide. The paper adds that a few sampled
+tokens that the teacher finds very unlikely then dominate the gradient, which applies to the sampled estimator. The
+teacher's recorded RL rewards are printed (C1) and C2 is logged at every step, but neither is enforced.
 
 Our choices where the paper is silent: L_R is a mean over all tokens of an update, so long responses weigh more. Each
-rollout batch is used for one update, so training is on-policy. "Mini-batch 64" in Table 9 counts prompts, each with all
-its 8 responses. Rollouts are graded for the log only: no label enters the loss.
+rollout batch is used for one update, so training is on-policy. "Mini-batch 64" in Table 9 counts prompts, each with
+all its 8 responses. Rollouts are graded for the log only: no label enters the loss.
 
 Every rank has all rollouts and computes its share of the micro-batches. Gradients are summed over ranks.
 
@@ -100,11 +103,10 @@ def exact_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: in
 def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: int, importance_cap: float) -> TokenKL:
     """A loss whose gradient estimates that of `exact_kl_loss` from the sampled tokens: Eq. 3's same-token term, summed.
 
-    Its gradient is -w (log pi_T(y_t) - log pi_theta(y_t)) grad log pi_theta(y_t), a policy gradient with the bracket as
-    dense reward. (The paper defines r_T without the - log pi_theta.) The weight w is the token's probability in the
-    trainer over that in the sampler, at most `importance_cap`. Only the gradient is meaningful, not the loss value.
-    `kl` in the result is the negated reward, unweighted: a noisy estimate of each token's KL (k1), biased unless the
-    sampling temperature is 1.
+    Its gradient is -w r_t grad log pi_theta(y_t), a policy gradient with the dense reward r_t = log pi_T(y_t) - log
+    pi_theta(y_t). (The paper's r_T is beta log pi_T alone.) The weight w is the token's probability in the trainer over
+    that in the sampler, at most `importance_cap`. Only the gradient is meaningful, not the loss value. The result's
+    `kl` is -r_t, the k1 estimate of each token's KL, biased unless the sampling temperature is 1.
     """
 
     def head(hidden, weight):
@@ -224,7 +226,7 @@ def main(cfg: Config) -> None:
             metrics |= {"accuracy": sum(rollout.correct for rollout in rollouts) / len(rollouts), "lr": lr}
             metrics |= {"grad_norm": grad_norm, "skipped_steps": int(not math.isfinite(grad_norm))}
             if step == 0 and (kl := metrics["reverse_kl"]) > FAR_KL:
-                common.print0(f"C2: the student starts {kl:.2f} nats a token from the teacher; warm it up (longer).")
+                common.print0(f"C2: the student starts {kl:.2f} nats a token from the teacher; a longer warmup helps.")
             run.log(step, metrics, rollouts, show=("reverse_kl", "accuracy", "truncated", "response_tokens"))
             run.save(step + 1, policy, optimizer, tokenizer, trained_on=batches[step])
         validation.score(len(batches), policy)

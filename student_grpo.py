@@ -1,13 +1,14 @@
-"""Stage 3 (optional): GRPO of the bridged student on held-out labels, the paper's 2H (Section 3; settings of Table 8).
+"""Stage 3 (optional): GRPO of the bridged student on held-out labels, the paper's 2H (Section 3; settings of Table
+8).
 
-The student comes from Stages 2a and 2b, the bridge. This *is* Stage 1 on another checkpoint and another half: it calls
-`teacher_grpo.main`, so that direct GRPO, Stage 3 and the replay control run the same code with the same defaults, which
-is the paper's matched protocol (App. F).
+The student comes from Stages 2a and 2b, the bridge. This *is* Stage 1 on another checkpoint and another half: it
+calls `teacher_grpo.main`, so that direct GRPO, Stage 3 and the replay control run the same code with the same
+defaults, as the paper's matched protocol asks (App. F).
 
-This file adds the guarantee that the labels are held out. A checkpoint's run.json lists every problem on which its
-weights, or its teacher's, have been trained. Training on any of them is refused, unless `--replay` says that this is
-the replay control of Table 2, which trains again on the half used before (1H). The halves are equally large, so both
-runs make the same number of updates.
+This file adds a check that the labels are held out. A checkpoint's run.json lists every problem on which our stages
+have trained its weights or its teacher's. Training on any of them is refused, unless `--replay` says that this is the
+replay control of Table 2, which trains again on the half used before (1H). The halves are equally large, so both runs
+make the same number of updates.
 
     One process:   python student_grpo.py --model runs/bridge --data dapo --half 2H --out runs/student
     The control:   python student_grpo.py --model runs/bridge --data dapo --half 1H --replay --out runs/replay

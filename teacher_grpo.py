@@ -3,21 +3,19 @@ r"""Stage 1: GRPO with the sparse verifiable reward, on the teacher (Sections 2 
     maximise  E_{y ~ pi_theta} R(x, y) - beta KL(pi_theta || pi_ref),    R(x, y) = 1 if the answer is right, else 0
 
 The optimum is pi*_R(y | x), proportional to pi_ref(y | x) exp(R(x, y) / beta) (Eq. 1). The teacher pi_T trained here
-serves as its proxy in the later stages (Eq. 2). Each step samples G responses to every prompt of a rollout batch, rewards
-them, compares each with its group, and takes one PPO-clipped update per mini-batch. `--max-steps`, validation, saving and
-the learning-rate schedule count these steps, not the updates.
+serves as its proxy in the later stages (Eq. 2). Each step samples G responses to every prompt of a rollout batch,
+rewards them, compares each with its group, and takes one PPO-clipped update per mini-batch. `--max-steps`,
+validation, saving and the learning-rate schedule count these steps, not the updates.
 
 The paper gives GRPO settings for direct RL and Stage 3 (Table 8), but none for Stage 1. We use the same ones.
 
-Differences from common GRPO implementations:
-- The loss is the mean over all response tokens of a mini-batch, across ranks and micro-batches, so long responses weigh
-  more. It is not a mean of per-response means.
-- The KL to the reference policy is the k3 estimate, added to the loss and not subtracted from the reward.
-- The sampler and the trainer compute slightly different probabilities of a token. Truncated importance sampling (TIS)
-  corrects for it: the policy-gradient term of each token, but not its KL term, is multiplied by the trainer's
-  probability over the sampler's, at most 2.
-- A response cut at the length limit gets no reward from the verifier. A `--reward` function is told how a response
-  ended, and its value is used unchanged.
+Differences from common GRPO implementations: - The loss is the mean over all response tokens of a mini-batch, across
+ranks and micro-batches, so long responses weigh   more. It is not a mean of per-response means. - The KL to the
+reference policy is the k3 estimate, added to the loss and not subtracted from the reward. - The sampler and the
+trainer compute slightly different probabilities of a token. Truncated importance sampling (TIS)   corrects for it:
+the policy-gradient term of each token, but not its KL term, is multiplied by the trainer's   probability over the
+sampler's, at most 2. - A response cut at the length limit gets no reward from the verifier. A `--reward` function is
+told how a response   ended, and its value is used unchanged.
 
 Our choices where the paper is silent:
 - "GRPO epochs 10" in Table 8 is read as 10 passes over the data. Each rollout batch gets one pass of updates.
@@ -132,8 +130,8 @@ def grpo_loss(
         sum_t  w_t max(-rho_t A_t, -clip(rho_t, 1 - eps, 1 + eps) A_t) + beta k3_t,    rho_t = exp(log pi - log pi_old)
 
     It is minimised. `importance_weights` w are truncated ratios of trainer to sampler probabilities, without gradient.
-    At an unclipped token the gradient with respect to log pi is -w rho A + beta (1 - exp(log pi_ref - log pi)). The loss
-    value does not measure progress: at rho = 1 its first term is a sum of advantages, whose mean over a group is zero.
+    At an unclipped token the gradient with respect to log pi is -w rho A + beta (1 - exp(log pi_ref - log pi)). The
+    loss value does not measure progress: at rho = 1 its first term sums advantages, whose mean over a group is zero.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # (N,)
     unclipped = -ratio * advantages

@@ -107,8 +107,8 @@ TEACHERS_TABLE = "Teachers (C1) and starting points (our own table)"
 TABLES = {
     "Table 1: direct GRPO by model size": ("full/direct", "full/rl/teacher"),
     "Table 2, top: component ablation on all labels, no Stage 3": (
-        "full/rl/bridge", "full/raw/bridge", "full/rl/opd_only", "full/rl/sft_only", "full/direct", "full/rl/fkl_only",
-        "full/rl/bridge_sampled",
+        "full/rl/bridge", "full/raw/bridge", "full/rl/opd_only", "full/rl/sft_only", "full/direct", "full/direct_long",
+        "full/rl/fkl_only", "full/rl/bridge_sampled",
     ),
     "Table 2, bottom: RL'd teacher, half of the labels held out": (
         "1H/rl/bridge-2H", "1H/rl/bridge", "1H/rl/bridge-replay",
@@ -138,6 +138,7 @@ TABLES_1H = {
 TEACHERS = {"raw": "raw", "sft": "SFT'd", "rl": "RL'd", "same": "student-sized RL'd"}
 PROTOCOLS = {
     "direct": "direct GRPO",
+    "direct_long": "direct GRPO with the bridge's CPU time",
     "bridge": "bridge",
     "bridge_sampled": "bridge with the sampled estimator",
     "opd_only": "OPD alone",
@@ -176,9 +177,10 @@ PREDICTIONS = {
 # The relations between two checkpoints that each prediction expects: > or =, or ? if it expects no order.
 CLAIMS = {
     "P1": (
-        "full/rl/teacher > teacher",
+        f"full/rl/teacher > teacher {OURS}",
         "full/direct > full/raw/bridge",
         "full/rl/bridge > full/direct",
+        f"full/rl/bridge > full/direct_long {OURS}",
         "full/sft/bridge > full/raw/bridge",
         "full/rl/bridge > full/sft/bridge",
         "full/rl/bridge > full/same/bridge",
@@ -187,9 +189,8 @@ CLAIMS = {
     "P2": (
         "full/rl/bridge > full/rl/opd_only",
         "full/rl/bridge > full/rl/sft_only",
-        "full/rl/opd_only > full/rl/sft_only",
         "1H/rl/bridge-2H > 1H/rl/opd_only-2H",
-        "1H/rl/opd_only-2H > 1H/rl/sft_only-2H",
+        "1H/rl/bridge-2H > 1H/rl/sft_only-2H",
         f"full/rl/bridge > full/rl/fkl_only {OURS}",
         f"full/rl/bridge > full/rl/bridge_sampled {OURS}",
     ),
@@ -205,7 +206,7 @@ CLAIMS = {
 }
 CLAIMS_1H = {
     "P1": (
-        "1H/rl/teacher > teacher",
+        f"1H/rl/teacher > teacher {OURS}",
         "1H/direct/step-000026 > 1H/raw/bridge",
         "1H/rl/bridge > 1H/direct/step-000026",
         f"1H/rl/bridge > 1H/direct {OURS}",
@@ -221,7 +222,8 @@ LEGEND = (
     "**The rows**: the bridge is Stages 2a and 2b. *OPD alone* is 2b without the warmup 2a, *teacher-sample SFT* replaces "
     "both by SFT on the teacher's responses, and *forward KL alone* uses 2a's loss throughout. *On 1H* means the first of "
     "two random halves of the labels; the other rows use all labels. Stage 3 is GRPO of the student on the other half, "
-    "2H, and *replay* is the same on 1H again. Forward KL alone and the sampled estimator are our rows, not the paper's."
+    "2H, and *replay* is the same on 1H again. Forward KL alone, the sampled estimator and direct GRPO with the bridge's CPU "
+    "time (three times the steps) are our rows, not the paper's."
 )
 ERRORS = (
     "**Errors**: our ± is the standard error over problems (one run) or over runs (several). The paper calls its own ± the "
@@ -236,7 +238,8 @@ COSTS = (
     "reuse the warmup's teacher responses, so their minutes do not include sampling them."
 )
 VERDICTS = (
-    "**Claims**: the relations between rows that the paper predicts or finds on MATH-500. Differences are in points, taken "
+    "**Claims**: relations between rows. We chose those that the paper's predictions state or that follow from them and hold "
+    "in its MATH-500 column, and added some of our own, marked so. Differences are in points, taken "
     "problem by problem, ± one standard error. {spread} If the interval excludes zero, a claim of an order (>) holds or is "
     "REVERSED; otherwise it is not resolved. A claim of equality (=) does not hold if the interval excludes zero; otherwise "
     "no difference is resolved, which does not prove equality: the interval says how large the difference may be. Brackets "
