@@ -180,7 +180,7 @@ $(RUN) $2 --half $(or $4,$(half)) --out $(@D) $(SETTINGS) $3
 endef
 
 # Make must not delete a checkpoint's record if the process that wrote it fails at the very end.
-WHATS := /rl/teacher /direct /direct_long /sft/teacher /warmup /bridge /bridge_sampled /opd_only /fkl_only /sft_only -2H -replay
+WHATS := /rl/teacher /direct /direct_long /sft/teacher /warmup /bridge /bridge_sampled /opd_only /opd_only_sampled /fkl_only /sft_only -2H -replay
 .PRECIOUS: $(addprefix $(S)/%,$(addsuffix /run.json,$(WHATS)))
 .SECONDEXPANSION:
 
@@ -211,6 +211,9 @@ $(S)/%/bridge_sampled/run.json: $(S)/%/warmup/run.json | setup
 $(S)/%/opd_only/run.json: $$(call trained_teacher,%) | setup
 	$(call train,On-policy distillation without the warmup,opd.py,--model $(STUDENT) $(distilled) $(OPD) $(BRIDGE_BUDGET))
 
+$(S)/%/opd_only_sampled/run.json: $$(call trained_teacher,%) | setup
+	$(call train,The same with the sampled estimator,opd.py,--estimator sampled --model $(STUDENT) $(distilled) $(OPD) $(BRIDGE_BUDGET))
+
 # The next two reuse the warmup's rollouts.
 $(S)/%/fkl_only/run.json: $(S)/%/warmup/run.json | setup
 	$(call train,Forward KL alone,fkl_warmup.py,--model $(STUDENT) $(distilled) $(WARMUP) --rollouts $(<D).rollouts $(BRIDGE_BUDGET))
@@ -239,7 +242,7 @@ $(ROUTES): %: $(S)/$$($$@)/run.json
 
 # The rows of the paper's tables: all labels used upstream (Tables 1, 2 top and 6), or half held out (2 bottom, 4, 5).
 ROWS := full/direct full/raw/bridge full/sft/teacher full/sft/bridge full/rl/teacher full/same/bridge full/rl/bridge \
-	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/direct_long full/rl/bridge_sampled) \
+	full/same/opd_only full/rl/opd_only full/same/sft_only full/rl/sft_only $(if $(filter toy,$(SCALE)),full/direct_long full/rl/bridge_sampled full/rl/opd_only_sampled) \
 	full/rl/fkl_only 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H 1H/rl/bridge-replay 1H/sft/teacher 1H/sft/bridge \
 	1H/sft/bridge-2H 1H/sft/bridge-replay 1H/rl/opd_only-2H 1H/rl/sft_only-2H
 DEMO := full/direct 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/rl/bridge-2H

@@ -108,7 +108,7 @@ TABLES = {
     "Table 1: direct GRPO by model size": ("full/direct", "full/rl/teacher"),
     "Table 2, top: component ablation on all labels, no Stage 3": (
         "full/rl/bridge", "full/raw/bridge", "full/rl/opd_only", "full/rl/sft_only", "full/direct", "full/direct_long",
-        "full/rl/fkl_only", "full/rl/bridge_sampled",
+        "full/rl/fkl_only", "full/rl/bridge_sampled", "full/rl/opd_only_sampled",
     ),
     "Table 2, bottom: RL'd teacher, half of the labels held out": (
         "1H/rl/bridge-2H", "1H/rl/bridge", "1H/rl/bridge-replay",
@@ -142,6 +142,7 @@ PROTOCOLS = {
     "bridge": "bridge",
     "bridge_sampled": "bridge with the sampled estimator",
     "opd_only": "OPD alone",
+    "opd_only_sampled": "OPD alone with the sampled estimator",
     "sft_only": "teacher-sample SFT",
     "fkl_only": "forward KL alone",
     "-2H": " + Stage 3 on 2H",
@@ -193,6 +194,7 @@ CLAIMS = {
         "1H/rl/bridge-2H > 1H/rl/sft_only-2H",
         f"full/rl/bridge > full/rl/fkl_only {OURS}",
         f"full/rl/bridge > full/rl/bridge_sampled {OURS}",
+        f"full/rl/bridge_sampled > full/rl/opd_only_sampled {OURS}",
     ),
     "P3": (
         "1H/rl/bridge-2H > 1H/rl/bridge",
@@ -560,7 +562,8 @@ def interval(ordering: dict) -> str:
     return "-" if math.isnan(ordering["interval"]) else "{:+.1f} to {:+.1f}".format(*ends)
 
 
-REWARD_CURVES = ("full/direct", "full/rl/teacher", "1H/rl/teacher", "1H/rl/bridge-2H", "1H/rl/bridge-replay")
+REWARD_CURVES = ("full/direct", "full/direct_long", "full/rl/teacher", "1H/rl/teacher", "1H/rl/bridge-2H",
+                 "1H/rl/bridge-replay")  # fmt: skip
 KL_CURVES = ("full/rl/bridge", "full/raw/bridge", "full/rl/opd_only", "full/rl/bridge_sampled", "full/sft/bridge",
              "full/same/bridge")  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_all_tables_need_each_checkpoint_once():
     assert len(llama) == 6 and all(path.startswith("runs/llama/seed0/full/") for path in llama)
     rows = set().union(*tables.TABLES.values()) - {"student", "teacher"}
     made = {path.removeprefix("runs/qwen3-8b/seed0/") for path in paper}
-    assert rows - made == {"full/rl/bridge_sampled", "full/direct_long"}  # of the toy only
+    assert rows - made == {"full/rl/bridge_sampled", "full/rl/opd_only_sampled", "full/direct_long"}  # of the toy only
     toy = {options["out"].removeprefix("runs/none/seed0/") for _, options in plan("tables", SCALE="toy")}
     assert rows <= toy
 
