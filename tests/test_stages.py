@@ -1,7 +1,6 @@
 """The stages' mains on tiny checkpoints: what they write, what they log, and what they promise about each other."""
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -14,13 +13,13 @@ from helpers import (
     RUNS,
     STAGES,
     assert_same_weights,
-    command_line,
     distill,
     grade_with,
     grpo,
     launch,
     made_up_grades,
     metrics,
+    record,
     warmup,
     weights,
 )
@@ -48,9 +47,7 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage, before, student, teache
     assert not [name for name in os.listdir(directory) if name.startswith(("state", "lock"))]
     lines = metrics(directory)
     assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
-    record = json.loads((directory / "run.json").read_text())
-    assert record["steps"] == len(lines) and record["config"]["seed"] == 0
-    assert record["sessions"][0]["packages"]["torch"]
+    assert record(directory)["steps"] == len(lines) and record(directory)["config"]["seed"] == 0
     for line in lines if stage != "warmup" else ():  # the sampler has the trainer's weights in every step
         assert 0 <= line["sampler_mismatch"] <= line["sampler_mismatch_max"] < 1e-4
         assert 0 < line["entropy"] < math.log(len(toy.VOCABULARY))
@@ -60,12 +57,15 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage, before, student, teache
 
 def test_two_ranks_do_what_one_does(chain, student, teacher, problems, tmp_path):
     """The same samples, and but for rounding the same losses and weights; each rank's sampler has the newest weights."""
-    done = launch(2, "tests/helpers.py", str(tmp_path), student, teacher, problems)
+    done = launch(2, "tests/run_ranks.py", str(tmp_path), student, teacher, problems, "small")
     assert done.returncode == 0, done.stderr[-5000:]
     for stage in STAGES:
         for alone, together in zip(metrics(chain / stage), metrics(tmp_path / stage), strict=True):
             assert together == pytest.approx(alone, rel=1e-3, abs=1e-5), stage
         assert max(line["grad_norm"] for line in metrics(chain / stage)) > 0.01
+        for name in ("samples.jsonl", "generation_config.json"):
+            assert (chain / stage / name).read_text() == (tmp_path / stage / name).read_text()
+        assert '"eos_token_id": [\n    1,\n    0\n' in (chain / stage / "generation_config.json").read_text()
         first, second = weights(chain / stage), weights(tmp_path / stage)
         assert first.keys() == second.keys()
         # AdamW moves a weight whose gradient is nothing but rounding by up to the learning rate, so a few may differ.
@@ -75,7 +75,7 @@ def test_two_ranks_do_what_one_does(chain, student, teacher, problems, tmp_path)
 
 def test_every_logprob_is_at_the_sampling_temperature(teacher, problems, tmp_path):
     """Those of the sampler, of the old policy (from the second mini-batch on) and of the policy in training."""
-    teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", temperature=0.5, require_finished=False, lr=1e-4))
+    teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", temperature=0.5, lr=1e-4))
     for line in metrics(tmp_path / "out"):
         assert line["sampler_mismatch_max"] < 1e-4 and line["importance_clipped"] == 0
 
@@ -88,21 +88,15 @@ def test_the_reference_stays_where_the_stage_began(chain):
 
 def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problems, tmp_path, monkeypatch):
     """With either estimator: KL, dense reward, entropy and the sampler's error, over all tokens of the first batch."""
-    seen = {}
-
-    def all_right(rollouts, grader):
-        seen["rollouts"] = rollouts
-        for rollout in rollouts:
-            rollout.correct = True
-
-    grade_with(monkeypatch, all_right)
+    seen = []
+    grade_with(monkeypatch, lambda rollouts, grader: seen.append(rollouts) or made_up_grades(rollouts, grader))
     models = [AutoModelForCausalLM.from_pretrained(model).double().eval() for model in (student, teacher)]
     for estimator in ("exact", "sampled"):
         settings = dict(estimator=estimator, prompts_per_step=5, max_steps=1, micro_batch_tokens=60)
         opd.main(distill(student, teacher, problems, tmp_path / estimator, **settings))
         [line] = metrics(tmp_path / estimator)
         columns = []
-        for rollout in seen["rollouts"]:
+        for rollout in seen[-1]:
             ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
             with torch.no_grad():
                 p, q = (m(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1) for m in models)
@@ -115,7 +109,7 @@ def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problem
             "reverse_kl": kl.mean() if estimator == "exact" else -reward.mean(), "entropy": entropy.mean(),
             "dense_reward": reward.mean(), "dense_reward_std": reward.std(correction=0),
             "dense_reward_min": reward.min(), "frac_dense_reward_outliers": (reward < -5).double().mean(),
-            "accuracy": 1.0, "response_tokens": len(reward) / 10,
+            "accuracy": sum(rollout.correct for rollout in seen[-1]) / 10, "response_tokens": len(reward) / 10,
         }  # fmt: skip
         expected = {name: float(value) for name, value in expected.items()}
         assert {name: line[name] for name in expected} == pytest.approx(expected, abs=2e-5)
@@ -125,9 +119,9 @@ def test_opd_logs_what_the_formulas_say_of_every_token(student, teacher, problem
 
 def test_labels_that_only_a_teacher_used_count():
     """Those of the teacher's ancestors, too."""
-    record = lambda *trained_on, **parents: {"stage": "opd", "trained_on": list(trained_on), "parents": parents}
-    teacher = record("b", model=record("c"), teacher=record("d"))
-    assert lib.lineage.problems_trained_on(record("a", model=record(), teacher=teacher)) == {"a", "b", "c", "d"}
+    made = lambda *trained_on, **parents: {"stage": "opd", "trained_on": list(trained_on), "parents": parents}
+    teacher = made("b", model=made("c"), teacher=made("d"))
+    assert lib.lineage.problems_trained_on(made("a", model=made(), teacher=teacher)) == {"a", "b", "c", "d"}
 
 
 def test_lineage_names_ancestors_and_every_problem_trained_on(chain, problems):
@@ -155,7 +149,7 @@ def test_stage_3_refuses_labels_trained_on_unless_it_is_the_replay(chain, proble
     student_grpo.main(
         grpo(bridge, problems, tmp_path / "replay", student_grpo.Config, half="1H", replay=True, **CHAIN_GRPO)
     )
-    replay, fresh = (json.loads((d / "run.json").read_text()) for d in (tmp_path / "replay", chain / "student"))
+    replay, fresh = record(tmp_path / "replay"), record(chain / "student")
     differing = {name for name in fresh["config"] if fresh["config"][name] != replay["config"][name]}
     assert differing == {"half", "replay", "out"} and fresh["steps"] == replay["steps"]
 
@@ -186,18 +180,16 @@ def test_the_controls_share_the_warmups_rollouts(student, teacher, problems, tmp
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").glob("shard-*")}
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "sft", **settings, loss="sft", epochs=2))
     assert {path: path.stat().st_mtime_ns for path in files} == files  # sampled once
-    assert metrics(tmp_path / "sft")[-1]["cross_entropy"] < metrics(tmp_path / "sft")[0]["cross_entropy"]
-    with pytest.raises(InputError, match="holds other rollouts"):
-        fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "other", **settings, seed=1))
+    first, *_, last = [line["cross_entropy"] for line in metrics(tmp_path / "sft")]
+    assert last < first
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES[:3])
 def test_the_split_into_micro_batches_shows_in_no_number(stage, student, teacher, problems, tmp_path, monkeypatch):
     """Of those that a stage logs, with the gradient's norm: tokens are counted once for all micro-batches."""
     grade_with(monkeypatch, made_up_grades)
     for name, tokens in (("split", 45), ("whole", 10**6)):
         settings = dict(max_steps=2, micro_batch_tokens=tokens)
-        settings |= {"require_finished": False} if stage in ("teacher", "student") else {}
         script, config = RUNS[stage](student, teacher, problems, tmp_path / name, **settings)
         script.main(config)
     for split, whole in zip(metrics(tmp_path / "split"), metrics(tmp_path / "whole"), strict=True):
@@ -225,32 +217,25 @@ def test_every_step_samples_anew(stage, student, teacher, problems, tmp_path, mo
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_end_text_ends_responses_and_is_trained(stage, student, teacher, problems, tmp_path, monkeypatch):
-    """Like the end-of-sequence token, in every stage: it is the last token of a response that is trained on."""
-    trained = []
+def test_every_stage_follows_its_settings(stage, student, teacher, problems, tmp_path, monkeypatch):
+    """An end text ends responses like the end-of-sequence token, and is the last token that is trained; and AdamW's."""
+    trained, made, adamw, clip = [], [], torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
     for module in (teacher_grpo, fkl_warmup, opd):
         recording = lambda rollouts, *rest, make=module.make_batches: trained.extend(rollouts) or make(rollouts, *rest)
         monkeypatch.setattr(module, "make_batches", recording)
-    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=1, stop=(":",))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(k) or adamw(*a, **k))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: made.append(limit) or clip(p, limit))
+    settings = dict(lr=3e-3, weight_decay=0.03, max_grad_norm=0.3, lr_schedule="cosine", lr_warmup_steps=2)
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=4, stop=(":",), **settings)
     script.main(config)
+    assert made[0]["lr"] == 3e-3 and made[0]["weight_decay"] == 0.03 and set(made[1:]) == {0.3}
+    rates = [common.learning_rate(step, 4, 3e-3, "cosine", 2) for step in range(4)]
+    assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx(rates) and len(set(rates)) > 2
     stops = lib.data.stop_tokens(toy.make_tokenizer(), (":",))
     for rollout in trained:
         ends = [token in stops | {0, 1} for token in rollout.response_ids]
         assert not any(ends[:-1]) and ends[-1] == (rollout.finish_reason == "stop")
     assert any(rollout.response_ids[-1] in stops for rollout in trained)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_optimizer_has_the_settings_of_the_config(stage, student, teacher, problems, tmp_path, monkeypatch):
-    made, adamw, clip = [], torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(k) or adamw(*a, **k))
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: made.append(limit) or clip(p, limit))
-    settings = dict(lr=3e-3, weight_decay=0.03, max_grad_norm=0.3, lr_schedule="cosine", lr_warmup_steps=2, epochs=4)
-    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=4, **settings)
-    script.main(config)
-    assert made[0]["lr"] == 3e-3 and made[0]["weight_decay"] == 0.03 and set(made[1:]) == {0.3}
-    rates = [common.learning_rate(step, 4, 3e-3, "cosine", 2) for step in range(4)]
-    assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx(rates) and len(set(rates)) > 2
 
 
 def test_a_token_that_the_tokenizer_does_not_have_ends_a_response(problems, teacher, tmp_path, monkeypatch):
@@ -298,9 +283,10 @@ def test_defaults_are_those_of_the_paper(script):
 @pytest.mark.rest
 def test_bfloat16_on_a_cpu_trains_float32_weights(teacher, problems, tmp_path):
     """Samples' log-probabilities differ by rounding alone, and weights keep updates that bfloat16 would round away."""
-    config = grpo(teacher, problems, tmp_path / "out", max_steps=2, lr=1e-5, cpu_bfloat16=True)
-    done = launch(1, *command_line(teacher_grpo, config)[1:])
-    assert done.returncode == 0, done.stderr[-2000:]
+    try:
+        teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", max_steps=2, lr=1e-5, cpu_bfloat16=True))
+    finally:
+        torch.distributed.destroy_process_group()
     assert 0 < metrics(tmp_path / "out")[0]["sampler_mismatch"] < 0.1
     before, after = weights(teacher), weights(tmp_path / "out")
     assert all(value.dtype == torch.float32 for value in after.values())
