@@ -129,7 +129,8 @@ def bfloat16() -> None:
     )
     grpo = dict(**GRPO, mini_batch_prompts=3)
     stages = {"teacher": dict(half="1H", **grpo), "warmup": dict(rollouts_per_prompt=3),
-              "bridge": dict(rollouts_per_prompt=3), "student": dict(half="2H", **grpo)}  # fmt: skip
+              "bridge": dict(rollouts_per_prompt=3),
+              "student": dict(half="2H", micro_batch_tokens=1, **grpo)}  # fmt: skip  # nine batches for two ranks
     shard, optimizer_step, make_batches = lib.policy.shard, common.optimizer_step, lib.packing.make_batches
     gradients, counts = {}, []
 
@@ -148,7 +149,7 @@ def bfloat16() -> None:
     lib.policy.shard, common.optimizer_step = lambda policy, compute: shard(policy, dtype), recorded_step
     for name, options in stages.items():
         for dtype in (None, torch.bfloat16):
-            run(name, f"{name}-{dtype}", student, teacher, **settings, **options)
+            run(name, f"{name}-{dtype}", student, teacher, **settings | options)
         exact, rounded = gradients[None], gradients[torch.bfloat16]
         error = ((exact - rounded).norm() / exact.norm()).item()
         common.print0(f"{name}: gradient's norm {exact.norm():.4f}, relative error of bfloat16 {error:.4f}")

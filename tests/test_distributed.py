@@ -55,13 +55,10 @@ def test_gradients_in_bfloat16_are_those_in_float32_up_to_rounding(run_ranks):
 
 
 @pytest.mark.rest
-def test_bad_input_ends_all_ranks_and_is_said_last(problems, tmp_path):
+def test_bad_input_ends_all_ranks_and_is_said_once(problems, tmp_path):
     arguments = ["--model", "./nowhere", "--data", problems, "--exclude", "--out", str(tmp_path / "out")]
     done = launch(2, "teacher_grpo.py", *arguments, timeout=120)
-    assert done.returncode != 0
-    sentence = "error: --model './nowhere' is not a checkpoint directory"
-    assert done.stderr.count(sentence) == 2  # the second time after what torchrun says
-    assert done.stderr.splitlines()[-1].startswith(sentence)
+    assert done.returncode and done.stderr.count("error: --model './nowhere' is not a checkpoint directory") == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
