@@ -95,7 +95,7 @@ def run_chain(out, student, teacher, problems) -> None:
     student_grpo.main(grpo(f"{out}/bridge", problems, f"{out}/student", student_grpo.Config, **CHAIN_GRPO))
 
 
-def grade_with(monkeypatch, function):
-    """Lets `function(rollouts, grader)` grade in all stages."""
+def grade_with(monkeypatch, function=lambda rollouts, grader: None):
+    """Made-up grades in all stages, and then `function(rollouts, grader)`, which may change them."""
     for module in (teacher_grpo, fkl_warmup, opd):
-        monkeypatch.setattr(module, "grade", function)
+        monkeypatch.setattr(module, "grade", lambda *both: made_up_grades(*both) or function(*both))

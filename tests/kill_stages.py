@@ -20,8 +20,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
@@ -36,6 +34,7 @@ import teacher_grpo
 from common import AlreadyFinished
 
 torch.set_num_threads(1)
+
 # Some save in every step, some in every second; one validates and exports.
 SETTINGS = {
     "teacher": dict(save_every=2), "warmup": dict(mini_batch_prompts=4, max_num_seqs=6),

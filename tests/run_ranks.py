@@ -1,6 +1,7 @@
 """What two ranks are asked to do, alone or under torchrun; batches are cut so that they get unequal numbers of them.
 
-[torchrun --nproc_per_node=2] tests/run_ranks.py OUT STUDENT TEACHER PROBLEMS {chain ENGINE TENSOR_PARALLEL [STAGE] | small | bfloat16}
+[torchrun --nproc_per_node=2] tests/run_ranks.py OUT STUDENT TEACHER PROBLEMS TASK, and a TASK is
+chain ENGINE TENSOR_PARALLEL [STAGE], or small, or bfloat16
 """
 
 import functools
@@ -10,7 +11,6 @@ import sys
 import torch
 from helpers import RUNS, STAGES, made_up_grades, run_chain
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 import common
 import evaluate
@@ -51,28 +51,14 @@ def chain(engine: str, tensor_parallel: str, only: str | None = None) -> None:
                                                                activation_checkpointing=True, **long)),
         "student": (trained["bridge"], None, dict(half="2H", mini_batch_prompts=2, **GRPO, **short)),
     }  # fmt: skip
-    finish, save = Run.finish, Run.save
-
-    def finish_and_compare(run, policy, tokenizer):
-        """The saved checkpoint, read back by plain transformers, against this rank's shards, bit for bit."""
-        finish(run, policy, tokenizer)
-        saved = AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float32).state_dict()
-        ours = policy.model.state_dict()
-        assert saved.keys() == ours.keys()
-        for name, value in ours.items():
-            expected = saved[name]
-            if isinstance(value, DTensor):  # FSDP shards the rows; the last rank has fewer of an odd number
-                pieces = expected.chunk(common.world_size())
-                expected = pieces[common.rank()] if common.rank() < len(pieces) else expected[:0]
-                value = value.to_local()
-            assert torch.equal(value.cpu(), expected), name
+    save = Run.save
 
     def save_and_copy(run, steps, *arguments, **options):
         save(run, steps, *arguments, **options)
         if common.rank() == 0 and steps == 2 and not run.out.name.startswith("again") and not only:
             shutil.copytree(run.partial, run.partial.with_name(f"again-{run.partial.name}"))
 
-    Run.save, Run.finish = save_and_copy, finish_and_compare
+    Run.save = save_and_copy
     settings = dict(lr=1e-4, max_steps=3, micro_batch_tokens=40 * LONGER, save_every=2, **sampler)
     for stage, (model, source, options) in runs.items():
         if only in (None, stage):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import write_checkpoint
-from helpers import STAGES, assert_same_weights, launch, metrics
+from helpers import RUNS, assert_same_weights, launch, metrics
 
 import common
 import lib.policy
@@ -27,13 +27,14 @@ def run_ranks(tmp_path, student, teacher, problems):
 @pytest.mark.rest
 @pytest.mark.parametrize("engine, tensor_parallel", [("torch", "1"), ("vllm", "1"), ("vllm", "2")])
 def test_a_run_on_two_ranks_resumes_bit_for_bit(run_ranks, engine, tensor_parallel, tmp_path):
-    """Every stage, from the state of its second step. Inside, each rank's shards are compared with the saved checkpoint, and
-    a rank's broken numbers stop all from stepping. Trainer and sampler disagree by rounding alone.
+    """Every stage, from the state of its second step. Trainer and sampler disagree by rounding alone.
+
+    Inside, a rank's broken numbers stop all from stepping.
     """
     if engine == "vllm":
         pytest.importorskip("vllm")
     run_ranks(2, "chain", engine, tensor_parallel)
-    for stage in STAGES:
+    for stage in RUNS:
         lines = metrics(tmp_path / stage)
         assert_same_weights(tmp_path / stage, tmp_path / f"again-{stage}")
         assert lines == metrics(tmp_path / f"again-{stage}") and len(lines) == 3, stage
@@ -84,14 +85,14 @@ def test_a_sharded_policy_has_the_weights_of_its_checkpoint(tied, tmp_path):
 def test_work_is_spread_in_order(monkeypatch):
     """Four ranks, two to an engine: partners do the same share, and each share counts once."""
     items, done = list(range(7)), {}
+
+    def gather(gathered, results):
+        done[common.rank()] = results
+        gathered[:] = [done.get(other, results) for other in range(4)]
+
     monkeypatch.setattr(common, "world_size", lambda: 4)
+    monkeypatch.setattr(common.dist, "all_gather_object", gather)
     for rank in range(4):
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-
-        def gather(gathered, results, rank=rank):
-            done[rank] = results
-            gathered[:] = [done.get(other, done[max(done)]) for other in range(4)]
-
-        monkeypatch.setattr(common.dist, "all_gather_object", gather)
         result = common.map_over_ranks(lambda share: [10 * item for item in share], items, tensor_parallel=2)
     assert done[0] == done[1] and done[2] == done[3] and result == [10 * item for item in items]
