@@ -28,11 +28,12 @@ def test_a_stage_writes_a_whole_checkpoint(chain, stage, before, student, teache
     directory = chain / stage
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(directory))
+    assert model.generation_config.eos_token_id == [1, 0]
     files = set(os.listdir(directory))
     assert {"config.json", "run.json", "metrics.jsonl", "curves.png", "tokenizer.json"} <= files
-    assert not Path(f"{directory}.partial").exists() and not [
-        name for name in files if name.startswith(("state", "lock"))
-    ]
+    assert (
+        not [name for name in files if name.startswith(("state", "lock"))] and not Path(f"{directory}.partial").exists()
+    )
     lines = metrics(directory)
     assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
     assert record(directory)["steps"] == len(lines) and record(directory)["config"]["seed"] == 0
@@ -55,7 +56,6 @@ def test_two_ranks_do_what_one_does(chain, student, teacher, problems, tmp_path)
         assert max(line["grad_norm"] for line in metrics(chain / stage)) > 0.01
         for name in ("samples.jsonl", "generation_config.json"):
             assert (chain / stage / name).read_text() == (tmp_path / stage / name).read_text()
-        assert '"eos_token_id": [\n    1,\n    0\n' in (chain / stage / "generation_config.json").read_text()
         first, second = weights(chain / stage), weights(tmp_path / stage)
         assert first.keys() == second.keys()
         # AdamW moves a weight whose gradient is nothing but rounding by up to the learning rate, so a few may differ.
