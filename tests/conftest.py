@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import grade_with, made_up_grades, run_chain
+from helpers import grade_with, run_chain
 
 from experiments import toy
 
@@ -65,11 +65,9 @@ def write_problems(path: Path, count: int, seed: int = 0) -> str:
     return str(path)
 
 
-# Heads of 32 are the smallest that vLLM can attend with on a CPU.
-
-
 @pytest.fixture(scope="session")
 def student(tmp_path_factory) -> str:
+    """Heads of 32 are the smallest that vLLM can attend with on a CPU."""
     return write_checkpoint(tmp_path_factory.mktemp("models") / "student", seed=1, head_dim=32)
 
 
@@ -95,6 +93,6 @@ def chain(tmp_path_factory, student, teacher, problems) -> Path:
     """All four stages, teacher and bridge on 1H, Stage 3 on 2H."""
     out = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as patch:
-        grade_with(patch, made_up_grades)
+        grade_with(patch)
         run_chain(out, student, teacher, problems)
     return out

@@ -1,6 +1,5 @@
 """Small settings for the stages, and what their outputs are compared by; shared by the tests."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import common
 import fkl_warmup
 import opd
 import student_grpo
@@ -22,7 +20,7 @@ SMALL = dict(exclude=(), max_prompt_tokens=64, max_response_tokens=8, lr=1e-2, s
 
 
 def grpo(model, data, out, config=teacher_grpo.Config, **settings):
-    sizes = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, epochs=1)
+    sizes = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, epochs=1, require_finished=False)
     return config(model=model, data=data, out=str(out), **{**SMALL, **sizes, **settings})
 
 
@@ -43,20 +41,6 @@ RUNS = {
     "bridge": lambda s, t, data, out, **k: (opd, distill(s, t, data, out, **k)),
     "student": lambda s, t, data, out, **k: (student_grpo, grpo(s, data, out, student_grpo.Config, **{"epochs": 3, **k})),
 }  # fmt: skip
-
-
-def command_line(script, config) -> list[str]:
-    """The command that runs a stage with the settings of a Config."""
-    words = [sys.executable, str(ROOT / f"{script.__name__}.py")]
-    for name, value in dataclasses.asdict(config).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else "--no-" + flag[2:])
-        elif isinstance(value, (tuple, list)):
-            words += [flag, *value]
-        elif value is not None:
-            words += [flag, str(value)]
-    return words
 
 
 def launch(ranks: int, *words: str, timeout: int = 400) -> subprocess.CompletedProcess:
@@ -89,6 +73,10 @@ def made_up_grades(rollouts, grader):
         rollout.correct = sum(rollout.response_ids) % 2 == 0
 
 
+def record(directory) -> dict:
+    return json.loads((Path(directory) / "run.json").read_text())
+
+
 def cached_rows(directory) -> list[dict]:
     """All rows of a directory of teacher rollouts, in order."""
     shards = sorted(Path(directory).glob("shard-*.jsonl"))
@@ -96,7 +84,7 @@ def cached_rows(directory) -> list[dict]:
 
 
 CHAIN = dict(micro_batch_tokens=60, lr=1e-3)
-CHAIN_GRPO = dict(**CHAIN, require_finished=False, kl_coef=0.1)
+CHAIN_GRPO = dict(**CHAIN, kl_coef=0.1)
 
 
 def run_chain(out, student, teacher, problems) -> None:
@@ -107,15 +95,7 @@ def run_chain(out, student, teacher, problems) -> None:
     student_grpo.main(grpo(f"{out}/bridge", problems, f"{out}/student", student_grpo.Config, **CHAIN_GRPO))
 
 
-def grade_with(monkeypatch, function):
-    """Lets `function(rollouts, grader)` grade in all stages."""
+def grade_with(monkeypatch, function=lambda rollouts, grader: None):
+    """Made-up grades in all stages, and then `function(rollouts, grader)`, which may change them."""
     for module in (teacher_grpo, fkl_warmup, opd):
-        monkeypatch.setattr(module, "grade", function)
-
-
-if __name__ == "__main__":  # [torchrun] tests/helpers.py OUT STUDENT TEACHER PROBLEMS
-    common.start_process()
-    for module in (teacher_grpo, fkl_warmup, opd):
-        module.grade = made_up_grades
-    run_chain(*sys.argv[1:])
-    common.exit_process(0)
+        monkeypatch.setattr(module, "grade", lambda *both: made_up_grades(*both) or function(*both))

@@ -17,41 +17,32 @@ import sys
 import threading
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tqdm
-from helpers import cached_rows, made_up_grades, metrics
+from helpers import RUNS, cached_rows, made_up_grades, metrics, record
 
 import fkl_warmup
 import lib.runs
 import lib.scores
 import opd
-import student_grpo
 import teacher_grpo
 from common import AlreadyFinished
 
 torch.set_num_threads(1)
-GRPO = dict(prompts_per_step=4, mini_batch_prompts=2, rollouts_per_prompt=4, require_finished=False)
+
+# Some save in every step, some in every second; one validates and exports.
+SETTINGS = {
+    "teacher": dict(save_every=2), "warmup": dict(mini_batch_prompts=4, max_num_seqs=6),
+    "bridge": dict(save_every=2, epochs=2, validate_every=1, export_every=2), "student": dict(half="full", epochs=1),
+}  # fmt: skip
 
 
-def stages(student: str, teacher: str, validation: str) -> dict:
-    """Script and settings by name; some save in every step, some in every second; one validates and exports."""
-    return {
-        "teacher": (teacher_grpo, dict(model=teacher, epochs=2, save_every=2, **GRPO)),
-        "warmup": (fkl_warmup, dict(model=student, teacher=teacher, epochs=2, mini_batch_prompts=4, max_num_seqs=6,
-                                    rollouts_per_prompt=2, save_every=1)),
-        "bridge": (opd, dict(model=student, teacher=teacher, prompts_per_step=3, rollouts_per_prompt=2, save_every=2,
-                             epochs=2, validate=(validation,), validate_every=1, export_every=2)),
-        "student": (student_grpo, dict(model=student, half="full", epochs=1, save_every=1, **GRPO)),
-    }  # fmt: skip
-
-
-def child(script, settings: dict, out: Path, drawn: tuple[str, int] | None, said: Path) -> None:
+def child(main, config, said: Path, drawn: tuple[str, int] | None) -> None:
     """Runs a stage, with what it says in `said` and the moments that it passed in `said`.json; dies at the drawn one."""
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -68,7 +59,7 @@ def child(script, settings: dict, out: Path, drawn: tuple[str, int] | None, said
         """Python's own report of what it is about to do to files."""
         writes = event == "open" and (arguments[1] or "r")[0] in "wa"
         if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-            path = re.sub(r"\d{6}", "N", str(arguments[0]).replace(str(out), "OUT"))
+            path = re.sub(r"\d{6}", "N", str(arguments[0]).replace(config.out, "OUT"))
             if path.startswith(("OUT.partial", "OUT/")):
                 pass_by(f"{event.removeprefix('os.')} {path.removeprefix('OUT.partial/')}")
 
@@ -83,35 +74,26 @@ def child(script, settings: dict, out: Path, drawn: tuple[str, int] | None, said
     lib.runs.Run._write_lines = halved
     lib.runs.plot_metrics = lambda lines, picture: None  # drawing takes half of a tiny run's time
     teacher_grpo.grade = fkl_warmup.grade = opd.grade = lib.scores.grade = made_up_grades
-    status = 1
+    status = 0
     try:
-        script.main(script.Config(out=str(out), resume=True, **settings))
-        status = 0
+        main(config)
     except AlreadyFinished as finished:
         print(finished)
-        status = 0
     except BaseException:
         traceback.print_exc()
+        status = 1
     Path(f"{said}.json").write_text(json.dumps(seen))
     sys.stdout.flush()
     os._exit(status)
 
 
-def start(script, settings: dict, out: Path, said: Path, drawn=None) -> tuple[int, str]:
-    """Exit status (negative for a signal) and output of a run."""
-    pid = os.fork()
-    if pid == 0:
-        child(script, settings, out, drawn, said)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.read_text(errors="replace")
-
-
 def outcome(out: Path) -> dict:
     """All that must not depend on interruptions."""
-    record = json.loads((out / "run.json").read_text())
+    kept = record(out)
     return {
         "weights": [path.read_bytes() for path in sorted(out.rglob("model.safetensors"))],
         "metrics": metrics(out),
-        "record": [record.get(name) for name in ("trained_on", "steps", "validation", "warnings", "trained_tokens")],
+        "record": [kept.get(name) for name in ("trained_on", "steps", "validation", "warnings", "trained_tokens")],
         "samples": (out / "samples.jsonl").read_text(),
         "rollouts": cached_rows(out / "teacher_rollouts"),
         # A process that was killed after the renaming has left its training state.
@@ -119,10 +101,19 @@ def outcome(out: Path) -> dict:
     }  # fmt: skip
 
 
-def gauntlet(name: str, script, settings: dict, directory: Path, kills: int, rng: random.Random) -> list[str]:
+def gauntlet(name: str, make, directory: Path, kills: int, rng: random.Random) -> list[str]:
     """Kills one stage `kills` times, resuming it each time; returns the moments it died at."""
     out, said, died = directory / name, directory / f"{name}.txt", []
-    status, text = start(script, settings, directory / f"{name}-straight", said)
+
+    def start(out: Path, drawn=None) -> tuple[int, str]:
+        """Exit status (negative for a signal) and output of a run."""
+        script, config = make(out)
+        pid = os.fork()
+        if pid == 0:
+            child(script.main, config, said, drawn)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.read_text(errors="replace")
+
+    status, text = start(directory / f"{name}-straight")
     assert status == 0, text
     straight, kinds = outcome(directory / f"{name}-straight"), json.loads(Path(f"{said}.json").read_text())
     surely = [kind for kind in kinds if kind.startswith(("rename OUT.partial", "rename state"))]
@@ -130,14 +121,14 @@ def gauntlet(name: str, script, settings: dict, directory: Path, kills: int, rng
         kind = surely.pop() if surely else rng.choice(sorted(kinds))
         drawn = (kind, rng.randint(1, min(2, kinds[kind]))) if len(died) < kills else None
         states = [int(path.name[6:]) for path in Path(f"{out}.partial").glob("state-??????")]
-        status, text = start(script, settings, out, said, drawn)
+        status, text = start(out, drawn)
         assert status in (0, -signal.SIGKILL), text
         died += [kind] if status else []
         if states and (not status or "continuing" in text):  # nothing is lost but the unsaved steps
             assert f"continuing after step {max(states)}\n" in text, text
         if out.exists():
             if status:  # killed between its last two operations: the next command finds it done
-                status, text = start(script, settings, out, said)
+                status, text = start(out)
                 assert status == 0 and "is already finished" in text, text
             found = outcome(out)
             for part in straight:
@@ -151,11 +142,11 @@ def main(out: str, student: str, teacher: str, problems: str, kills: str, seed: 
     directory.mkdir(parents=True, exist_ok=True)
     validation = directory / "validation.jsonl"
     validation.write_text("".join(Path(problems).read_text().splitlines(True)[:3]))  # less for that stage to train on
-    shared = dict(data=problems, engine=engine, exclude=(), max_prompt_tokens=64, max_response_tokens=8, lr=1e-2)
-    for name, (script, settings) in stages(student, teacher, str(validation)).items():
-        if name in names:
-            for kind in gauntlet(name, script, settings | shared, directory, int(kills), rng):
-                print(f"| {name} | {kind} |", flush=True)
+    SETTINGS["bridge"]["validate"] = (str(validation),)
+    for name in names:
+        make = partial(RUNS[name], student, teacher, problems, engine=engine, resume=True, **SETTINGS[name])
+        for kind in gauntlet(name, make, directory, int(kills), rng):
+            print(f"| {name} | {kind} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """What two ranks are asked to do, alone or under torchrun; batches are cut so that they get unequal numbers of them.
 
-[torchrun --nproc_per_node=2] tests/run_ranks.py OUT STUDENT TEACHER PROBLEMS {chain ENGINE TENSOR_PARALLEL [STAGE] | bfloat16}
+[torchrun --nproc_per_node=2] tests/run_ranks.py OUT STUDENT TEACHER PROBLEMS TASK, and a TASK is
+chain ENGINE TENSOR_PARALLEL [STAGE], or small, or bfloat16
 """
 
 import functools
-import json
 import shutil
 import sys
-from pathlib import Path
 
 import torch
-from helpers import STAGES, made_up_grades
+from helpers import RUNS, STAGES, made_up_grades, run_chain
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 import common
 import evaluate
@@ -20,20 +18,18 @@ import fkl_warmup
 import lib.packing
 import lib.policy
 import opd
-import student_grpo
 import teacher_grpo
 from lib.runs import Run
 
 out, student, teacher, problems, task, *rest = sys.argv[1:]
-SCRIPTS = dict(zip(STAGES, (teacher_grpo, fkl_warmup, opd, student_grpo)))
 CUDA = torch.cuda.is_available()  # gpu_check runs the chain on GPUs, with responses that are longer
 LONGER = 16 if CUDA else 1
-GRPO = dict(rollouts_per_prompt=3, prompts_per_step=3, kl_coef=0.1, require_finished=False)
-COMMON = dict(data=problems, exclude=(), max_prompt_tokens=32)
+GRPO = dict(rollouts_per_prompt=3, prompts_per_step=3, kl_coef=0.1)
 
 
-def grade_with(function) -> None:
-    teacher_grpo.grade = fkl_warmup.grade = opd.grade = function
+def run(stage: str, name: str, student: str | None, teacher: str | None, **settings) -> None:
+    script, config = RUNS[stage](student, teacher, problems, f"{out}/{name}", max_prompt_tokens=32, **settings)
+    script.main(config)
 
 
 def chain(engine: str, tensor_parallel: str, only: str | None = None) -> None:
@@ -46,55 +42,33 @@ def chain(engine: str, tensor_parallel: str, only: str | None = None) -> None:
 
         engine, vllm.LLM = "vllm", functools.partial(vllm.LLM, load_format="dummy")
     sampler = dict(engine=engine, tensor_parallel=int(tensor_parallel), kv_cache_gib=4.0 if CUDA else None)
-    settings = dict(**COMMON, lr=1e-4, max_steps=3, micro_batch_tokens=40 * LONGER, save_every=2, **sampler)
-    grpo = dict(**GRPO, mini_batch_prompts=2, max_response_tokens=8 * LONGER)
+    short, long = (dict(max_response_tokens=tokens * LONGER) for tokens in (8, 16))
+    trained = {stage: f"{out}/{stage}" for stage in STAGES}
     runs = {
-        "teacher": dict(model=teacher, half="1H", **grpo),
-        "warmup": dict(model=student, teacher=f"{out}/teacher", half="1H", mini_batch_prompts=2, rollouts_per_prompt=2,
-                       max_response_tokens=8 * LONGER),
-        "bridge": dict(model=f"{out}/warmup", teacher=f"{out}/teacher", half="1H", prompts_per_step=4, epochs=2,
-                       rollouts_per_prompt=1, max_response_tokens=16 * LONGER, activation_checkpointing=True),
-        "student": dict(model=f"{out}/bridge", half="2H", **grpo),
+        "teacher": (None, teacher, dict(half="1H", mini_batch_prompts=2, **GRPO, **short)),
+        "warmup": (student, trained["teacher"], dict(half="1H", mini_batch_prompts=2, **short)),
+        "bridge": (trained["warmup"], trained["teacher"], dict(half="1H", prompts_per_step=4, rollouts_per_prompt=1,
+                                                               activation_checkpointing=True, **long)),
+        "student": (trained["bridge"], None, dict(half="2H", mini_batch_prompts=2, **GRPO, **short)),
     }  # fmt: skip
-    sampled, finish, save = [], Run.finish, Run.save
-
-    def grade(rollouts, grader):
-        made_up_grades(rollouts, grader)
-        sampled.append([[rollout.problem.id, rollout.sample, rollout.response_ids] for rollout in rollouts])
-
-    def finish_and_compare(run, policy, tokenizer):
-        """The saved checkpoint, read back by plain transformers, against this rank's shards, bit for bit."""
-        finish(run, policy, tokenizer)
-        saved = AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float32).state_dict()
-        ours = policy.model.state_dict()
-        assert saved.keys() == ours.keys()
-        for name, value in ours.items():
-            expected = saved[name]
-            if isinstance(value, DTensor):  # FSDP shards the rows; the last rank has fewer of an odd number
-                pieces = expected.chunk(common.world_size())
-                expected = pieces[common.rank()] if common.rank() < len(pieces) else expected[:0]
-                value = value.to_local()
-            assert torch.equal(value.cpu(), expected), name
+    save = Run.save
 
     def save_and_copy(run, steps, *arguments, **options):
         save(run, steps, *arguments, **options)
         if common.rank() == 0 and steps == 2 and not run.out.name.startswith("again") and not only:
             shutil.copytree(run.partial, run.partial.with_name(f"again-{run.partial.name}"))
 
-    grade_with(grade)
-    Run.save, Run.finish = save_and_copy, finish_and_compare
-    for name, options in runs.items():
-        if only in (None, name):
-            SCRIPTS[name].main(SCRIPTS[name].Config(out=f"{out}/{name}", **settings, **options))
-    if common.rank() == 0:
-        Path(out, "rollouts.json").write_text(json.dumps(sampled))
-    for name, options in () if only else runs.items():  # from what a kill in the third step would have left
-        SCRIPTS[name].main(SCRIPTS[name].Config(out=f"{out}/again-{name}", resume=True, **settings, **options))
-    if only not in (None, "report"):
-        return
-    models = tuple(f"{out}/{name}" for name in ("warmup", "student", "teacher"))
-    report = dict(models=models, data=(problems,), k=3, max_prompt_tokens=32, max_response_tokens=8 * LONGER)
-    evaluate.main(evaluate.Config(out=f"{out}/report", **report, **sampler))
+    Run.save = save_and_copy
+    settings = dict(lr=1e-4, max_steps=3, micro_batch_tokens=40 * LONGER, save_every=2, **sampler)
+    for stage, (model, source, options) in runs.items():
+        if only in (None, stage):
+            run(stage, stage, model, source, **settings, **options)
+    for stage, (model, source, options) in () if only else runs.items():  # as if killed in the third step
+        run(stage, f"again-{stage}", model, source, resume=True, **settings, **options)
+    if only in (None, "report"):
+        models = tuple(trained[stage] for stage in ("warmup", "student", "teacher"))
+        report = dict(models=models, data=(problems,), k=3, max_prompt_tokens=32, **short)
+        evaluate.main(evaluate.Config(out=f"{out}/report", **report, **sampler))
 
 
 def faults() -> None:
@@ -136,13 +110,13 @@ def bfloat16() -> None:
     Activations are computed twice, an update has several micro-batches, and one rank has fewer of them than the other.
     The samples are the same because the embedded engine samples in float32 either way.
     """
-    settings = dict(**COMMON, max_response_tokens=12, max_steps=1, micro_batch_tokens=60, engine="torch")
-    settings["activation_checkpointing"] = True
-    grpo, distill = dict(**GRPO, mini_batch_prompts=3), dict(model=student, teacher=teacher, rollouts_per_prompt=3)
-    stages = {
-        "teacher": dict(model=teacher, half="1H", **grpo), "warmup": dict(mini_batch_prompts=3, **distill),
-        "bridge": dict(prompts_per_step=3, **distill), "student": dict(model=student, half="2H", **grpo),
-    }  # fmt: skip
+    settings = dict(
+        max_response_tokens=12, max_steps=1, micro_batch_tokens=60, engine="torch", activation_checkpointing=True
+    )
+    grpo = dict(**GRPO, mini_batch_prompts=3)
+    stages = {"teacher": dict(half="1H", **grpo), "warmup": dict(rollouts_per_prompt=3),
+              "bridge": dict(rollouts_per_prompt=3),
+              "student": dict(half="2H", micro_batch_tokens=1, **grpo)}  # fmt: skip  # nine batches for two ranks
     shard, optimizer_step, make_batches = lib.policy.shard, common.optimizer_step, lib.packing.make_batches
     gradients, counts = {}, []
 
@@ -157,12 +131,11 @@ def bfloat16() -> None:
         counts.append([len(batch.targets) for batch in batches])
         return batches
 
-    grade_with(made_up_grades)
     teacher_grpo.make_batches = fkl_warmup.make_batches = opd.make_batches = watched_batches
     lib.policy.shard, common.optimizer_step = lambda policy, compute: shard(policy, dtype), recorded_step
     for name, options in stages.items():
         for dtype in (None, torch.bfloat16):
-            SCRIPTS[name].main(SCRIPTS[name].Config(out=f"{out}/{name}-{dtype}", **settings, **options))
+            run(name, f"{name}-{dtype}", student, teacher, **settings | options)
         exact, rounded = gradients[None], gradients[torch.bfloat16]
         error = ((exact - rounded).norm() / exact.norm()).item()
         common.print0(f"{name}: gradient's norm {exact.norm():.4f}, relative error of bfloat16 {error:.4f}")
@@ -171,10 +144,14 @@ def bfloat16() -> None:
 
 
 common.start_process()
+for module in (teacher_grpo, fkl_warmup, opd):
+    module.grade = made_up_grades
 if task == "chain":
     chain(*rest)
     if len(rest) == 2:
         faults()
+elif task == "small":
+    run_chain(out, student, teacher, problems)
 else:
     bfloat16()
 common.exit_process(0)

@@ -6,12 +6,13 @@ import math
 import struct
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model, write_checkpoint, write_problems
-from helpers import assert_same_weights, cached_rows, made_up_grades, metrics, warmup
+from helpers import assert_same_weights, cached_rows, made_up_grades, metrics, record, warmup
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -34,8 +35,7 @@ def test_a_problem_that_comes_again_in_a_batch_gets_other_responses(problems):
 
     def sample(*chosen):
         rollouts = sample_rollouts(engine, chosen, prompts, 3, Sampling(8), seed_key=(0, 5))
-        assert [rollout.sample for rollout in rollouts] == [0, 1, 2] * len(chosen)
-        assert [rollout.problem for rollout in rollouts] == [problem for problem in chosen for _ in range(3)]
+        assert [(r.problem, r.sample) for r in rollouts] == [(p, number) for p in chosen for number in range(3)]
         ids = [rollout.response_ids for rollout in rollouts]
         return [ids[start : start + 3] for start in range(0, len(ids), 3)]
 
@@ -61,42 +61,40 @@ def names(updates) -> list[list[tuple[str, int]]]:
     return [[(r.problem.id, r.sample) for r in update] for update in updates]
 
 
-def test_the_responses_to_a_problem_stay_together(student, teacher, problems, tmp_path, trained_on, monkeypatch):
-    """Also on a machine without the packages that read data sets from the hub."""
-    for package in ("datasets", "pyarrow"):
-        monkeypatch.setitem(sys.modules, package, None)  # to import it fails
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", epochs=2))
-    batches = lib.data.problem_batches(lib.data.load_problems(problems), 3, 2, "warmup", 0)
-    assert [[name for name, _ in update] for update in names(trained_on)] == [
-        [problem.id for problem in batch for _ in range(2)] for batch in batches
-    ]
-
-
 @pytest.mark.parametrize("keep", ["all", "correct"])
 def test_a_limited_warmup_samples_what_it_uses(
     keep, student, teacher, problems, tmp_path, monkeypatch, trained_on, capsys
 ):
-    """The same as the first steps of a longer one, which can go on with its rollouts."""
+    """The same as the first step of a longer one, which can go on with its rollouts. A problem's responses stay together.
+
+    Also on a machine without the packages that read data sets from the hub.
+    """
+    for package in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)  # to import it fails
     monkeypatch.setattr(fkl_warmup, "grade", made_up_grades)
     at_a_time = {"all": 512, "correct": 2}[keep]  # sequences: all problems, or one
-    settings = dict(keep=keep, loss="sft", mini_batch_prompts=1, max_response_tokens=16, max_num_seqs=at_a_time)
-    whole = tmp_path / "whole_rollouts"
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "whole", **settings, rollouts=str(whole)))
+    [order] = lib.data.problem_batches(lib.data.load_problems(problems), 12, 1, "warmup", 0)
+    order = [problem.id for problem in order]
+
+    def run(name: str, rollouts: str, **settings) -> None:
+        settings |= dict(keep=keep, loss="sft", mini_batch_prompts=2, max_response_tokens=16, max_num_seqs=at_a_time)
+        trained_on.clear()
+        fkl_warmup.main(
+            warmup(student, teacher, problems, tmp_path / name, rollouts=str(tmp_path / rollouts), **settings)
+        )
+
+    run("whole", "whole_rollouts")
     every = names(trained_on)
-    trained_on.clear()
-    limited = dict(settings, rollouts=str(tmp_path / "rollouts"))
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "short", **limited, max_steps=2))
-    assert names(trained_on) == every[:2] and metrics(tmp_path / "short") == metrics(tmp_path / "whole")[:2]
-    rows, used = cached_rows(tmp_path / "rollouts"), {r.problem.id for update in trained_on for r in update}
-    last = trained_on[-1][-1].problem.id
+    run("short", "rollouts", max_steps=1)
+    assert names(trained_on) == every[:1] and metrics(tmp_path / "short") == metrics(tmp_path / "whole")[:1]
+    sampled, used = {row["id"] for row in cached_rows(tmp_path / "rollouts")}, [name for name, _ in every[0]]
     if keep == "all":
-        assert {row["id"] for row in rows} == used and len(used) == 2
+        assert sum(every, []) == [(name, sample) for name in order for sample in (0, 1)]
+        assert sampled == set(used) and len(sampled) == 2
     else:  # those before the last one in use were sampled, whether or not they had a right answer, and no others
-        order = [p.id for [p] in lib.data.problem_batches(lib.data.load_problems(problems), 1, 1, "warmup", 0)]
-        assert {row["id"] for row in rows} == set(order[: order.index(last) + 1]) > used
+        assert sampled == set(order[: order.index(used[-1]) + 1]) > set(used) and len(sampled) < 12
         assert "learning from 4\n" in capsys.readouterr().out
-    assert len(rows) < 12 * 2
-    fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "long", **limited))
+    run("long", "rollouts")
     assert_same_weights(tmp_path / "whole", tmp_path / "long")
 
 
@@ -107,16 +105,14 @@ def test_epochs_repeat_until_max_steps(student, teacher, problems, tmp_path, mon
     fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "out", **settings, max_steps=7))
     rows = cached_rows(tmp_path / "out" / "teacher_rollouts")
     right = [row for row in rows if row["correct"]]
-    finished = [row for row in right if row["finish_reason"] == "stop"]
-    assert len(rows) == 24 and 0 < len(finished) < len(right)
-    learnt = {(row["id"], row["sample"]) for row in finished}
+    learnt = {(row["id"], row["sample"]) for row in right if row["finish_reason"] == "stop"}
+    assert len(rows) == 24 and 0 < len(learnt) < len(right)
     flat = sum(names(trained_on), [])
     assert len(trained_on) == 7 and len(flat) == 56
     for start in range(0, 56, len(learnt)):
         one_pass = flat[start : start + len(learnt)]
         assert set(one_pass) <= learnt and len(set(one_pass)) == len(one_pass)
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert set(record["trained_on"]) == {row["id"] for row in finished}
+    assert set(record(tmp_path / "out")["trained_on"]) == {name for name, _ in learnt}
     monkeypatch.setattr(fkl_warmup, "grade", lambda rollouts, _: [setattr(r, "correct", False) for r in rollouts])
     with pytest.raises(InputError, match="no response is right and finished"):
         fkl_warmup.main(warmup(student, teacher, problems, tmp_path / "none", **settings))
@@ -124,24 +120,23 @@ def test_epochs_repeat_until_max_steps(student, teacher, problems, tmp_path, mon
 
 def test_a_rollout_comes_back_from_the_cache_as_it_was(problems, tmp_path):
     """Each by itself, in any order, with every digit; and a process that opens the cache again finds the same."""
-    loaded = lib.data.load_problems(problems)[:3]
+    a, b, c = loaded = lib.data.load_problems(problems)[:3]
     prompts = {problem.id: [5, number] for number, problem in enumerate(loaded)}
-    logprobs = [[-1 / 3, -2.5e-8, math.nan], [-0.1], [float(torch.tensor(-0.7)), -12.0], [-math.inf, -1e-300]]
-    texts = ['"response_ids": [1]\n\u2028é\ud800', "", "4", "5"]
     rollouts = [
-        Rollout(problem, number, prompts[problem.id], [7] * len(values), values, reason, text, correct)
-        for number, (problem, values, text, reason, correct) in enumerate(
-            zip([*loaded[:2], loaded[1], loaded[2]], logprobs, texts, ["stop", "length"] * 2, [True, True, False, True])
-        )
-    ]
+        Rollout(problem, number, prompts[problem.id], [7] * len(logprobs), logprobs, reason, text, correct)
+        for number, (problem, logprobs, reason, text, correct) in enumerate([
+            (a, [-1 / 3, -2.5e-8, math.nan], "stop", '"response_ids": [1]\n\u2028é\ud800', True),
+            (b, [-0.1], "length", "", True),
+            (b, [float(torch.tensor(-0.7)), -12.0], "stop", "4", False),
+            (c, [-math.inf, -1e-300], "length", "5", True),
+        ])
+    ]  # fmt: skip
     with open_cache(tmp_path / "cache", {}, loaded, prompts) as first:
-        first.append(rollouts[1:3])
-        first.append([rollouts[3]])
-        first.append([rollouts[0]])
+        for part in (rollouts[1:3], rollouts[3:], rollouts[:1]):
+            first.append(part)
     with open_cache(tmp_path / "cache", {}, loaded, prompts) as again:
         pass
-    assert first.rows == {loaded[1].id: [0, 1], loaded[2].id: [2], loaded[0].id: [3]}
-    assert again.rows == {loaded[0].id: [0], loaded[1].id: [1, 2], loaded[2].id: [3]}
+    assert first.rows == {b.id: [0, 1], c.id: [2], a.id: [3]} and again.rows == {a.id: [0], b.id: [1, 2], c.id: [3]}
     assert again.right == [True, False, False, False] and again.tokens == first.tokens == 8
     bits = lambda values: [struct.pack("d", value) for value in values]
     for row in (2, 0, 3, 1):
@@ -160,45 +155,43 @@ def test_a_cache_is_refused_when_its_responses_would_differ(student, problems, t
         return fkl_warmup.rollout_identity(cfg, "hash", loaded, prompts, tokenizer)
 
     first = identity()
-    assert identity() == first and identity(stop=(":",)) != first
-    assert identity({**prompts, loaded[0].id: [5]}) != first
-    for change in (dict(temperature=0.5), dict(seed=1), dict(rollouts_per_prompt=3), dict(max_response_tokens=5)):
+    assert identity() == identity(loss="sft", epochs=2) == first != identity({**prompts, loaded[0].id: [5]})
+    for change in (
+        dict(temperature=0.5), dict(seed=1), dict(rollouts_per_prompt=3), dict(max_response_tokens=5), dict(stop=(":",))
+    ):  # fmt: skip
         assert identity(**change) != first, change
     path = Path(teacher) / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1]}))
-    assert identity() != first
-
-    def opened(name, identity):
-        with open_cache(tmp_path / name, identity, loaded, prompts):
-            pass
-
-    for _ in range(2):
-        opened("cache", identity())
-    with pytest.raises(InputError, match="holds other rollouts .with end_tokens = .1., and this run needs .0, 1.*name"):
-        opened("cache", first)
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "letter").touch()
-    with pytest.raises(InputError, match="holds something other than rollouts"):
-        opened("documents", first)
+    made_otherwise = "holds other rollouts .with end_tokens = .1., and this run needs .0, 1.*name"
+    for name, wanted, outcome in (
+        ("cache", identity(), nullcontext()),
+        ("cache", identity(), nullcontext()),
+        ("cache", first, pytest.raises(InputError, match=made_otherwise)),
+        ("documents", first, pytest.raises(InputError, match="holds something other than rollouts")),
+    ):
+        with outcome, open_cache(tmp_path / name, wanted, loaded, prompts):
+            pass
 
 
 def test_a_second_run_waits_for_the_first_to_fill_the_cache(problems, tmp_path, capsys):
     """Otherwise both would sample the same problems, and each problem would have its responses twice."""
-    loaded = lib.data.load_problems(problems)
-    prompts, found = {problem.id: [5] for problem in loaded}, []
+    [problem, *_] = loaded = lib.data.load_problems(problems)
+    found, arguments = [], (tmp_path / "cache", {"seed": 0}, loaded, {problem.id: [5] for problem in loaded})
 
     def second():
-        with open_cache(tmp_path / "cache", {"seed": 0}, loaded, prompts) as cache:
-            found.append(sorted(cache.rows))
+        with open_cache(*arguments) as cache:
+            found.append(list(cache.rows))
 
     thread = threading.Thread(target=second)
-    with open_cache(tmp_path / "cache", {"seed": 0}, loaded, prompts) as cache:
+    with open_cache(*arguments) as cache:
         thread.start()
         thread.join(0.5)
         assert thread.is_alive() and not found
-        cache.append([Rollout(loaded[0], 0, [5], [6, 1], [-1.0, -1.0], "stop", "4", True)])
+        cache.append([Rollout(problem, 0, [5], [6, 1], [-1.0, -1.0], "stop", "4", True)])
     thread.join(60)
-    assert found == [[loaded[0].id]] and "waiting for another run to fill" in capsys.readouterr().out
+    assert found == [[problem.id]] and "waiting for another run to fill" in capsys.readouterr().out
 
 
 # Texts
@@ -221,50 +214,43 @@ def from_texts(model, data, out, rollouts, **settings):
 
 def test_sft_learns_from_texts_of_any_model(student, problems, tmp_path, trained_on, capsys):
     """Their tokens are those that follow the generation prompt; what is left out is counted."""
-    known = lib.data.load_problems(problems)[:4]
+    a, b, _, c = lib.data.load_problems(problems)[:4]
     [stranger] = lib.data.load_problems(write_problems(tmp_path / "other.jsonl", 1, seed=7))
-    rows = [(known[0], response(known[0])), (known[1], response(known[1], right=False)), (stranger, "Hmm,")]
-    rows += [(known[0], "Roughly:" + "1" * 20), (known[0], response(known[0], right=False) + "<|im_end|>")]
+    learnt = [(a, response(a)), (b, response(b, right=False)), (a, response(a, right=False)), (c, response(c))]
+    rows = [*learnt[:2], (stranger, "Hmm,"), (a, "Roughly:" + "1" * 20), (a, learnt[2][1] + "<|im_end|>")]
     texts = write_texts(tmp_path / "texts.jsonl", rows)
-    turns = [("user", known[3].prompt), ("assistant", response(known[3])), ("user", "Thanks")]
+    turns = [("user", c.prompt), ("assistant", response(c)), ("user", "Thanks")]
     chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
     with open(texts, "a") as file:
-        file.write("{\n\n" + json.dumps(chat) + "\n" + json.dumps({"prompt": known[0].prompt}) + "\n")
+        file.write("{\n\n" + json.dumps(chat) + "\n" + json.dumps({"prompt": a.prompt}) + "\n")
     fkl_warmup.main(from_texts(student, problems, tmp_path / "out", texts, max_steps=3))
     printed = capsys.readouterr().out
     assert "4 responses to 3 of the 12 training problems; left out are 1 to other problems, 1 longer than " in printed
     assert "and 2 lines without a prompt and a response (the first is line 6: Expecting" in printed
     assert "responses: 4, 2 right and finished; learning from 4" in printed
 
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    expected = []
-    learnt = [rows[0], rows[1], (known[0], response(known[0], right=False)), (known[3], response(known[3]))]
-    for problem, text in learnt:
-        user = {"role": "user", "content": problem.prompt + INSTRUCTION}
-        chat = [user, {"role": "assistant", "content": text}]
-        expected.append(tokenizer.apply_chat_template(chat, return_dict=False))
+    render = AutoTokenizer.from_pretrained(student).apply_chat_template
+    turns = lambda p, text: [
+        {"role": "user", "content": p.prompt + INSTRUCTION},
+        {"role": "assistant", "content": text},
+    ]
+    expected = sorted(render(turns(*pair), return_dict=False) for pair in learnt)
     assert len(trained_on) == 3  # epochs are repeated
     for update in trained_on:
-        assert sorted(r.prompt_ids + r.response_ids for r in update) == sorted(expected)
+        assert sorted(r.prompt_ids + r.response_ids for r in update) == expected
         assert {r.finish_reason for r in update} == {"stop"} and all(r.response_ids[-1] == 1 for r in update)
 
     fkl_warmup.main(from_texts(student, problems, tmp_path / "correct", texts, keep="correct"))
-    assert {r.text for r in trained_on[-1]} == {rows[0][1], response(known[3])}
+    assert {r.text for r in trained_on[-1]} == {response(a), response(c)}
+
+    (tmp_path / "none.jsonl").write_text('[1]\n{"prompt": "1+1", "response": "2"}\n')
+    with pytest.raises(InputError, match="0 responses to 0 of the 12 .* is line 1: it is .1., not an object.; check"):
+        fkl_warmup.main(from_texts(student, problems, tmp_path / "none", str(tmp_path / "none.jsonl")))
 
     lineage = lib.lineage.read_lineage(str(tmp_path / "out"))  # for Stage 3 and the audit
     assert lineage["parents"].keys() == {"model", "rollouts"}
     assert lineage["parents"]["rollouts"] == {"path": texts, "sha256": lib.lineage.file_sha256(Path(texts))}
-    assert lib.lineage.problems_trained_on(lineage) == {known[0].id, known[1].id, known[3].id}
-
-
-@pytest.mark.parametrize("content, words", [
-    ("[1]\n", "1 lines without a prompt and a response .the first is line 1: it is .1., not an object.; check the file"),
-    ('{"prompt": "1+1", "response": "2"}\n', "0 responses to 0 of the 12 training problems; left out are 1 to other problems"),
-])  # fmt: skip
-def test_texts_that_leave_nothing_to_learn_from_are_refused(content, words, student, problems, tmp_path):
-    (tmp_path / "texts.jsonl").write_text(content)
-    with pytest.raises(InputError, match=words):
-        fkl_warmup.main(from_texts(student, problems, tmp_path / "out", str(tmp_path / "texts.jsonl")))
+    assert lib.lineage.problems_trained_on(lineage) == {a.id, b.id, c.id}
 
 
 def test_special_tokens_in_a_text_end_no_turn_and_what_the_cache_has_is_not_graded_again(
@@ -278,22 +264,20 @@ def test_special_tokens_in_a_text_end_no_turn_and_what_the_cache_has_is_not_grad
     [problem, other, *_] = loaded = lib.data.load_problems(problems)
     rows = [(problem, "a<end>b"), (problem, "ab<end>"), (other, "c"), (problem, "d")]
     texts, graded = write_texts(tmp_path / "texts.jsonl", rows), []
-    monkeypatch.setattr(lib.rollouts, "PROBLEMS_AT_A_TIME", 1)
 
     def grade(rollouts, grader):
         graded.append([rollout.text for rollout in rollouts])
         made_up_grades(rollouts, grader)
-        if grader == "killed" and len(graded) == 2:
+        if len(graded) == 2:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(lib.rollouts, "PROBLEMS_AT_A_TIME", 1)
     monkeypatch.setattr(lib.rollouts, "grade", grade)
-    prompts = {problem.id: [5] for problem in loaded}
-    with pytest.raises(KeyboardInterrupt), open_cache(tmp_path / "cache", {}, loaded, prompts) as cache:
-        lib.rollouts.read_texts(texts, cache, tokenizer, 12, "killed")
-    with open_cache(tmp_path / "cache", {}, loaded, prompts) as cache:
-        lib.rollouts.read_texts(texts, cache, tokenizer, 12, "")
+    for ends in (pytest.raises(KeyboardInterrupt), nullcontext()):
+        with ends, open_cache(tmp_path / "cache", {}, loaded, {problem.id: [5] for problem in loaded}) as cache:
+            lib.rollouts.read_texts(texts, cache, tokenizer, 12, None)
     assert graded == [["a<end>b", "ab", "d"], ["c"], ["c"]]
-    found = [cache[row] for row in range(len(cache))]
-    assert [rollout.response_ids.count(tokenizer.eos_token_id) for rollout in found] == [1] * 4
-    assert [tokenizer.decode(rollout.response_ids[:-1]) for rollout in found] == ["a<end>b", "ab", "d", "c"]
+    for row, text in enumerate(["a<end>b", "ab", "d", "c"]):
+        *ids, end = cache[row].response_ids
+        assert tokenizer.decode(ids) == text and end == tokenizer.eos_token_id not in ids
     assert cache.rows == {problem.id: [0, 1, 2], other.id: [3]}
