@@ -110,11 +110,12 @@ def test_a_float32_model_attends_in_bfloat16_on_a_gpu(monkeypatch):
 def test_the_longest_sequence_is_tried_and_forgotten(monkeypatch):
     """On a GPU, before the first step: a full micro-batch, its gradient, and nothing is left of it."""
     policy, tried = Policy(tiny_model()), []
-    before = [parameter.clone() for parameter in policy.parameters()]
     optimizer = torch.optim.AdamW(policy.parameters())
     cfg = SimpleNamespace(max_response_tokens=9, micro_batch_tokens=40)
 
     def loss_of(batch):
+        if tried:
+            raise torch.OutOfMemoryError
         tried.append(batch.position_ids.flatten().tolist())
         loss = policy(batch, lambda hidden, weight: fused_linear_logprob(hidden, weight, batch.targets))[0].sum()
         loss.register_hook(lambda gradient: tried.append("backward"))
@@ -125,13 +126,9 @@ def test_the_longest_sequence_is_tried_and_forgotten(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     lib.policy.try_longest(cfg, {"a": [2, 3], "b": [2, 4, 3]}, optimizer, loss_of)
     assert tried == [3 * list(range(3 + 9 - 1)), "backward"] and not optimizer.state
-    assert all(torch.equal(x, y) and y.grad is None for x, y in zip(before, policy.parameters()))
-
-    def too_much(batch):
-        raise torch.OutOfMemoryError
-
+    assert all(parameter.grad is None for parameter in policy.parameters())
     with pytest.raises(InputError, match="or one sequence of 3 . 9 tokens, does not fit"):
-        lib.policy.try_longest(cfg, {"b": [2, 4, 3]}, optimizer, too_much)
+        lib.policy.try_longest(cfg, {"b": [2, 4, 3]}, optimizer, loss_of)
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct"])
@@ -146,42 +143,28 @@ def test_activations_take_what_the_docs_say(name, monkeypatch):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(type(config)(**shape), dtype=torch.bfloat16)
         policy, saved = Policy(model), {}
-        weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
-
-        def save(tensor, weights=weights, saved=saved):
-            if (storage := tensor.untyped_storage())._cdata not in weights:
-                saved[storage._cdata] = tensor
-            return tensor
-
+        save = lambda tensor, saved=saved: (saved.setdefault(tensor.untyped_storage()._cdata, tensor), tensor)[1]
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             policy(batch, lambda hidden, weight: hidden)
-        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / batch.input_ids.numel())
+        weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
+        sizes = [tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in weights]
+        kept.append(sum(sizes) / batch.input_ids.numel())
     text = (ROOT / "docs/scaling.md").read_text()
-    qwen3 = re.search(r"(\d+) h \+ (\d+) q \+ (\d+) kv \+ (\d+) i bytes", text)
-    less = re.search(r"(\d+) q \+ (\d+) kv bytes\s+less", text).groups() if "llama" in name else (0, 0)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    h, q, kv, i = map(int, qwen3.groups())
-    expected = (
-        h * config.hidden_size + i * config.intermediate_size
-        + (q - int(less[0])) * head_dim * config.num_attention_heads
-        + (kv - int(less[1])) * head_dim * config.num_key_value_heads
-    )  # fmt: skip
+    h, q, kv, i = map(int, re.search(r"(\d+) h \+ (\d+) q \+ (\d+) kv \+ (\d+) i bytes", text).groups())
+    if "llama" in name:
+        less = re.search(r"(\d+) q \+ (\d+) kv bytes\s+less", text)
+        q, kv = q - int(less[1]), kv - int(less[2])
+    heads = q * config.num_attention_heads + kv * config.num_key_value_heads
+    expected = h * config.hidden_size + i * config.intermediate_size + heads * config.head_dim
     assert kept[1] - kept[0] == pytest.approx(expected, rel=0.01)
 
 
 def test_only_tested_families_are_trained(tmp_path):
     assert lib.policy.FAMILIES == tuple(MODELS)
-    for config in (transformers.GPT2Config(), transformers.GPTNeoXConfig(), transformers.NemotronConfig()):
-        config.save_pretrained(tmp_path)
-        sentence = f"of the family '{config.model_type}', but only llama, qwen2, qwen3 are tes"
-        with pytest.raises(InputError, match=sentence):
-            lib.policy.check_checkpoint(str(tmp_path), 100)
-        lib.policy.check_checkpoint(str(tmp_path), 100, packs=False)  # any may be evaluated
-    for name in MODELS.values():
-        getattr(transformers, name + "Config")(vocab_size=99).save_pretrained(tmp_path)
-        lib.policy.check_checkpoint(str(tmp_path), 99)
-        with pytest.raises(InputError, match="has embeddings for 99 tokens, but its tokenizer has 100"):
-            lib.policy.check_checkpoint(str(tmp_path), 100)
+    transformers.GPTNeoXConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="of the family 'gpt_neox', but only llama, qwen2, qwen3 are tested"):
+        lib.policy.check_checkpoint(str(tmp_path), 100)
+    lib.policy.check_checkpoint(str(tmp_path), 100, packs=False)  # any may be evaluated
 
 
 def test_a_model_that_ignores_the_pack_is_an_error():

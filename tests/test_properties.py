@@ -8,20 +8,16 @@ from hypothesis import strategies as st
 
 import common
 import teacher_grpo
-from common import Problem, Rollout
+from common import Rollout
 from lib import packing
 
 CPU = torch.device("cpu")
 checked = settings(max_examples=60, deadline=None)
 
-tokens = st.integers(2, 99)
-rollout_lists = st.lists(
-    st.tuples(st.lists(st.integers(2, 3), min_size=1, max_size=2), st.lists(tokens, max_size=7)), min_size=1, max_size=9
-).map(
+prompts, responses = st.lists(st.integers(2, 3), min_size=1, max_size=2), st.lists(st.integers(2, 99), max_size=7)
+rollout_lists = st.lists(st.tuples(prompts, responses), min_size=1, max_size=9).map(
     lambda pairs: [
-        Rollout(
-            Problem(str(i), "", ""), 0, prompt, response, [-float(i) - t / 8 for t in range(len(response))], "stop", ""
-        )
+        Rollout(None, 0, prompt, response, [-float(i) - t / 8 for t in range(len(response))], "stop", "")
         for i, (prompt, response) in enumerate(pairs)
     ]
 )
