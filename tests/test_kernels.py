@@ -14,8 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kernels as K
 
@@ -94,8 +92,6 @@ def check(loss, reference, leaves, others, upstream, shift=0.0, **kwargs):
         assert mine <= theirs + bits * size + 1e-30, f"result {number}: {mine:.3g}, naive {theirs:.3g} of {size:.3g}"
 
 
-# Token log-probability.
-
 @pytest.mark.parametrize("shape, dtype, temperature, shift", [  # shape: N, V, D - 1
     *((shape, dtype, 1.0, 0) for shape in ((1, 1100, 40), (65, 257, 63), (64, 512, 127)) for dtype in DTYPES),
     *(((9, 1100, 40), torch.float32, *more) for more in ((0.5, 0), (2.0, -20), (1.0, 80)))])
@@ -118,8 +114,6 @@ def test_logprob_rows_without_gradient_cannot_poison(where):
     assert torch.equal(d_hidden.double(), expected[2]) and torch.equal(d_weight.double(), expected[3])
     assert not d_hidden[~live].any() and logprob[~live].isnan().all()
 
-
-# KL.
 
 @both_ways
 @pytest.mark.parametrize("shape, dtype, temperature, shift, teacher_shift", [  # N is small: the kernel takes row by row
@@ -184,8 +178,6 @@ def test_no_tokens_give_zero_gradients(where):
     for value in (logprob.sum(), loss):
         assert not any(g.any() for g in torch.autograd.grad(value, (hidden, weight)))
 
-
-# Both.
 
 @only_here  # it takes long, and the kernels are launched in the same way for each piece
 def test_pieces_do_not_change_the_result(where, monkeypatch):
@@ -291,25 +283,6 @@ def test_rows_beyond_two_gigabytes(reverse):
     assert torch.equal(near, far) and torch.equal(near_grad, far_grad) and near.isfinite().all()
 
 
-# The PyTorch path alone.
-
-@only_here
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 9), st.integers(2, 40), st.integers(1, 6), st.sampled_from(["reverse", "forward"]),
-       st.floats(0.3, 3), st.integers(0, 5), st.randoms(use_true_random=False))
-def test_any_shape_equals_the_formulas(n, v, d, direction, temperature, padding, random):
-    hidden, weight = linear(n, v + padding, d, torch.float64, "cpu", seed=random.randrange(99))
-    teacher = [x.detach() for x in linear(n, v + 2 * padding, d + 1, torch.float64, "cpu", seed=random.randrange(99))]
-    weights = torch.tensor([random.choice([0.0, 1.0, 0.25]) for _ in range(n)], dtype=torch.float64)
-    target = torch.tensor([random.randrange(v) for _ in range(n)], dtype=torch.int64)
-    kwargs = dict(temperature=temperature, vocab_size=v)
-    for pair, others, upstream, more in (
-            ((K.fused_linear_kl, formulas.kl), [*teacher, target], torch.tensor(0.3), dict(direction=direction)),
-            ((K.fused_linear_logprob, formulas.logprob), [target], weights, {})):
-        got, want = (run(f, [hidden, weight], others, upstream, **kwargs, **more) for f in pair)
-        assert all(torch.allclose(x, y, atol=1e-11) for x, y in zip(got, want, strict=True))
-
-
 @only_here
 @pytest.mark.parametrize("message, call", [
     ("temperature is 0", lambda h, w, y: K.fused_linear_logprob(h, w, y, temperature=0)),
@@ -325,8 +298,6 @@ def test_bad_arguments_are_named(message, call):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 3), torch.randn(7, 3), torch.arange(4))
 
-
-# Other processes.
 
 def python(*args, **environment):
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | environment

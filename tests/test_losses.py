@@ -101,9 +101,6 @@ def test_distillation_losses_are_the_equations(name, micro_batch_tokens):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-# GRPO
-
-
 @pytest.mark.parametrize("reward", [10.1, 100.1, -0.3])
 def test_equal_rewards_give_no_advantage_in_float32(reward):
     """Their mean may be a rounding error off, which would be divided by 1e-6."""
