@@ -11,6 +11,7 @@ table. Times are medians. Memory is the peak above what was allocated before the
 import argparse
 import ctypes
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
@@ -24,22 +25,15 @@ import time
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import kernels as K  # noqa: E402
+import kernels as K
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZES = {  # N tokens, Ds, Dt, V
     "Qwen3 1.7B <- 8B": (16384, 2048, 4096, 151936),
     "Llama-3 8B <- 70B": (16384, 4096, 8192, 128256),
 }
 TINY = {"tiny": (200, 32, 48, 1100)}
 CPU = {"fp32 on one CPU thread": (512, 256, 256, 32000)}
-
-
-def liger():
-    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
-    loss = LigerFusedLinearJSD(jsd_beta=1.0)
-    return lambda h, w, th, tw: loss(h, w, th, tw, None) * len(h)  # its loss is a mean over tokens, ours a sum
 
 
 def tokens(h, w):
@@ -55,6 +49,16 @@ def logprob(function):
     return lambda h, w, th, tw: function(h, w, tokens(h, w))[0].sum()
 
 
+@functools.cache
+def compiled():
+    return torch.compile(K.fused_linear_kl_reference)
+
+
+def liger(h, w, th, tw):
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+    return LigerFusedLinearJSD(jsd_beta=1.0)(h, w, th, tw, None) * len(h)  # its loss is a mean over tokens, ours a sum
+
+
 def sampled_token(h, w, th, tw):
     """The estimate from one token: policy gradient on log pi_T - log pi_student."""
     found, _ = K.fused_linear_logprob(h, w, tokens(h, w))
@@ -63,15 +67,15 @@ def sampled_token(h, w, th, tw):
     return -(advantage * found).sum()
 
 
-METHODS = {  # what makes a loss of (student's hidden states, weight, teacher's hidden states, weight)
-    "KL, ours, reverse": lambda: exact(K.fused_linear_kl),
-    "KL, ours, forward": lambda: exact(K.fused_linear_kl, "forward"),
-    "KL, formulas": lambda: exact(K.fused_linear_kl_reference),
-    "KL, formulas, torch.compile": lambda: exact(torch.compile(K.fused_linear_kl_reference)),
+METHODS = {  # losses of (student's hidden states, weight, teacher's hidden states, weight)
+    "KL, ours, reverse": exact(K.fused_linear_kl),
+    "KL, ours, forward": exact(K.fused_linear_kl, "forward"),
+    "KL, formulas": exact(K.fused_linear_kl_reference),
+    "KL, formulas, torch.compile": lambda *args: exact(compiled())(*args),
     "KL, Liger LigerFusedLinearJSD": liger,
-    "KL, sampled token, ours": lambda: sampled_token,
-    "log-probability, ours": lambda: logprob(K.fused_linear_logprob),
-    "log-probability, formulas": lambda: logprob(K.fused_linear_logprob_reference),
+    "KL, sampled token, ours": sampled_token,
+    "log-probability, ours": logprob(K.fused_linear_logprob),
+    "log-probability, formulas": logprob(K.fused_linear_logprob_reference),
 }
 ON_CPU = {"KL, ours, reverse": "KL, formulas", "log-probability, ours": "log-probability, formulas"}
 
@@ -116,9 +120,10 @@ def measure(make):
     # M_MMAP_THRESHOLD: each tensor is a mapping of its own. In the heap, chance layouts take up to 42 MB more.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *setting: None)
     mallopt(-3, 1 << 16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    highest = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest()
     function()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = highest() - before
     mallopt(-3, 1 << 25)  # glibc's own limit, for the times
     times = []
     for _ in range(3):
@@ -162,18 +167,13 @@ def row(name, make):
 
 def table(args, names):
     """Lines of the methods' forward and backward passes, and the gigabytes of each."""
-    def prepared(name):
-        method = METHODS[name]()
-        return lambda: torch.autograd.grad(method(*args), args[:2])
-
-    def forward():
-        return torch.no_grad()(lambda: METHODS["log-probability, ours"]()(*args))
-
-    found = {name: row(name, lambda: prepared(name)) for name in names}
-    found["KL, its matrix products alone"] = row("KL, its matrix products alone", lambda: products(*args))
-    found["log-probability, ours, forward"] = row("log-probability, ours, forward", forward)
+    both_passes = lambda name: lambda: lambda: torch.autograd.grad(METHODS[name](*args), args[:2])
     square = torch.zeros(*(8192 if args[0].is_cuda else 256,) * 2, device=args[0].device, dtype=args[0].dtype).normal_()
-    found["square"] = row(f"one product of {len(square)} x {len(square)} matrices", lambda: lambda: square @ square)
+    rows = {name: both_passes(name) for name in names} | {
+        "KL, its matrix products alone": lambda: products(*args),
+        "log-probability, ours, forward": lambda: torch.no_grad()(lambda: METHODS["log-probability, ours"](*args)),
+        f"one product of {len(square)} x {len(square)} matrices": lambda: lambda: square @ square}
+    found = {name: row(name, make) for name, make in rows.items()}
     return [line for line, _ in found.values()], {name: gigabytes for name, (_, gigabytes) in found.items()}
 
 
