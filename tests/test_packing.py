@@ -1,24 +1,20 @@
 """Packed micro-batches against one forward pass for each sequence: values and gradients."""
 
 import inspect
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import SIZES, double_model, tiny_model
-from helpers import ROOT
 from test_losses import make_rollouts, naive_logits
 
-import kernels
 import lib.policy
 from common import InputError
 from kernels import fused_linear_logprob
 from lib import packing
 from lib.packing import make_batches, pack
 from lib.policy import Policy
-from tests.tools.rehearsal import MODELS as MODEL_CONFIGS
 
 CPU = torch.device("cpu")
 MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # families that are trained, and their classes
@@ -72,7 +68,7 @@ def grouped_varlen(*arguments, enable_gqa, **options):
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])  # alone; groups cut in two; all together
 @pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("attention", ["blocks", "varlen", "varlen of torch 2.11"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", lib.policy.FAMILIES)
 def test_packs_equal_one_by_one_forwards(family, attention, share_prompts, max_tokens, monkeypatch):
     model = double_model(seed=3, family=MODELS[family])
     for name, parameter in model.named_parameters():
@@ -93,18 +89,6 @@ def test_packs_equal_one_by_one_forwards(family, attention, share_prompts, max_t
         (weights * values).sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))
     torch.testing.assert_close(*gradients, atol=1e-11, rtol=0)
-
-
-def test_a_float32_model_attends_in_bfloat16_on_a_gpu(monkeypatch):
-    """FlashAttention takes nothing wider; one by one, the products of the rest of the model stay in float32."""
-    model, rollouts = tiny_model(), make_rollouts(4, shortest=1)
-    expected = one_by_one(model, rollouts)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-    monkeypatch.setattr(packing, "varlen_attn", grouped_varlen)
-    monkeypatch.setattr(kernels, "_use_triton", lambda *arguments: False)
-    logprobs = in_batches(Policy(model), rollouts, 1000)
-    assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs, expected, atol=0.03, rtol=0)
 
 
 def test_the_longest_sequence_is_tried_and_forgotten(monkeypatch):
@@ -131,36 +115,7 @@ def test_the_longest_sequence_is_tried_and_forgotten(monkeypatch):
         lib.policy.try_longest(cfg, {"b": [2, 4, 3]}, optimizer, loss_of)
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct"])
-def test_activations_take_what_the_docs_say(name, monkeypatch):
-    """What autograd keeps of one layer more, on tensors without memory that say they are on a GPU."""
-    config, kept = MODEL_CONFIGS[name], []
-    [batch] = make_batches(make_rollouts(), 1000, torch.device("meta"), False)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
-    for layers in (1, 2):
-        shape = {**config.to_dict(), "num_hidden_layers": layers, "layer_types": None}
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(type(config)(**shape), dtype=torch.bfloat16)
-        policy, saved = Policy(model), {}
-        save = lambda tensor, saved=saved: (saved.setdefault(tensor.untyped_storage()._cdata, tensor), tensor)[1]
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            policy(batch, lambda hidden, weight: hidden)
-        weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
-        sizes = [tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in weights]
-        kept.append(sum(sizes) / batch.input_ids.numel())
-    text = (ROOT / "docs/scaling.md").read_text()
-    h, q, kv, i = map(int, re.search(r"(\d+) h \+ (\d+) q \+ (\d+) kv \+ (\d+) i bytes", text).groups())
-    if "llama" in name:
-        less = re.search(r"(\d+) q \+ (\d+) kv bytes\s+less", text)
-        q, kv = q - int(less[1]), kv - int(less[2])
-    heads = q * config.num_attention_heads + kv * config.num_key_value_heads
-    expected = h * config.hidden_size + i * config.intermediate_size + heads * config.head_dim
-    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.01)
-
-
 def test_only_tested_families_are_trained(tmp_path):
-    assert lib.policy.FAMILIES == tuple(MODELS)
     transformers.GPTNeoXConfig().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="of the family 'gpt_neox', but only llama, qwen2, qwen3 are tested"):
         lib.policy.check_checkpoint(str(tmp_path), 100)

@@ -289,9 +289,3 @@ def test_workers_that_cannot_start_are_an_error_and_an_answer_whose_workers_die_
 def test_bad_calls(responses, golds):
     with Verifier() as verifier, pytest.raises(ValueError):
         verifier.check(responses, golds)
-
-
-def test_command_line():
-    words = ["-m", "lib.verifier", r"\frac12", r"so \boxed{0.5}"]
-    printed = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True).stdout
-    assert printed == "Verdict(correct=True, extracted='0.5', how='math_verify')\n"

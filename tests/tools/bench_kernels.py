@@ -14,8 +14,7 @@ import datetime
 import functools
 import gc
 import importlib.metadata
-import json
-import os
+import multiprocessing
 import pathlib
 import platform
 import resource
@@ -135,20 +134,21 @@ def measure(make):
 
 def measure_apart(make):
     """`measure` in a fork of this process, which never computes, so that nothing before it has raised the peak."""
-    reading, writing = os.pipe()
-    if os.fork() == 0:
+    context = multiprocessing.get_context("fork")
+    reading, writing = context.Pipe(duplex=False)
+
+    def work():
         try:
-            found = measure(make)
+            writing.send(measure(make))
         except Exception as error:
-            found = f"{type(error).__name__}: {error}"[:2000]
-        os.write(writing, json.dumps(found).encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as file:
-        found = json.load(file)
-    os.wait()
-    if isinstance(found, str):
-        raise RuntimeError(found)
+            writing.send(RuntimeError(f"{type(error).__name__}: {error}"))
+    child = context.Process(target=work)
+    child.start()
+    writing.close()
+    found = reading.recv()
+    child.join()
+    if isinstance(found, Exception):
+        raise found
     return found
 
 

@@ -30,10 +30,9 @@ UNUSED = {"datasets", "hypothesis", "pytest-xdist", "ruff"}  # packages of requi
 
 
 def version(package: str) -> str:
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+    return "absent"
 
 
 if __name__ == "__main__":
