@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -114,16 +113,12 @@ def test_a_text_that_most_prompts_share_is_said(tmp_path, capsys):
 
 def test_a_checkpoint_that_is_not_there_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
     """Without a network the hub's client would try for a minute."""
-    asked = []
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: asked.append(name) or toy.make_tokenizer())
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: asked.append(name) or [READ["plain"][0]])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for model in ("runs/bridge", "/bridge", "bridge", "a/b/c"):
         with pytest.raises(InputError, match=f"--model '{model}' is not a checkpoint directory; check the path"):
             lib.data.load_tokenizer(model)
-    assert lib.data.load_tokenizer("Qwen/Qwen3-8B") and load_problems("owner/set@main:test")
-    assert asked == ["Qwen/Qwen3-8B", "owner/set"]
 
 
 SAME = [
@@ -296,15 +291,12 @@ def test_a_line_break_is_found_in_a_vocabulary_of_bytes():
 
 
 def test_toy_demonstrations_say_what_their_habit_says():
-    rng, tokenizer = random.Random(0), toy.make_tokenizer()
-    right = dict.fromkeys(toy.HABITS, 0)
-    for _ in range(400):
-        problem = toy.make_problem(rng)
-        for habit in toy.HABITS:
-            text = toy.demonstrate(problem, habit, rng)
-            ids = tokenizer(text)["input_ids"]
-            assert tokenizer.decode(ids) == text and text.startswith(habit)
-            right[habit] += text.endswith(f"\\boxed{{{problem.answer}}}")
-            assert (len(ids) > toy.MAX_RESPONSE_TOKENS) == (habit == "Hmm,")
+    rng, tokenizer, right = random.Random(0), toy.make_tokenizer(), dict.fromkeys(toy.HABITS, 0)
+    for problem, habit in itertools.product([toy.make_problem(rng) for _ in range(400)], toy.HABITS):
+        text = toy.demonstrate(problem, habit, rng)
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and text.startswith(habit)
+        assert (len(ids) > toy.MAX_RESPONSE_TOKENS) == (habit == "Hmm,")
+        right[habit] += text.endswith(f"\\boxed{{{problem.answer}}}")
     assert right["Carefully:"] == 400 and right["Hmm,"] == 0
     assert 40 < right["Guess:"] < 120 and 40 < right["Roughly:"] < 160

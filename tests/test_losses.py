@@ -101,16 +101,6 @@ def test_distillation_losses_are_the_equations(name, micro_batch_tokens):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("reward", [10.1, 100.1, -0.3])
-def test_equal_rewards_give_no_advantage_in_float32(reward):
-    """Their mean may be a rounding error off, which would be divided by 1e-6."""
-    rewards = torch.full((3, 8), reward)
-    rewards[2, 0] += 1
-    assert (teacher_grpo.group_advantages(rewards)[:2] == 0).all()
-    assert (teacher_grpo.group_advantages(rewards, normalize_by_std=False)[:2] == 0).all()
-    assert teacher_grpo.no_spread(rewards).tolist() == [True, True, False]
-
-
 def naive_grpo(logprobs, old, ref, advantages, weights, clip_ratio, kl_coef):
     total = 0.0
     for logp, logp_old, logp_ref, advantage, weight in zip(logprobs, old, ref, advantages, weights):
@@ -176,8 +166,8 @@ def test_an_update_is_the_naive_gradient_step(mini_batch_prompts, inner_epochs, 
     torch.testing.assert_close(weights, all_weights(policy), atol=1e-9, rtol=1e-7)
     mismatch = torch.cat(mismatches)  # log of trainer over sampler probability
     clipped = (mismatch.exp() > 0.1).double().mean().item()
-    expected = dict(grad_norm=sum(norms) / len(norms), importance_clipped=clipped,
-                    sampler_mismatch=mismatch.abs().mean().item(), sampler_mismatch_max=mismatch.abs().max().item())  # fmt: skip
+    expected = dict(grad_norm=sum(norms) / len(norms), importance_clipped=clipped)
+    expected |= dict(sampler_mismatch=mismatch.abs().mean().item(), sampler_mismatch_max=mismatch.abs().max().item())
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6) and 0 < clipped < 1
 
 

@@ -122,15 +122,12 @@ def test_only_tested_families_are_trained(tmp_path):
     lib.policy.check_checkpoint(str(tmp_path), 100, packs=False)  # any may be evaluated
 
 
-def test_a_model_that_ignores_the_pack_is_an_error():
-    """Nemotron's layers drop what its attention would need to keep sequences apart."""
+def test_models_whose_sequences_would_see_each_other_or_less_are_refused():
+    """Nemotron's layers drop what its attention would need to keep sequences apart; a window would be ignored."""
     sizes = {name: value for name, value in SIZES.items() if name != "initializer_range"}
     model = transformers.NemotronForCausalLM(transformers.NemotronConfig(hidden_size=16, num_hidden_layers=2, **sizes))
     with pytest.raises(RuntimeError, match="NemotronForCausalLM does not pass `packing` on to its attention"):
         in_batches(Policy(model), make_rollouts(2), 1000)
-
-
-def test_a_sliding_window_is_refused():
     window = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=3)
     with pytest.raises(InputError, match="model '' uses sliding-window attention"):
         in_batches(Policy(tiny_model(family="Qwen2", **window)), make_rollouts(2), 1000)

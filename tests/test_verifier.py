@@ -159,10 +159,7 @@ def test_hostile_answers(hostile, tmp_path, monkeypatch):
 def test_workers_compile_no_text_and_import_no_torch():
     """sympy's sympify and parse_expr evaluate text, but not in a worker that is ready."""
     program = """
-import os, subprocess, sys
-import lib.verifier
-assert not {"torch", "numpy", "sympy"} & set(sys.modules)  # A stage has no use for sympy in its own process.
-import sympy
+import os, subprocess, sys, sympy
 from lib import verifier_worker
 assert not {"torch", "transformers", "numpy"} & set(sys.modules)  # A worker that imports torch starts slowly.
 assert sympy.sympify("1+1") == 2

@@ -21,6 +21,7 @@ import resource
 import statistics
 import sys
 import time
+import timeit
 
 import torch
 
@@ -119,44 +120,31 @@ def measure(make):
     # M_MMAP_THRESHOLD: each tensor is a mapping of its own. In the heap, chance layouts take up to 42 MB more.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *setting: None)
     mallopt(-3, 1 << 16)
-    highest = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    before = highest()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     function()
-    peak = highest() - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     mallopt(-3, 1 << 25)  # glibc's own limit, for the times
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
+    times = timeit.repeat(function, timer=time.process_time, number=1, repeat=3)
     return statistics.median(times) * 1e3, peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def measure_apart(make):
-    """`measure` in a fork of this process, which never computes, so that nothing before it has raised the peak."""
+def apart(function, *args):
+    """What a function returns in a fork of this process, which never computes: nothing before has raised the peak."""
     context = multiprocessing.get_context("fork")
     reading, writing = context.Pipe(duplex=False)
-
-    def work():
-        try:
-            writing.send(measure(make))
-        except Exception as error:
-            writing.send(RuntimeError(f"{type(error).__name__}: {error}"))
-    child = context.Process(target=work)
+    child = context.Process(target=lambda: writing.send(function(*args)))
     child.start()
     writing.close()
     found = reading.recv()
     child.join()
-    if isinstance(found, Exception):
-        raise found
     return found
 
 
 def row(name, make):
-    """Prints and returns a line of the table, with what went wrong if something did, and the gigabytes."""
+    """A line of the table, which is printed too, with what went wrong if something did; and the gigabytes."""
     gigabytes = None
     try:
-        milliseconds, gigabytes = (measure if torch.cuda.is_available() else measure_apart)(make)
+        milliseconds, gigabytes = measure(make)
         line = f"| {name} | {milliseconds:.2f} | {gigabytes:.3f} | |"
     except Exception as error:  # a package that is missing, or too little memory: the other rows are still measured
         line = f"| {name} | - | - | {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]} |"
@@ -166,15 +154,15 @@ def row(name, make):
 
 
 def table(args, names):
-    """Lines of the methods' forward and backward passes, and the gigabytes of each."""
+    """The rows of the methods' forward and backward passes, and of parts of them, by name."""
     both_passes = lambda name: lambda: lambda: torch.autograd.grad(METHODS[name](*args), args[:2])
     square = torch.zeros(*(8192 if args[0].is_cuda else 256,) * 2, device=args[0].device, dtype=args[0].dtype).normal_()
-    rows = {name: both_passes(name) for name in names} | {
+    makers = {name: both_passes(name) for name in names} | {
         "KL, its matrix products alone": lambda: products(*args),
         "log-probability, ours, forward": lambda: torch.no_grad()(lambda: METHODS["log-probability, ours"](*args)),
         f"one product of {len(square)} x {len(square)} matrices": lambda: lambda: square @ square}
-    found = {name: row(name, make) for name, make in rows.items()}
-    return [line for line, _ in found.values()], {name: gigabytes for name, (_, gigabytes) in found.items()}
+    run = row if args[0].is_cuda else functools.partial(apart, row)
+    return {name: run(name, make) for name, make in makers.items()}
 
 
 def main():
@@ -191,14 +179,16 @@ def main():
     device, name = "cuda" if cuda else "cpu", torch.cuda.get_device_name() if cuda else platform.machine()
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in ("torch", "triton", "liger-kernel"))
-    lines = [f"# Fused losses on {name}", "", f"{versions}; {datetime.date.today()}; `python -m tests.tools.bench_kernels`"]
+    command = "`python -m tests.tools.bench_kernels`"
+    lines = [f"# Fused losses on {name}", "", f"{versions}; {datetime.date.today()}; {command}"]
     print(lines[-1])
     for size, shape in (CPU if on_cpu else TINY if options.tiny else SIZES).items():
         args = inputs(*shape, device, torch.float32 if on_cpu else torch.bfloat16)
-        found, gigabytes = table(args, [*ON_CPU, *ON_CPU.values()] if on_cpu else METHODS)
-        lines += ["", f"## {size}: N, Ds, Dt, V = {shape}", "", "| | ms | extra GB | |", "|---|---|---|---|", *found]
+        rows = table(args, [*ON_CPU, *ON_CPU.values()] if on_cpu else METHODS)
+        lines += ["", f"## {size}: N, Ds, Dt, V = {shape}", "", "| | ms | extra GB | |", "|---|---|---|---|"]
+        lines += [line for line, _ in rows.values()]
     if on_cpu:
-        return any(gigabytes[ours] > 0.3 * gigabytes[formulas] for ours, formulas in ON_CPU.items())
+        return any(rows[ours][1] > 0.3 * rows[formulas][1] for ours, formulas in ON_CPU.items())
     if not options.tiny:
         (ROOT / f"results/kernels/bench_{name.lower().replace(' ', '_')}.md").write_text("\n".join(lines) + "\n")
 

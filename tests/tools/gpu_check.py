@@ -55,8 +55,6 @@ from lib.policy import Policy  # noqa: E402
 from tests.helpers import STAGES, metrics, weights  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 # Qwen3-0.6B's shape with fewer layers and its whole vocabulary (about 0.3B parameters), or a tiny one on a CPU.
 SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16,
              num_key_value_heads=8, head_dim=128, vocab_size=151936)  # fmt: skip
@@ -83,18 +81,6 @@ def write_checkpoint(directory: Path, seed: int) -> str:
     tokenizer.save_pretrained(directory)
     make_model(seed, **({"num_hidden_layers": 4} if CUDA else {})).save_pretrained(directory)  # states of 2.6 GB
     return str(directory)
-
-
-def synthetic_rollouts(count: int, lengths: tuple[int, int]) -> list[Rollout]:
-    """Random tokens in answer to one prompt, with advantages of both signs."""
-    rng = random.Random(0)
-    some_tokens = lambda number: [rng.randrange(2, TOKENS) for _ in range(number)]
-    prompt, responses = some_tokens(100 if CUDA else 6), [some_tokens(rng.randint(*lengths)) for _ in range(count)]
-    advantages = [(-1.0) ** number * (1 + number / count) for number in range(count)]
-    return [
-        Rollout(None, 0, prompt, response, [0.0] * len(response), "length", "", advantage=advantage)
-        for response, advantage in zip(responses, advantages)
-    ]
 
 
 # The parts. Each returns (passed, figure, bar), all but the first as text.
@@ -127,14 +113,23 @@ def kernel_benchmark():
 
 def attention():
     """Packs, in both layouts, against one-by-one forwards with transformers' own attention: values, gradients."""
-    policy = Policy(make_model(num_hidden_layers=4 if CUDA else 2).to(DEVICE, DTYPE))
-    rollouts = synthetic_rollouts(8, (50, 2000) if CUDA else (3, 30))
+    device = torch.device("cuda" if CUDA else "cpu")
+    policy = Policy(
+        make_model(num_hidden_layers=4 if CUDA else 2).to(device, torch.bfloat16 if CUDA else torch.float32)
+    )
+    rng = random.Random(0)
+    some_tokens = lambda count: [rng.randrange(2, TOKENS) for _ in range(count)]
+    prompt, lengths = some_tokens(100 if CUDA else 6), [rng.randint(3, 2000 if CUDA else 30) for _ in range(8)]
+    rollouts = [
+        Rollout(None, 0, prompt, some_tokens(length), [0.0] * length, "length", "", advantage=(-1.0) ** i * (1 + i / 8))
+        for i, length in enumerate(lengths)
+    ]
 
     def run(micro_batch_tokens: int, share_prompts: bool = False, plain: bool = False):
         policy.model.set_attn_implementation("sdpa" if plain else "packed")
         policy.zero_grad()
         found = {}
-        for batch in make_batches(rollouts, micro_batch_tokens, DEVICE, share_prompts):
+        for batch in make_batches(rollouts, micro_batch_tokens, device, share_prompts):
             loss = lambda hidden, weight: fused.fused_linear_logprob(hidden, weight, batch.targets)
             if plain:
                 hidden = policy.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
