@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -40,8 +39,6 @@ def few_shot(question: str, example: str = "1+1?", system: str = "Be brief.") ->
     roles = ("system", "user", "assistant", "user")
     return [{"role": role, "content": text} for role, text in zip(roles, (system, example, "2", question))]
 
-
-# Rows
 
 WORKED = "First we add.\nSo it is \\boxed{3}, no, \\boxed{\\frac{1}{2}}."
 DAPO = lib.data.DAPO_PREFIX + "1+1?" + lib.data.DAPO_SUFFIX
@@ -114,27 +111,14 @@ def test_a_text_that_most_prompts_share_is_said(tmp_path, capsys):
         assert (said in capsys.readouterr().out) == bool(shared)
 
 
-def test_a_set_without_a_usable_problem_is_refused(tmp_path):
-    said = "2 rows, row 1: no answer; its columns are prompt, gold.; a row needs a prompt"
-    with pytest.raises(InputError, match=said):
-        load_problems(write_rows(tmp_path / "data.jsonl", *[{"prompt": "a", "gold": "1"}] * 2))
-
-
 def test_a_checkpoint_that_is_not_there_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
     """Without a network the hub's client would try for a minute."""
-    asked = []
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: asked.append(name) or toy.make_tokenizer())
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: asked.append(name) or [READ["plain"][0]])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for model in ("runs/bridge", "./bridge", "/bridge", "bridge", "a/b/c"):
+    for model in ("runs/bridge", "/bridge", "bridge", "a/b/c"):
         with pytest.raises(InputError, match=f"--model '{model}' is not a checkpoint directory; check the path"):
             lib.data.load_tokenizer(model)
-    assert not asked and lib.data.load_tokenizer("Qwen/Qwen3-8B") and load_problems("owner/set@main:test")
-    assert asked == ["Qwen/Qwen3-8B", "owner/set"]
-
-
-# Ids, halves, exclusion
 
 
 SAME = [
@@ -204,29 +188,21 @@ def test_every_turn_of_a_chat_counts_in_the_id(tmp_path):
     assert len(load_problems(path)) == 7  # the first two are one
 
 
-# The order of training
-
-
 @given(count=st.integers(1, 30), size=st.integers(1, 12), epochs=st.integers(1, 4), seed=st.integers(0, 5))
 def test_batches_cover_every_pass_once_each_in_its_own_order(count, size, epochs, seed):
+    """Where a number of steps is given, it alone decides: a billion passes would not fit into memory."""
     problems = [Problem(str(i), "", "") for i in range(count)]
     batches = problem_batches(problems, size, epochs, "opd", seed)
     flat = [problem.id for batch in batches for problem in batch]
     assert all(len(batch) == size for batch in batches[:-1]) and len(flat) == count * epochs
     orders = [tuple(flat[start : start + count]) for start in range(0, len(flat), count)]
     assert all(sorted(order) == sorted(p.id for p in problems) for order in orders)
+    steps = len(flat) // size
+    for limited in (1, 10**9):
+        assert problem_batches(problems, size, limited, "opd", seed, steps) == batches[:steps]
     if count > 20:
         assert len(set(orders)) == epochs and problem_batches(problems, size, epochs, "warmup", seed) != batches
         assert problem_batches(problems, size, epochs, "opd", seed + 1) != batches
-
-
-def test_max_steps_alone_decides_where_it_is_given():
-    problems = [Problem(str(i), "", "") for i in range(5)]
-    for epochs in (1, 10**9):  # one pass has fewer steps, and a billion would not fit into memory
-        assert problem_batches(problems, 3, epochs, "opd", 0, 4) == problem_batches(problems, 3, 3, "opd", 0)[:4]
-
-
-# Prompts
 
 
 def test_the_prompt_is_put_around_the_users_last_turn(tmp_path):
@@ -264,20 +240,17 @@ def test_a_plain_prompt_gets_the_tokenizers_own_special_tokens_but_no_end():
     """A chat template writes its own, and a base model was trained with those that its tokenizer adds."""
     tokenizer, problem = toy.make_tokenizer(), Problem("id", "3+4", "7")
 
-    def prompt(chat_template: bool) -> str:
+    def prompt(form: str, chat_template: bool) -> str:
+        added = processors.TemplateProcessing(single=form, special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 1)])
+        tokenizer.backend_tokenizer.post_processor = added
         cfg = config("", prompt="1+1=2{problem}=", chat_template=chat_template)
         return tokenizer.decode(lib.data.tokenize_prompts(tokenizer, [problem], cfg)[problem.id])
 
-    specials = [("<|endoftext|>", 0), ("<|im_end|>", 1)]
     for form in ("<|endoftext|> $A", "<|endoftext|> $A <|im_end|>"):
-        processor = processors.TemplateProcessing(single=form, special_tokens=specials)
-        tokenizer.backend_tokenizer.post_processor = processor
-        assert prompt(True) == "<|user|>1+1=23+4=<|assistant|>"
-        if form.endswith("$A"):
-            assert prompt(False) == "<|endoftext|>1+1=23+4="
-        else:
-            with pytest.raises(InputError, match="ends with the end-of-sequence token '<|im_end|>'"):
-                prompt(False)
+        assert prompt(form, True) == "<|user|>1+1=23+4=<|assistant|>"
+    assert prompt("<|endoftext|> $A", False) == "<|endoftext|>1+1=23+4="
+    with pytest.raises(InputError, match="ends with the end-of-sequence token '<|im_end|>'"):
+        prompt(form, False)
 
 
 def test_prompts_that_are_too_long_are_counted_and_left_out_of_training_alone(student, tmp_path, capsys):
@@ -291,19 +264,14 @@ def test_prompts_that_are_too_long_are_counted_and_left_out_of_training_alone(st
         lib.data.tokenize_prompts(tokenizer, load_problems(path), cfg)
 
 
-# The ends of responses
-
-
 def test_every_token_that_contains_the_stop_text_ends_a_response():
     """Wherever it is in the token: a tokenizer may put a line break behind a full stop into one token with it."""
     tokenizer = toy.make_tokenizer()
-
-    def words(*stop: str) -> set[str]:
-        return {toy.VOCABULARY[token] for token in lib.data.stop_tokens(tokenizer, stop)}
-
-    assert words(":") == {toy.TASK, "Carefully:", "Roughly:", "Guess:"}
-    assert words("}") == {"}", INSTRUCTION} and words("}", "7") == {"}", INSTRUCTION, "7"} and words() == set()
-    assert words("<|user") == {"<|user|>"}  # a special token, too
+    for stop, expected in {
+        (":",): {toy.TASK, "Carefully:", "Roughly:", "Guess:"}, ("}", "7"): {"}", INSTRUCTION, "7"}, (): set(),
+        ("<|user",): {"<|user|>"},  # a special token, too
+    }.items():  # fmt: skip
+        assert {toy.VOCABULARY[token] for token in lib.data.stop_tokens(tokenizer, stop)} == expected
     configured = GenerationConfig(eos_token_id=[0, 2])
     assert lib.data.end_tokens(configured, tokenizer, ("7",)) == [0, 1, 2, toy.VOCABULARY.index("7")]
     assert lib.data.end_tokens(None, tokenizer) == [1]
@@ -323,15 +291,12 @@ def test_a_line_break_is_found_in_a_vocabulary_of_bytes():
 
 
 def test_toy_demonstrations_say_what_their_habit_says():
-    rng, tokenizer = random.Random(0), toy.make_tokenizer()
-    right = dict.fromkeys(toy.HABITS, 0)
-    for _ in range(400):
-        problem = toy.make_problem(rng)
-        for habit in toy.HABITS:
-            text = toy.demonstrate(problem, habit, rng)
-            ids = tokenizer(text)["input_ids"]
-            assert tokenizer.decode(ids) == text and text.startswith(habit)
-            right[habit] += text.endswith(f"\\boxed{{{problem.answer}}}")
-            assert (len(ids) > toy.MAX_RESPONSE_TOKENS) == (habit == "Hmm,")
+    rng, tokenizer, right = random.Random(0), toy.make_tokenizer(), dict.fromkeys(toy.HABITS, 0)
+    for problem, habit in itertools.product([toy.make_problem(rng) for _ in range(400)], toy.HABITS):
+        text = toy.demonstrate(problem, habit, rng)
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and text.startswith(habit)
+        assert (len(ids) > toy.MAX_RESPONSE_TOKENS) == (habit == "Hmm,")
+        right[habit] += text.endswith(f"\\boxed{{{problem.answer}}}")
     assert right["Carefully:"] == 400 and right["Hmm,"] == 0
     assert 40 < right["Guess:"] < 120 and 40 < right["Roughly:"] < 160

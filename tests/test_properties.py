@@ -1,4 +1,4 @@
-"""What must hold for any input: layouts, advantages, estimators, schedules."""
+"""What must hold for any input: layouts, advantages, schedules."""
 
 from unittest import mock
 
@@ -8,20 +8,16 @@ from hypothesis import strategies as st
 
 import common
 import teacher_grpo
-from common import Problem, Rollout
+from common import Rollout
 from lib import packing
 
 CPU = torch.device("cpu")
 checked = settings(max_examples=60, deadline=None)
 
-tokens = st.integers(2, 99)
-rollout_lists = st.lists(
-    st.tuples(st.lists(st.integers(2, 3), min_size=1, max_size=2), st.lists(tokens, max_size=7)), min_size=1, max_size=9
-).map(
+prompts, responses = st.lists(st.integers(2, 3), min_size=1, max_size=2), st.lists(st.integers(2, 99), max_size=7)
+rollout_lists = st.lists(st.tuples(prompts, responses), min_size=1, max_size=9).map(
     lambda pairs: [
-        Rollout(
-            Problem(str(i), "", ""), 0, prompt, response, [-float(i) - t / 8 for t in range(len(response))], "stop", ""
-        )
+        Rollout(None, 0, prompt, response, [-float(i) - t / 8 for t in range(len(response))], "stop", "")
         for i, (prompt, response) in enumerate(pairs)
     ]
 )
@@ -78,26 +74,11 @@ def test_advantages_sum_to_zero_and_know_no_order_scale_or_offset(rewards, order
         changed = teacher_grpo.group_advantages(scale * rewards + offset, normalize)
         torch.testing.assert_close(changed, advantages * (1 if normalize else scale), atol=1e-4, rtol=1e-4)
         spread = rewards.std(1) > 0
-        assert (advantages[~spread].abs() < 1e-9).all()
+        single = teacher_grpo.group_advantages((scale * rewards + offset).float(), normalize)
+        assert not single[~spread].any()  # although the mean of equal numbers may be a rounding error off
         if normalize and spread.any():
             deviation = advantages[spread].std(1, correction=0)
             torch.testing.assert_close(deviation, torch.ones_like(deviation), atol=1e-4, rtol=0)
-
-
-logits = st.lists(st.floats(-6, 6), min_size=5, max_size=5).map(
-    lambda x: torch.tensor(x, dtype=torch.float64).log_softmax(0)
-)
-
-
-@checked
-@given(logits, logits)
-def test_k1_and_k3_have_the_kl_as_their_mean_and_k3_is_never_negative(p, q):
-    """Exactly, by the sum over the vocabulary: k1 is what OPD's sampled estimator logs, k3 what GRPO penalises."""
-    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
-    k3 = teacher_grpo.kl_k3(p, q)
-    torch.testing.assert_close((p.exp() * (p - q)).sum(), kl)
-    torch.testing.assert_close((p.exp() * k3).sum(), kl)
-    assert (k3 >= 0).all() and kl > -1e-12
 
 
 @checked

@@ -11,35 +11,29 @@ table. Times are medians. Memory is the peak above what was allocated before the
 import argparse
 import ctypes
 import datetime
+import functools
 import gc
 import importlib.metadata
-import json
-import os
+import multiprocessing
 import pathlib
 import platform
 import resource
 import statistics
 import sys
 import time
+import timeit
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import kernels as K  # noqa: E402
+import kernels as K
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZES = {  # N tokens, Ds, Dt, V
     "Qwen3 1.7B <- 8B": (16384, 2048, 4096, 151936),
     "Llama-3 8B <- 70B": (16384, 4096, 8192, 128256),
 }
 TINY = {"tiny": (200, 32, 48, 1100)}
 CPU = {"fp32 on one CPU thread": (512, 256, 256, 32000)}
-
-
-def liger():
-    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
-    loss = LigerFusedLinearJSD(jsd_beta=1.0)
-    return lambda h, w, th, tw: loss(h, w, th, tw, None) * len(h)  # its loss is a mean over tokens, ours a sum
 
 
 def tokens(h, w):
@@ -55,6 +49,16 @@ def logprob(function):
     return lambda h, w, th, tw: function(h, w, tokens(h, w))[0].sum()
 
 
+@functools.cache
+def compiled():
+    return torch.compile(K.fused_linear_kl_reference)
+
+
+def liger(h, w, th, tw):
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+    return LigerFusedLinearJSD(jsd_beta=1.0)(h, w, th, tw, None) * len(h)  # its loss is a mean over tokens, ours a sum
+
+
 def sampled_token(h, w, th, tw):
     """The estimate from one token: policy gradient on log pi_T - log pi_student."""
     found, _ = K.fused_linear_logprob(h, w, tokens(h, w))
@@ -63,15 +67,15 @@ def sampled_token(h, w, th, tw):
     return -(advantage * found).sum()
 
 
-METHODS = {  # what makes a loss of (student's hidden states, weight, teacher's hidden states, weight)
-    "KL, ours, reverse": lambda: exact(K.fused_linear_kl),
-    "KL, ours, forward": lambda: exact(K.fused_linear_kl, "forward"),
-    "KL, formulas": lambda: exact(K.fused_linear_kl_reference),
-    "KL, formulas, torch.compile": lambda: exact(torch.compile(K.fused_linear_kl_reference)),
+METHODS = {  # losses of (student's hidden states, weight, teacher's hidden states, weight)
+    "KL, ours, reverse": exact(K.fused_linear_kl),
+    "KL, ours, forward": exact(K.fused_linear_kl, "forward"),
+    "KL, formulas": exact(K.fused_linear_kl_reference),
+    "KL, formulas, torch.compile": lambda *args: exact(compiled())(*args),
     "KL, Liger LigerFusedLinearJSD": liger,
-    "KL, sampled token, ours": lambda: sampled_token,
-    "log-probability, ours": lambda: logprob(K.fused_linear_logprob),
-    "log-probability, formulas": lambda: logprob(K.fused_linear_logprob_reference),
+    "KL, sampled token, ours": sampled_token,
+    "log-probability, ours": logprob(K.fused_linear_logprob),
+    "log-probability, formulas": logprob(K.fused_linear_logprob_reference),
 }
 ON_CPU = {"KL, ours, reverse": "KL, formulas", "log-probability, ours": "log-probability, formulas"}
 
@@ -120,38 +124,27 @@ def measure(make):
     function()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     mallopt(-3, 1 << 25)  # glibc's own limit, for the times
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
+    times = timeit.repeat(function, timer=time.process_time, number=1, repeat=3)
     return statistics.median(times) * 1e3, peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def measure_apart(make):
-    """`measure` in a fork of this process, which never computes, so that nothing before it has raised the peak."""
-    reading, writing = os.pipe()
-    if os.fork() == 0:
-        try:
-            found = measure(make)
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"[:2000]
-        os.write(writing, json.dumps(found).encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as file:
-        found = json.load(file)
-    os.wait()
-    if isinstance(found, str):
-        raise RuntimeError(found)
+def apart(function, *args):
+    """What a function returns in a fork of this process, which never computes: nothing before has raised the peak."""
+    context = multiprocessing.get_context("fork")
+    reading, writing = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: writing.send(function(*args)))
+    child.start()
+    writing.close()
+    found = reading.recv()
+    child.join()
     return found
 
 
 def row(name, make):
-    """Prints and returns a line of the table, with what went wrong if something did, and the gigabytes."""
+    """A line of the table, which is printed too, with what went wrong if something did; and the gigabytes."""
     gigabytes = None
     try:
-        milliseconds, gigabytes = (measure if torch.cuda.is_available() else measure_apart)(make)
+        milliseconds, gigabytes = measure(make)
         line = f"| {name} | {milliseconds:.2f} | {gigabytes:.3f} | |"
     except Exception as error:  # a package that is missing, or too little memory: the other rows are still measured
         line = f"| {name} | - | - | {type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]} |"
@@ -161,20 +154,15 @@ def row(name, make):
 
 
 def table(args, names):
-    """Lines of the methods' forward and backward passes, and the gigabytes of each."""
-    def prepared(name):
-        method = METHODS[name]()
-        return lambda: torch.autograd.grad(method(*args), args[:2])
-
-    def forward():
-        return torch.no_grad()(lambda: METHODS["log-probability, ours"]()(*args))
-
-    found = {name: row(name, lambda: prepared(name)) for name in names}
-    found["KL, its matrix products alone"] = row("KL, its matrix products alone", lambda: products(*args))
-    found["log-probability, ours, forward"] = row("log-probability, ours, forward", forward)
+    """The rows of the methods' forward and backward passes, and of parts of them, by name."""
+    both_passes = lambda name: lambda: lambda: torch.autograd.grad(METHODS[name](*args), args[:2])
     square = torch.zeros(*(8192 if args[0].is_cuda else 256,) * 2, device=args[0].device, dtype=args[0].dtype).normal_()
-    found["square"] = row(f"one product of {len(square)} x {len(square)} matrices", lambda: lambda: square @ square)
-    return [line for line, _ in found.values()], {name: gigabytes for name, (_, gigabytes) in found.items()}
+    makers = {name: both_passes(name) for name in names} | {
+        "KL, its matrix products alone": lambda: products(*args),
+        "log-probability, ours, forward": lambda: torch.no_grad()(lambda: METHODS["log-probability, ours"](*args)),
+        f"one product of {len(square)} x {len(square)} matrices": lambda: lambda: square @ square}
+    run = row if args[0].is_cuda else functools.partial(apart, row)
+    return {name: run(name, make) for name, make in makers.items()}
 
 
 def main():
@@ -191,14 +179,16 @@ def main():
     device, name = "cuda" if cuda else "cpu", torch.cuda.get_device_name() if cuda else platform.machine()
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in ("torch", "triton", "liger-kernel"))
-    lines = [f"# Fused losses on {name}", "", f"{versions}; {datetime.date.today()}; `python -m tests.tools.bench_kernels`"]
+    command = "`python -m tests.tools.bench_kernels`"
+    lines = [f"# Fused losses on {name}", "", f"{versions}; {datetime.date.today()}; {command}"]
     print(lines[-1])
     for size, shape in (CPU if on_cpu else TINY if options.tiny else SIZES).items():
         args = inputs(*shape, device, torch.float32 if on_cpu else torch.bfloat16)
-        found, gigabytes = table(args, [*ON_CPU, *ON_CPU.values()] if on_cpu else METHODS)
-        lines += ["", f"## {size}: N, Ds, Dt, V = {shape}", "", "| | ms | extra GB | |", "|---|---|---|---|", *found]
+        rows = table(args, [*ON_CPU, *ON_CPU.values()] if on_cpu else METHODS)
+        lines += ["", f"## {size}: N, Ds, Dt, V = {shape}", "", "| | ms | extra GB | |", "|---|---|---|---|"]
+        lines += [line for line, _ in rows.values()]
     if on_cpu:
-        return any(gigabytes[ours] > 0.3 * gigabytes[formulas] for ours, formulas in ON_CPU.items())
+        return any(rows[ours][1] > 0.3 * rows[formulas][1] for ours, formulas in ON_CPU.items())
     if not options.tiny:
         (ROOT / f"results/kernels/bench_{name.lower().replace(' ', '_')}.md").write_text("\n".join(lines) + "\n")
 

