@@ -138,24 +138,12 @@ def graded(path: Path, source: str, rollouts: list[Rollout]) -> list[Rollout]:
     return rollouts
 
 
-def test_a_cut_response_earns_nothing_from_the_verifier_and_its_value_from_ones_own_reward(tmp_path):
-    """If a cut response earned 0 where wrong ones earn -1, the policy would learn to be cut."""
-    both = [rollout("\\boxed{4}"), rollout("\\boxed{4}", "length"), rollout("no", "length")]
-    with Verifier() as verifier:
-        grade(both, verifier)
-    assert teacher_grpo.rewards_of(both, require_finished=True).tolist() == [1, 0, 0]
-    assert teacher_grpo.rewards_of(both, require_finished=False).tolist() == [1, 1, 0]
-    source = "def score(row, response):\n    return 1 if row['answer'] in response else -1\n"
-    graded(tmp_path / "signs.py", source, both)
-    for require_finished in (True, False):
-        assert teacher_grpo.rewards_of(both, require_finished).tolist() == [1, 1, -1]
-
-
 def test_a_reward_may_ask_for_the_verdict_the_length_and_how_the_response_ended(tmp_path, monkeypatch):
     rollouts = [rollout("\\boxed{4.0}", tokens=5), rollout("4", "length", tokens=7), rollout("\\boxed{5}")]
     source = "def score(row, response, finish_reason, correct, *, tokens):\n    return correct - tokens * (finish_reason == 'length')\n"
     graded(tmp_path / "three.py", source, rollouts)
-    assert [r.reward for r in rollouts] == [1, -7, 0]
+    for require_finished in (True, False):
+        assert teacher_grpo.rewards_of(rollouts, require_finished).tolist() == [1, -7, 0]
     assert [(r.correct, r.how) for r in rollouts] == [(True, "fast"), (False, "no_answer"), (False, "fast")]
     # Without the question there is no verifier. What is right is then what earns 1, and names mean nothing in the first two places.
     monkeypatch.setattr("lib.rewards.Verifier", None)
@@ -172,9 +160,6 @@ def test_a_reward_that_fails_shows_its_own_traceback(tmp_path):
     assert f"--reward {tmp_path}/fails.py:score failed on a response to problem x" in printed
     with pytest.raises(ValueError, match="must be a finite number"):
         graded(tmp_path / "nan.py", "def score(row, response):\n    return float('nan')\n", [rollout("")])
-    for wrong in (f"{tmp_path}/no.py:score", f"{tmp_path}/nan.py", "score"):
-        with pytest.raises(InputError, match="does not name an existing file as FILE.py:function"):
-            Reward(wrong)
 
 
 def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypatch, capsys):
@@ -216,9 +201,10 @@ def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypat
 
 
 def test_a_coefficient_that_a_fork_adds_may_be_0():
-    fork = dataclasses.make_dataclass("Fork", [("length_penalty", float, 0.0), ("samples", int, 3)], bases=(teacher_grpo.Config,), kw_only=True)  # fmt: skip
+    added = [("length_penalty", float, 0.0), ("samples", int, 3)]
+    fork = dataclasses.make_dataclass("Fork", added, bases=(teacher_grpo.Config,), kw_only=True)
     settings = dict(model="", data="", out="")
     check_settings(fork(**settings, kl_coef=0, weight_decay=0.0, seed=0, lr_warmup_steps=0))
-    for wrong in (dict(lr=0.0), dict(temperature=0), dict(samples=0), dict(length_penalty=-1.0), dict(clip_ratio=0.0), dict(length_penalty=math.nan)):  # fmt: skip
-        with pytest.raises(InputError, match=next(iter(wrong)).replace("_", "-")):
-            check_settings(fork(**settings, **wrong))
+    for wrong in ("lr", 0.0), ("samples", 0), ("length_penalty", -1.0), ("length_penalty", math.nan):
+        with pytest.raises(InputError, match=wrong[0].replace("_", "-")):
+            check_settings(fork(**settings, **dict([wrong])))
