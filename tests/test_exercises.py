@@ -57,14 +57,13 @@ def stage(tree: Path, name: str):
 def test_the_demo_has_one_more_row(number, checkpoint, apply):
     """Exercise 1 adds the bridge from the raw teacher, and exercise 2 OPD of the raw student from the RL'd teacher."""
 
-    def demo(tree: Path) -> tuple[str, list[str]]:
-        text = make_plan("demo", cwd=tree, RUNS="runs/none")
-        return text, shlex.split(re.search(r"evaluate\.py (.*?--data)", text)[1])
-
-    (plain, _), (plan, evaluation) = demo(ROOT), demo(apply(number))
-    assert "opd.py --half" in plan and f"--out runs/none/seed0/{checkpoint} " in plan and checkpoint not in plain
-    models, labels = evaluation[1 : evaluation.index("--labels")], evaluation[evaluation.index("--labels") + 1 : -1]
-    assert f"runs/none/seed0/{checkpoint}" in models and len(models) == len(labels)
+    plain, changed = (make_plan("demo", cwd=tree, RUNS="runs/none") for tree in (ROOT, apply(number)))
+    path = f"runs/none/seed0/{checkpoint}"
+    assert f"--out {path} " in changed and f"--out {path} " not in plain
+    models, labels = (
+        shlex.split(words) for words in re.search(r"--models (.*?) --labels (.*?) --data", changed).groups()
+    )
+    assert path in models and checkpoint in labels and len(models) == len(labels)
 
 
 def loss_and_gradient(module):

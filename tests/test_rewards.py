@@ -3,10 +3,8 @@
 And rewards of the user's own, through the real scripts.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
 import traceback
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import lib.lineage
 import lib.rollouts
 import opd
 import teacher_grpo
-from common import InputError, Problem, Rollout, check_settings
+from common import InputError, Problem, Rollout
 from lib.rewards import Reward, grade
 from lib.verifier import Verifier
 
@@ -44,29 +42,25 @@ def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_fini
     The answer to the last problem of the batch is another one, so that none of its responses is paid for.
     """
 
-    def sample(engine, chosen, prompts, n, *rest, **options):
-        assert n == len(RESPONSES)
+    def sample(engine, chosen, prompts, *rest, **options):
         return [
             Rollout(Problem(p.id, "Is it \\boxed{4}?", "4" if p is not chosen[-1] else "17"), i, prompts[p.id], [5, 1],
                     [-1.0, -1.0], "stop" if finished else "length", text)
             for p in chosen for i, (text, finished, _) in enumerate(RESPONSES.values())
         ]  # fmt: skip
 
-    advantages = []
-    update = teacher_grpo.update
-
-    def seen(policy, reference, optimizer, rollouts, *rest):
-        advantages.append(torch.tensor([rollout.advantage for rollout in rollouts]).view(-1, len(RESPONSES)))
-        return update(policy, reference, optimizer, rollouts, *rest)
-
+    learnt_from, update = [], teacher_grpo.update
+    recording = lambda p, ref, opt, rollouts, *rest: (
+        learnt_from.extend(rollouts) or update(p, ref, opt, rollouts, *rest)
+    )
     monkeypatch.setattr(teacher_grpo, "sample_rollouts", sample)
-    monkeypatch.setattr(teacher_grpo, "update", seen)
+    monkeypatch.setattr(teacher_grpo, "update", recording)
     settings = dict(require_finished=require_finished, normalize_by_std=normalize, max_steps=1)
     teacher_grpo.main(grpo(student, problems, tmp_path / "out", rollouts_per_prompt=len(RESPONSES), **settings))
     paid = [right or (not require_finished and "cut" in name) for name, (_, _, right) in RESPONSES.items()]
     [line] = metrics(tmp_path / "out")
     share = sum(paid) / len(paid)
-    *groups, unpaid = advantages[0]
+    *groups, unpaid = torch.tensor([rollout.advantage for rollout in learnt_from]).view(-1, len(RESPONSES))
     assert len(groups) == 3 and not unpaid.any()
     assert line["reward"] == pytest.approx(share * 3 / 4) and line["frac_reward_zero_std"] == 1 / 4
     assert line["truncated"] == pytest.approx(1 / len(RESPONSES))
@@ -198,13 +192,3 @@ def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypat
     (tmp_path / "rewards.py").write_text("def few_ones(row, response, tokens):\n    return -0.01 * tokens\n")
     tokens = [len(rollout.response_ids) for rollout in seen[-1]]
     assert result()["avg"] == pytest.approx(-0.01 * sum(tokens) / len(tokens)) and len(seen) == sampled
-
-
-def test_a_coefficient_that_a_fork_adds_may_be_0():
-    added = [("length_penalty", float, 0.0), ("samples", int, 3)]
-    fork = dataclasses.make_dataclass("Fork", added, bases=(teacher_grpo.Config,), kw_only=True)
-    settings = dict(model="", data="", out="")
-    check_settings(fork(**settings, kl_coef=0, weight_decay=0.0, seed=0, lr_warmup_steps=0))
-    for wrong in ("lr", 0.0), ("samples", 0), ("length_penalty", -1.0), ("length_penalty", math.nan):
-        with pytest.raises(InputError, match=wrong[0].replace("_", "-")):
-            check_settings(fork(**settings, **dict([wrong])))

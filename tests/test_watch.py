@@ -72,12 +72,9 @@ def test_best_and_worst_of_prompts_with_spread_come_first():
 
 
 def test_why_says_what_the_grader_found_and_not_what_was_paid():
-    rollouts = [
-        rollout("a", 0, True, how="fast", reward=-0.5),
-        rollout("b", 0, False, how="math_verify", reward=2.0),
-        rollout("c", 0, False, how="no_answer"),
-        rollout("d", 0, True, how="fast", finish_reason="length", reward=0.0),
-    ]
+    ended, cut = dict(how="fast", reward=-0.5), dict(how="fast", finish_reason="length", reward=0.0)
+    rollouts = [rollout("a", 0, True, **ended), rollout("b", 0, False, how="math_verify", reward=2.0),
+                rollout("c", 0, False, how="no_answer"), rollout("d", 0, True, **cut)]  # fmt: skip
     found = {line["why"]: line["reward"] for line in sample_lines(0, rollouts)}
     assert found == {"right": -0.5, "wrong": 2.0, "no answer": 0.0, "cut": 0.0}
 

@@ -1,7 +1,7 @@
 """Carries out a plan that `make -n` prints, with every check of every stage, up to where weights would be loaded.
 
-The checkpoints have the configs of the real models, a tokenizer whose tokens are bytes, and no weights, and the data sets
-are stand-ins of a few rows. Where a stage would load its first weights it is stopped, and a checkpoint without weights is
+The checkpoints have the configs of the real models, the toy's tokenizer and no weights, and the data sets are stand-ins
+of a few rows. Where a stage would load its first weights it is stopped, and a checkpoint without weights is
 put in the place of its result for the stages that follow, with the record that the stage would have written.
 """
 
@@ -20,8 +20,7 @@ import datasets
 import torch
 import tyro
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
 import evaluate
 import fkl_warmup
@@ -31,6 +30,7 @@ import lib.lineage
 import opd
 import student_grpo
 import teacher_grpo
+from experiments import toy
 
 SHAPE = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 
@@ -53,24 +53,13 @@ MODELS = {
     "meta-llama/Llama-3.1-8B-Instruct": llama(4096, 14336, 32, 32),
     "meta-llama/Llama-3.3-70B-Instruct": llama(8192, 28672, 80, 64),
 }
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def write_models() -> None:
     """Checkpoints without weights under the models' names on the hub, in the present directory."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = TEMPLATE
     for name, config in MODELS.items():
         config.save_pretrained(name)
-        GenerationConfig(eos_token_id=[257]).save_pretrained(name)
-        fast.save_pretrained(name)
+        toy.make_tokenizer().save_pretrained(name)
         save_file({"stub": torch.zeros(1)}, f"{name}/model.safetensors")
 
 
