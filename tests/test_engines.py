@@ -108,21 +108,16 @@ def test_top_k_and_top_p_keep_the_right_tokens_and_renormalise():
 
 def test_both_engines_end_at_the_same_tokens(tmp_path, monkeypatch):
     """Also where only config.json names them, as it does for a checkpoint without generation_config.json."""
-    made = []
+    made, star = [], toy.VOCABULARY.index("*")
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: made.append(k), SamplingParams=None))
     cfg = teacher_grpo.Config("", data="", out="", stop=("*",))
-    model = write_checkpoint(tmp_path)
-    star = toy.VOCABULARY.index("*")
+    model, config = write_checkpoint(tmp_path), tmp_path / "config.json"
     for ends in ([0, 1, star], [1, 2, star]):
-        engines = (
-            TorchEngine(load_causal_lm(model, torch.float32, "cpu"), TOKENIZER, stop=cfg.stop),
-            VLLMEngine(model, TOKENIZER, cfg),
-        )
-        assert engines[0].stop_ids.tolist() == engines[1].stop_ids == ends
+        embedded = TorchEngine(load_causal_lm(model, torch.float32, "cpu"), TOKENIZER, stop=cfg.stop)
+        assert embedded.stop_ids.tolist() == VLLMEngine(model, TOKENIZER, cfg).stop_ids == ends
         assert end_tokens(meta_causal_lm(model, torch.float32).generation_config, TOKENIZER, cfg.stop) == ends
         (tmp_path / "generation_config.json").unlink(missing_ok=True)
-        config = (tmp_path / "config.json").read_text()
-        (tmp_path / "config.json").write_text(config.replace('"eos_token_id": 1', '"eos_token_id": 2'))
+        config.write_text(config.read_text().replace('"eos_token_id": 1', '"eos_token_id": 2'))
     assert {options["max_model_len"] for options in made} == {SIZES["max_position_embeddings"]}
 
 
@@ -143,8 +138,7 @@ def test_tokens_beyond_gaps_in_the_ids_are_known():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=toy.EOS)
     size = vocab_size(tokenizer)
     assert size == len(toy.VOCABULARY) + 3 and len(tokenizer) == len(toy.VOCABULARY) + 1
-    engine = TorchEngine(tiny_model(vocab_size=size + 5), tokenizer)
-    problem = SimpleNamespace(id="")
+    engine, problem = TorchEngine(tiny_model(vocab_size=size + 5), tokenizer), SimpleNamespace(id="")
     rollouts = sample_rollouts(engine, [problem], {"": PROMPTS[0]}, 200, Sampling(12), seed_key=(0,))
-    tokens = {token for rollout in rollouts for token in rollout.response_ids}
-    assert max(tokens) == size - 1 and "far" in "".join(rollout.text for rollout in rollouts)
+    assert max(token for rollout in rollouts for token in rollout.response_ids) == size - 1
+    assert "far" in "".join(rollout.text for rollout in rollouts)

@@ -17,7 +17,6 @@ import torch
 from helpers import ROOT, distill, grpo, metrics
 from test_plan import plan as make_plan
 
-import teacher_grpo
 from common import Problem, Rollout
 from experiments import toy
 from kernels import fused_linear_kl_reference
@@ -56,13 +55,10 @@ def stage(tree: Path, name: str):
 @pytest.mark.parametrize("number, checkpoint", [(1, "full/raw/bridge"), (2, "1H/rl/opd_only")])
 def test_the_demo_has_one_more_row(number, checkpoint, apply):
     """Exercise 1 adds the bridge from the raw teacher, and exercise 2 OPD of the raw student from the RL'd teacher."""
-
     plain, changed = (make_plan("demo", cwd=tree, RUNS="runs/none") for tree in (ROOT, apply(number)))
     path = f"runs/none/seed0/{checkpoint}"
     assert f"--out {path} " in changed and f"--out {path} " not in plain
-    models, labels = (
-        shlex.split(words) for words in re.search(r"--models (.*?) --labels (.*?) --data", changed).groups()
-    )
+    models, labels = map(shlex.split, re.search(r"--models (.*?) --labels (.*?) --data", changed).groups())
     assert path in models and checkpoint in labels and len(models) == len(labels)
 
 
@@ -122,7 +118,7 @@ def test_dr_grpo_divides_by_a_constant(apply, teacher, problems, tmp_path, monke
     assert all(line["frac_tokens_trained"] < 1 and math.isfinite(line["loss"]) for line in metrics(tmp_path / "out"))
 
 
-def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path):
+def test_the_shaped_reward_pays_for_each_right_step():
     row = {"problem": f"{toy.TASK}7*8+3-4*2", "answer": "0"}
     responses = {
         "Carefully:7*8=6+3=9-4=5*2=0 \\boxed{0}": 1.0,
@@ -135,7 +131,6 @@ def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path)
     rollouts = [Rollout(problem, 0, [4], [5], [-1.0], "stop", text) for text in responses]
     rollouts.append(dataclasses.replace(rollouts[0], finish_reason="length"))
     assert [value for *_, value in Reward(STEPS).check(rollouts)] == [*responses.values(), 0.0]
-    teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", reward=STEPS, max_steps=1))
 
 
 def test_the_course_names_every_solution():

@@ -35,8 +35,17 @@ RESPONSES = {  # text, whether it ended, whether it is to be paid for: the answe
 }
 
 
+@pytest.fixture
+def learnt_from(monkeypatch) -> list[list[Rollout]]:
+    """The rollouts of each of GRPO's steps."""
+    seen, update = [], teacher_grpo.update
+    recording = lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest)
+    monkeypatch.setattr(teacher_grpo, "update", recording)
+    return seen
+
+
 @pytest.mark.parametrize("require_finished, normalize", [(True, True), (False, False)])
-def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_finished, normalize):
+def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, learnt_from, require_finished, normalize):
     """Through Stage 1 itself, on groups of these responses. Every prompt holds its own answer in a box.
 
     The answer to the last problem of the batch is another one, so that none of its responses is paid for.
@@ -49,18 +58,13 @@ def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_fini
             for p in chosen for i, (text, finished, _) in enumerate(RESPONSES.values())
         ]  # fmt: skip
 
-    learnt_from, update = [], teacher_grpo.update
-    recording = lambda p, ref, opt, rollouts, *rest: (
-        learnt_from.extend(rollouts) or update(p, ref, opt, rollouts, *rest)
-    )
     monkeypatch.setattr(teacher_grpo, "sample_rollouts", sample)
-    monkeypatch.setattr(teacher_grpo, "update", recording)
     settings = dict(require_finished=require_finished, normalize_by_std=normalize, max_steps=1)
     teacher_grpo.main(grpo(student, problems, tmp_path / "out", rollouts_per_prompt=len(RESPONSES), **settings))
     paid = [right or (not require_finished and "cut" in name) for name, (_, _, right) in RESPONSES.items()]
     [line] = metrics(tmp_path / "out")
     share = sum(paid) / len(paid)
-    *groups, unpaid = torch.tensor([rollout.advantage for rollout in learnt_from]).view(-1, len(RESPONSES))
+    *groups, unpaid = torch.tensor([rollout.advantage for rollout in learnt_from[0]]).view(-1, len(RESPONSES))
     assert len(groups) == 3 and not unpaid.any()
     assert line["reward"] == pytest.approx(share * 3 / 4) and line["frac_reward_zero_std"] == 1 / 4
     assert line["truncated"] == pytest.approx(1 / len(RESPONSES))
@@ -105,21 +109,18 @@ def mine(problems, tmp_path):
     return str(tmp_path / "mine.jsonl"), f"{tmp_path}/rewards.py:few_ones"
 
 
-def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatch):
+def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, learnt_from):
     """Unchanged, for cut responses, too, whatever --require-finished says."""
     data, reward = mine
-    seen, update = [], teacher_grpo.update
-    recording = lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest)
-    monkeypatch.setattr(teacher_grpo, "update", recording)
     settings = dict(reward=reward, prompts_per_step=6, rollouts_per_prompt=8, require_finished=True)
     teacher_grpo.main(grpo(teacher, data, tmp_path / "out", **settings))
     rewards = [line["reward"] for line in metrics(tmp_path / "out")]
-    for line, rollouts in zip(rewards, seen, strict=True):
+    for line, rollouts in zip(rewards, learnt_from, strict=True):
         values = [few_ones(rollout.text) for rollout in rollouts]
         assert [rollout.reward for rollout in rollouts] == values and line == pytest.approx(sum(values) / len(values))
         assert [rollout.correct for rollout in rollouts] == [value >= 1 for value in values]
         assert {rollout.how for rollout in rollouts} == {"reward"}
-    assert any(rollout.finish_reason == "length" for rollout in seen[0])
+    assert any(rollout.finish_reason == "length" for rollout in learnt_from[0])
     lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     assert lineage["config"]["reward"] == reward
     assert lineage["sessions"][0]["files"][reward] == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
