@@ -142,8 +142,7 @@ def test_the_cache_takes_the_whole_gpu_only_where_the_sampler_is_alone(student, 
     made = []
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: made.append(k), SamplingParams=None))
     for gib, default in ((None, {}), (None, {"cache_gib": None}), (4.0, {"cache_gib": None})):
-        cfg = teacher_grpo.Config("", data="", out="", kv_cache_gib=gib)
-        VLLMEngine(student, toy.make_tokenizer(), cfg, **default)
+        VLLMEngine(student, toy.make_tokenizer(), teacher_grpo.Config("", data="", out="", kv_cache_gib=gib), **default)
     found = [(options["kv_cache_memory_bytes"], options["gpu_memory_utilization"]) for options in made]
     assert found == [(16 << 30, 0.05), (None, 0.9), (4 << 30, 0.05)]
 

@@ -145,9 +145,8 @@ def test_a_plan_is_carried_out_as_if_by_the_shell(student, problems, tmp_path):
     """The same weights as from a fresh interpreter; the first command that fails ends the plan."""
     settings = f"--data {problems} --exclude --max-prompt-tokens 64 --max-response-tokens 8 --prompts-per-step 4 " \
         "--mini-batch-prompts 2 --rollouts-per-prompt 4 --max-steps 1 --lr 1e-2"  # fmt: skip
-    command = "python teacher_grpo.py --model {} --out {} \\\n\t" + settings
-    first, second, bad = (command.format(*each) for each in
-                          ((student, tmp_path / "a"), (student, tmp_path / "b"), ("nowhere", tmp_path / "c")))  # fmt: skip
+    command = f"python teacher_grpo.py --model {{}} --out {tmp_path}/{{}} \\\n\t{settings}"
+    first, second, bad = (command.format(*each) for each in ((student, "a"), (student, "b"), ("nowhere", "c")))
     text = "\n".join([first, f"touch {tmp_path / 'touched'}", bad, second])
     words = [sys.executable, "-m", "experiments.run_plan"]
     done = subprocess.run(words, cwd=ROOT, input=text, capture_output=True, text=True, timeout=300)

@@ -78,11 +78,6 @@ class Reached(Exception):
     """A stage has come to where weights would be loaded."""
 
 
-def ranks_of(words: list[str]) -> int:
-    """The number of processes that a command starts."""
-    return math.prod(int(word.split("=")[1]) for word in words if re.match("--(nproc_per_node|nnodes)=", word))
-
-
 @contextmanager
 def without_weights(ranks: int, trained_on: list):
     """Inside, vLLM would sample on so many ranks. The training problems of a stage are put into `trained_on`."""
@@ -130,7 +125,8 @@ def rehearse(plan: str) -> int:
             module = importlib.import_module(words[script].removesuffix(".py"))
             cfg = tyro.cli(module.Config, args=words[script + 1 :])
             trained_on: list[str] = []
-            with without_weights(ranks_of(words[:script]), trained_on):
+            ranks = math.prod(map(int, re.findall(r"--(?:nproc_per_node|nnodes)=(\d+)", command)))
+            with without_weights(ranks, trained_on):
                 try:
                     module.main(cfg)
                 except Reached:
