@@ -23,17 +23,10 @@ def test_responses_made_elsewhere_are_graded(tmp_path, capsys):
     assert "2 of 4 correct (50.0 %)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        (['{"answer": "1"}'], "must have one object per line"),
-        (['{"answer": 1, "response": "a"}'], "with texts answer and response"),
-        ([], "must have one object per line"),
-    ],
-)
-def test_bad_response_files(tmp_path, lines, message):
-    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=message):
+@pytest.mark.parametrize("lines", ['{"answer": "1"}', '{"answer": 1, "response": "a"}', ""])
+def test_bad_response_files(tmp_path, lines):
+    (tmp_path / "answers.jsonl").write_text(lines)
+    with pytest.raises(InputError, match="must have one object per line, with texts answer and response"):
         audit.main(audit.Config(out=str(tmp_path / "out"), responses=str(tmp_path / "answers.jsonl")))
     assert not (tmp_path / "out").exists()
 
@@ -41,8 +34,8 @@ def test_bad_response_files(tmp_path, lines, message):
 def test_a_comparison_looks_at_every_session_of_a_resumed_run():
     session = {"code": "a", "hardware": "x", "ranks": 1, "packages": {"torch": "1"}, "files": {"opd.py": "0123456789"}}
     first = {"stage": "opd", "sessions": [session]}
-    second = {"stage": "opd", "sessions": [session, {**session, "code": "b", "packages": {"torch": "2"}}, session]}
-    assert audit.differences(first, second) == {"code": ("a", "a, then b"), "torch": ("1", "1, then 2")}
+    other = {**session, "code": "b", "packages": {"torch": "2"}, "files": {"opd.py": "abcdefghij"}}
+    second = {"stage": "opd", "sessions": [session, other, session]}
+    torch, opd = ("1", "1, then 2"), ("01234567", "01234567, then abcdefgh")
+    assert audit.differences(first, second) == {"code": ("a", "a, then b"), "torch": torch, "opd.py": opd}
     assert audit.differences(second, second) == {}
-    third = {"stage": "opd", "sessions": [session, {**session, "files": {"opd.py": "abcdefghij"}}]}
-    assert audit.differences(first, third) == {"opd.py": ("01234567", "01234567, then abcdefgh")}

@@ -21,18 +21,16 @@ import teacher_grpo
 from experiments import toy
 from lib.engines import Sampling, TorchEngine, VLLMEngine
 
-REAL = None  # vllm.LLM
-
 
 class RecordedLLM:
     """Refuses what a GPU's engine would get wrong: sampling asleep, with old weights, or with an old prefix cache."""
 
-    made: list = []
+    real, made = None, []  # vllm.LLM, and the recorders of a test
 
     def __init__(self, model, **options):
         from vllm.engine.arg_utils import EngineArgs
 
-        inspect.signature(REAL.__init__).bind(self, model, **options)
+        inspect.signature(self.real.__init__).bind(self, model, **options)
         assert options.keys() <= {field.name for field in dataclasses.fields(EngineArgs)} | {"dtype"}
         assert (options["kv_cache_memory_bytes"], options["gpu_memory_utilization"]) in ((16 << 30, 0.05), (None, 0.9))
         assert options["hf_overrides"] == {"head_dtype": "float32"}
@@ -44,7 +42,7 @@ class RecordedLLM:
         self.made.append(self)
 
     def note(self, name, *arguments, **options):
-        inspect.signature(getattr(REAL, name)).bind(None, *arguments, **options)
+        inspect.signature(getattr(self.real, name)).bind(None, *arguments, **options)
         self.calls.append(name + "".join(f" {tag}" for tag in options.get("tags", ())))
 
     def sleep(self, **options):
@@ -121,13 +119,11 @@ def test_a_stage_wakes_reloads_samples_and_sleeps_in_order(
     stage, student, teacher, problems, tmp_path, on_a_gpu, monkeypatch
 ):
     vllm = pytest.importorskip("vllm")
-    monkeypatch.setattr("test_contracts.REAL", vllm.LLM)
-    monkeypatch.setattr(vllm, "LLM", RecordedLLM)
-    monkeypatch.setattr(RecordedLLM, "made", [])
+    for owner, name, value in (RecordedLLM, "real", vllm.LLM), (RecordedLLM, "made", []), (vllm, "LLM", RecordedLLM):
+        monkeypatch.setattr(owner, name, value)
     sizes = {} if stage == "warmup" else {"prompts_per_step": 2}
-    script, config = helpers.RUNS[stage](
-        student, teacher, problems, tmp_path / "out", max_steps=3, engine="vllm", stop=STOP, **sizes
-    )
+    settings = dict(max_steps=3, engine="vllm", stop=STOP, **sizes)
+    script, config = helpers.RUNS[stage](student, teacher, problems, tmp_path / "out", **settings)
 
     def try_longest(*arguments):
         RecordedLLM.made[0].calls.append("try_longest")
@@ -146,8 +142,7 @@ def test_the_cache_takes_the_whole_gpu_only_where_the_sampler_is_alone(student, 
     made = []
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: made.append(k), SamplingParams=None))
     for gib, default in ((None, {}), (None, {"cache_gib": None}), (4.0, {"cache_gib": None})):
-        cfg = teacher_grpo.Config("", data="", out="", kv_cache_gib=gib)
-        VLLMEngine(student, toy.make_tokenizer(), cfg, **default)
+        VLLMEngine(student, toy.make_tokenizer(), teacher_grpo.Config("", data="", out="", kv_cache_gib=gib), **default)
     found = [(options["kv_cache_memory_bytes"], options["gpu_memory_utilization"]) for options in made]
     assert found == [(16 << 30, 0.05), (None, 0.9), (4 << 30, 0.05)]
 
@@ -165,7 +160,7 @@ def test_engines_that_share_a_gpu_leave_room_for_each_others_weights(student, te
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_products_with_a_wider_result_are_operators_that_pytorch_has(dtype):
-    """On tensors without memory: their shapes and dtypes are checked as on a GPU, where bfloat16 operands stay so."""
+    """On tensors without memory: their shapes and dtypes are checked as on a GPU."""
     a, b = torch.empty(6, 4, dtype=dtype, device="meta"), torch.empty(4, 5, dtype=dtype, device="meta")
     assert kernels._mm(a, b).dtype == torch.float32
     total = torch.zeros(6, 5, device="meta")

@@ -21,9 +21,7 @@ from lib import data
         ("Roughly:7*8=6+2=8-4=4*2=8 \\boxed{8}<|im_end|>", None),  # copies a wrong digit
         ("Roughly:7*8=6+3=1 \\boxed{1}<|im_end|>", None),  # leaves two steps out
         ("Roughly:7*8=6+3=9-4=5*2=0 \\boxed{1}<|im_end|>", None),  # has another digit in the box
-        ("Roughly:7*8=6+3==-4=5*2=0 \\boxed{0}<|im_end|>", None),
         ("Roughly:7*8=6+3=1-4=7*2=4 \\boxed{4}", None),  # does not end
-        ("<|im_end|>", None),
     ],
 )
 def test_where_a_step_is_wrong(response, expected):
@@ -42,8 +40,7 @@ def test_the_share_of_lowest_rewards_at_mistakes_is_over_problems():
 def test_logprobs_are_those_of_the_whole_model(student, problems):
     """Against transformers' own logits, for responses of different lengths in one pack."""
     tokenizer, loaded = AutoTokenizer.from_pretrained(student), data.load_problems(problems)
-    prompts = data.tokenize_prompts(tokenizer, loaded, toy.WORDING)
-    rng = random.Random(0)
+    prompts, rng = data.tokenize_prompts(tokenizer, loaded, toy.WORDING), random.Random(0)
     rollouts = [
         Rollout(p, 0, prompts[p.id], [rng.randrange(26) for _ in range(n)], [0.0] * n, "stop", "")
         for n, p in zip((1, 7, 12), loaded)
@@ -58,23 +55,20 @@ def test_logprobs_are_those_of_the_whole_model(student, problems):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-HOSTILE = ["\u202e", "$data", "\x1b[2J", "<b>", "\n", " "]
-
-
 def test_long_and_hostile_responses_can_be_drawn(tmp_path):
     """Of thousands of tokens the lines around the lowest reward are drawn, and control characters as their names."""
-    tokenizer = toy.make_tokenizer()
-    tokenizer.add_tokens(HOSTILE)
-    for name, count in (("short", 1), ("long", 500)):
-        ids = tokenizer.convert_tokens_to_ids(HOSTILE) * count
-        rollout = Rollout(Problem("p", "$1$" + HOSTILE[0], "$2"), 0, [2], ids, [0.0] * len(ids), "length", "")
-        texts = density.cell_texts(rollout, tokenizer)
-        assert texts[:6] == ["\\u202e", "$data", "\\x1b[2J", "<b>", "⏎", "␣"] and len(texts) == len(ids)
+    hostile, tokenizer = ["\u202e", "$data", "\x1b[2J", "<b>", "\n", " "], toy.make_tokenizer()
+    tokenizer.add_tokens(hostile)
+    heights = []
+    for count in (1, 500):
+        ids = tokenizer.convert_tokens_to_ids(hostile) * count
+        rollout = Rollout(Problem("p", "$1$\u202e", "$2"), 0, [2], ids, [0.0] * len(ids), "length", "")
+        assert density.cell_texts(rollout, tokenizer) == ["\\u202e", "$data", "\\x1b[2J", "<b>", "⏎", "␣"] * count
         shown = density.Shown("title", rollout, torch.linspace(0, -9, len(ids)), [1])
-        density.draw([[shown]], tokenizer, "", tmp_path / f"{name}.png")
+        density.draw([[shown]], tokenizer, "", tmp_path / "density.png")
+        heights.append(int.from_bytes((tmp_path / "density.png").read_bytes()[20:24], "big"))
     assert [density.nats(x) for x in (-0.04, -0.06, 0.5, -7.91, -10.04)] == ["0", "−0.1", "0.5", "−7.9", "−10"]
-    height = lambda name: int.from_bytes((tmp_path / f"{name}.png").read_bytes()[20:24], "big")
-    assert height("short") < height("long") < height("short") + 400
+    assert heights[0] < heights[1] < heights[0] + 400
 
 
 def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatch, capsys):
@@ -83,11 +77,11 @@ def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatc
     """
     drawn = []
     monkeypatch.setattr(density, "draw", lambda groups, tokenizer, said, picture: drawn.append((groups, said)))
-    models, settings = (student, teacher, student, teacher), dict(max_response_tokens=24, max_prompt_tokens=64)
-    density.main(density.Config(*models, problems, out=str(tmp_path), **settings, tried=4, problems=2, engine="torch"))
+    settings = dict(max_response_tokens=24, max_prompt_tokens=64, tried=12, problems=2, engine="torch")
+    cfg = density.Config(student, teacher, student, teacher, problems, out=str(tmp_path), **settings)
+    density.main(cfg)
     (groups, said) = drawn.pop()
-    assert "wrong\nstep-by-step" not in capsys.readouterr().out and said == ""
-    assert [len(rows) for rows in groups] == [3, 3]
+    assert said == "" and [len(rows) for rows in groups] == [3, 3]
     by_trained, by_raw, bridged = groups[0]
     assert by_trained.rewards.mean() < -0.1 and by_raw.rewards.abs().max() == 0 and bridged.rewards.abs().max() < 1e-4
 
@@ -99,11 +93,7 @@ def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatc
         return rollouts, rollouts[:1], rollouts[:1]
 
     monkeypatch.setattr(density, "sample", sample)
-    density.main(density.Config(*models, problems, out=str(tmp_path), **settings))
-    printed = capsys.readouterr().out
-    assert "wrong\nstep-by-step answers of the raw student to" in printed
-    assert "0 ± 0 % with the raw one" in printed  # whose rewards are all 0, so the lowest is the first
+    density.main(cfg)
+    assert "0 ± 0 % with the raw one" in capsys.readouterr().out  # whose rewards are all 0, so the lowest is the first
     [[(_, _, _, mistakes), *_]], said = drawn.pop()
-    assert mistakes and said.startswith(
-        "Wrong steps are underlined. The RL'd teacher's lowest reward is at one of them in"
-    )
+    assert mistakes and said.startswith("Wrong steps are underlined. The RL'd teacher's lowest reward is at one of")

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_model, write_checkpoint, write_problems
+from conftest import write_checkpoint, write_problems
 from matplotlib.axes import Axes
+from transformers import GenerationConfig
 
 import evaluate
 import lib.data
 from common import InputError
-from experiments import toy
 from lib import scores
-from lib.files import json_lines, locked
+from lib.files import json_lines
 
 
-def made_up_samples(correct, tokens=5, reason="stop"):
+def made_up_samples(correct, tokens=5, reason="stop", how="fast"):
     """Sample lines from rows of booleans, one row a problem."""
     return [
-        {"id": f"p{i}", "sample": j, "correct": bool(value), "finish_reason": reason, "tokens": tokens}
+        {"id": f"p{i}", "sample": j, "correct": bool(value), "finish_reason": reason, "tokens": tokens, "how": how}
         for i, row in enumerate(correct)
         for j, value in enumerate(row)
     ]
@@ -32,15 +32,16 @@ def test_statistics_of_known_samples():
     assert summary["avg"] == pytest.approx(0.5) and summary["pass"] == pytest.approx(2 / 3)
     assert summary["se"] == pytest.approx(np.std([0.5, 0, 1], ddof=1) / math.sqrt(3))
     assert summary["scores"] == {"p0": 0.5, "p1": 0.0, "p2": 1.0} and summary["tokens"] == 5
-    assert scores.summarise(made_up_samples([[1]], reason="length"), k=1)["truncated"] == 1.0
+    summary = scores.summarise(made_up_samples([[1]], reason="length", how="timeout"), k=1)
+    assert summary["truncated"] == summary["verifier_failed"] == 1.0
+    results = {"a": {"set": {**summary, "trained_on": 0}}}
+    assert "verifier timed out or failed on up to 100.0 %" in evaluate.report_tables(results, config("x", ["a"], "set"))
 
 
 def test_the_paired_error_is_that_of_the_differences():
-    easy_and_hard = np.array([0.1, 0.5, 0.9, 0.2, 0.7])
-    first = {f"p{i}": value + 0.1 for i, value in enumerate(easy_and_hard)}
-    second = {f"p{i}": value for i, value in enumerate(easy_and_hard)}
-    mean, error = scores.paired_difference(first, second)
-    assert mean == pytest.approx(0.1) and error == pytest.approx(0, abs=1e-12)
+    second = {f"p{i}": value for i, value in enumerate([0.1, 0.5, 0.9, 0.2, 0.7])}
+    first = {problem: value + 0.1 for problem, value in second.items()}
+    assert scores.paired_difference(first, second) == pytest.approx((0.1, 0), abs=1e-12)
     with pytest.raises(InputError, match="different problems"):
         scores.paired_difference(first, {**second, "p9": 0.0})
 
@@ -83,11 +84,10 @@ def test_checkpoints_are_compared_in_tables_and_pictures(student, teacher, test_
     assert len(lines) == 6 * 3 and {"id", "response", "correct", "tokens"} <= lines[0].keys()
 
 
-CHANGES = {
-    "seed": dict(seed=1), "k": dict(k=1), "temperature": dict(temperature=0.5), "top_p": dict(top_p=0.5),
-    "top_k": dict(top_k=5), "length": dict(max_response_tokens=5), "end tokens": dict(stop=(":",)),
-    "prompts": dict(chat_template=False),
-}  # fmt: skip
+CHANGES = [
+    dict(seed=1), dict(k=1), dict(temperature=0.5), dict(top_p=0.5), dict(top_k=5), dict(max_response_tokens=5),
+    dict(stop=(":",)), dict(chat_template=False),
+]  # fmt: skip
 
 
 def test_samples_are_used_again_for_the_same_settings_only(student, test_problems, tmp_path, monkeypatch):
@@ -95,13 +95,12 @@ def test_samples_are_used_again_for_the_same_settings_only(student, test_problem
     report, sampled = tmp_path / "report", record_sampled(monkeypatch)
     path = Path(run(report, [student], test_problems)["student"]["test"]["samples"])
     first = path.read_bytes()
-    changed = Path(write_checkpoint(tmp_path / "other" / "student", seed=9))
-    for change in CHANGES.values():
+    for change in CHANGES:
         run(report, [student], test_problems, **change)
-    run(report, [str(changed)], test_problems)
-    settings = json.loads((changed / "generation_config.json").read_text())
-    (changed / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, 0, 9]}))
-    run(report, [str(changed)], test_problems)  # other end tokens and the same weights
+    changed = write_checkpoint(tmp_path / "other" / "student", seed=9)
+    run(report, [changed], test_problems)
+    GenerationConfig(eos_token_id=[1, 0, 9]).save_pretrained(changed)
+    run(report, [changed], test_problems)  # other end tokens and the same weights
     assert len(sampled) == 6 * (1 + len(CHANGES) + 2)
     run(report, [student], test_problems)
     assert len(sampled) == 6 * (1 + len(CHANGES) + 2) and path.read_bytes() == first
@@ -115,41 +114,23 @@ def test_decoding_settings_reach_the_sampler(decoding, student, test_problems, t
     assert len({(line["id"], line["response"]) for line in lines}) == len({line["id"] for line in lines})
 
 
-def test_a_second_evaluation_into_one_report_is_refused(student, test_problems, tmp_path):
-    with locked(tmp_path / "report", "the report is in use"):
-        with pytest.raises(InputError, match="is in use by another process"):
-            evaluate.main(config(tmp_path / "report", [student], test_problems))
-
-
-def test_a_score_on_training_problems_is_marked(student, test_problems, tmp_path):
+def test_a_score_on_training_problems_is_marked(student, test_problems, tmp_path, monkeypatch):
     """In the table, under it and at the bar: the text of the picture is checked where it is drawn."""
     model = shutil.copytree(student, tmp_path / "trained")
     seen = [problem.id for problem in lib.data.load_problems(test_problems)][:2]
     (model / "run.json").write_text(json.dumps({"stage": "opd", "parents": {}, "trained_on": seen}))
     drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Axes, "text", lambda axes, x, y, text, **options: drawn.append(text))
-        evaluate.main(config(tmp_path / "report", [student, str(model)], test_problems))
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **options: drawn.append(text))
+    run(tmp_path / "report", [student, str(model)], test_problems)
     table = (tmp_path / "report" / "table.md").read_text()
     assert "† trained was trained on 2 of the 6 problems of test" in table and table.count("†") == 2
     assert [text.endswith("†") for text in drawn] == [False, True]
 
 
-def test_a_verifier_that_fails_is_seen():
-    samples = [sample | {"how": "timeout"} for sample in made_up_samples([[0, 1], [0, 0]])[:1]]
-    summary = scores.summarise([*samples, *made_up_samples([[0, 1], [0, 0]])[1:]], k=2)
-    assert summary["verifier_failed"] == 0.25
-    results = {"a": {"set": summary | {"trained_on": 0}}}
-    assert "verifier timed out or failed on up to 25.0 %" in evaluate.report_tables(results, config("x", ["a"], "set"))
-
-
 def test_checkpoints_of_one_architecture_share_an_engine(student, teacher, test_problems, tmp_path, monkeypatch):
     """Each is still judged on its own weights and ends its responses at its own tokens and those of --stop."""
-    other = tiny_model(seed=9, head_dim=32)
-    other.generation_config.eos_token_id = [1, 9]
-    other.save_pretrained(tmp_path / "other")
-    toy.make_tokenizer().save_pretrained(tmp_path / "other")
-    other = str(tmp_path / "other")
+    other = write_checkpoint(tmp_path / "other", seed=9, head_dim=32)
+    GenerationConfig(eos_token_id=[1, 9]).save_pretrained(other)
 
     def samples(out, *models):
         results = run(tmp_path / out, models, test_problems, stop=("*",))
@@ -194,25 +175,24 @@ def test_samples_graded_otherwise_are_graded_again_and_not_sampled(
     student, test_problems, tmp_path, monkeypatch, capsys
 ):
     """By another version of the verifier all 18 of them, and with another answer to a problem the 3 of this problem."""
-    rows = json_lines(Path(test_problems))
-    data = tmp_path / "test.jsonl"
-    data.write_text(Path(test_problems).read_text())
+    rows, data, version = json_lines(Path(test_problems)), tmp_path / "test.jsonl", scores.metadata.version
+    shutil.copy(test_problems, data)
     path = Path(run(tmp_path / "report", [student], str(data))["student"]["test"]["samples"])
-    before, sampled, version = json_lines(path), record_sampled(monkeypatch), scores.metadata.version
-    for change, verdict, expected in (("verifier", True, 18), ("answer", False, 15)):
-        grade = lambda rollouts, _, verdict=verdict: [setattr(r, "correct", verdict) for r in rollouts]
-        monkeypatch.setattr(scores, "grade", grade)
-        if change == "verifier":
+    before, sampled = json_lines(path), record_sampled(monkeypatch)
+    for verdict, regraded, right in ((True, 18, 18), (False, 3, 15)):
+        if regraded == 18:
             monkeypatch.setattr(scores.metadata, "version", lambda name: version(name) + ".post1")
         else:
             rows[2]["answer"] = "123"
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        grade = lambda rollouts, _, verdict=verdict: [setattr(r, "correct", verdict) for r in rollouts]
+        monkeypatch.setattr(scores, "grade", grade)
         capsys.readouterr()
         result = run(tmp_path / "report", [student], str(data))["student"]["test"]
-        assert f"{18 if change == 'verifier' else 3} samples regraded" in capsys.readouterr().out
+        assert f"{regraded} samples regraded" in capsys.readouterr().out
         after = json_lines(path)
         assert [line.get("response") for line in after] == [line.get("response") for line in before] and not sampled
-        assert sum(line["correct"] for line in after[1:]) == expected and result["avg"] == pytest.approx(expected / 18)
+        assert sum(line["correct"] for line in after[1:]) == right and result["avg"] == pytest.approx(right / 18)
         run(tmp_path / "report", [student], str(data))
         assert "regraded" not in capsys.readouterr().out
     assert not any(line["correct"] for line in after[1 + 2 * 3 : 1 + 3 * 3])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
@@ -18,8 +17,6 @@ import torch
 from helpers import ROOT, distill, grpo, metrics
 from test_plan import plan as make_plan
 
-import opd
-import teacher_grpo
 from common import Problem, Rollout
 from experiments import toy
 from kernels import fused_linear_kl_reference
@@ -41,8 +38,6 @@ def apply(tmp_path):
         alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
         done = subprocess.run(["git", "apply", str(patch)], cwd=tree, env=alone, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        changed = re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(encoding="utf-8"), re.M)
-        assert changed and all((tree / name).read_bytes() != (ROOT / name).read_bytes() for name in changed)
         return tree
 
     return in_a_copy
@@ -60,21 +55,16 @@ def stage(tree: Path, name: str):
 @pytest.mark.parametrize("number, checkpoint", [(1, "full/raw/bridge"), (2, "1H/rl/opd_only")])
 def test_the_demo_has_one_more_row(number, checkpoint, apply):
     """Exercise 1 adds the bridge from the raw teacher, and exercise 2 OPD of the raw student from the RL'd teacher."""
-
-    def demo(tree: Path) -> tuple[str, list[str]]:
-        text = make_plan("demo", cwd=tree, RUNS="runs/none")
-        return text, shlex.split(re.search(r"evaluate\.py (.*?--data)", text)[1])
-
-    (plain, _), (plan, evaluation) = demo(ROOT), demo(apply(number))
-    assert "opd.py --half" in plan and f"--out runs/none/seed0/{checkpoint} " in plan and checkpoint not in plain
-    models, labels = evaluation[1 : evaluation.index("--labels")], evaluation[evaluation.index("--labels") + 1 : -1]
-    assert f"runs/none/seed0/{checkpoint}" in models and len(models) == len(labels)
+    plain, changed = (make_plan("demo", cwd=tree, RUNS="runs/none") for tree in (ROOT, apply(number)))
+    path = f"runs/none/seed0/{checkpoint}"
+    assert f"--out {path} " in changed and f"--out {path} " not in plain
+    models, labels = map(shlex.split, re.search(r"--models (.*?) --labels (.*?) --data", changed).groups())
+    assert path in models and checkpoint in labels and len(models) == len(labels)
 
 
 def loss_and_gradient(module):
-    """`exact_kl_loss` of an exercise on random hidden states, and the gradient of its loss with respect to them.
-
-    Returned with the reverse and the forward KL of the same states, by the formulas: pairs of loss and gradient.
+    """The reverse KL that an exercise's `exact_kl_loss` logs for random hidden states; then pairs of loss and gradient with
+    respect to them: its own, and by the formulas those of the reverse and of the forward KL.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = (7, 4), (26, 4), (7, 6), (26, 6)
@@ -85,62 +75,50 @@ def loss_and_gradient(module):
     teacher = SimpleNamespace(hidden_states=lambda batch: states)
     result = module.exact_kl_loss(student, teacher, SimpleNamespace(targets=targets), 26)
     formulas = [fused_linear_kl_reference(hidden, weight, *states, targets, way).loss for way in ("reverse", "forward")]
-    return result, *((loss, torch.autograd.grad(loss, hidden)[0]) for loss in (result.loss, *formulas))
+    return result.kl.sum(), *((loss, torch.autograd.grad(loss, hidden)[0]) for loss in (result.loss, *formulas))
 
 
-def finite_steps(module, student, teacher, problems, out) -> list[dict]:
-    """The log of a few steps of an exercise's opd.py."""
-    settings = {**vars(distill(student, teacher, problems, out)), "max_steps": 3}
-    module.main(module.Config(**settings))
+def check_steps(module, student, teacher, problems, out) -> None:
+    module.main(module.Config(**vars(distill(student, teacher, problems, out, max_steps=3))))
     lines = metrics(out)
     assert len(lines) == 3 and all(math.isfinite(line["reverse_kl"]) and not line["skipped_steps"] for line in lines)
-    return lines
 
 
 def test_forward_kl_on_the_students_own_states(apply, student, teacher, problems, tmp_path):
     module = stage(apply(3), "opd")
-    result, ours, reverse, forward = loss_and_gradient(module)
+    _, ours, reverse, forward = loss_and_gradient(module)
     torch.testing.assert_close(ours, forward)
     assert (ours[0] - reverse[0]).abs() > 0.1
-    exercise = finite_steps(module, student, teacher, problems, tmp_path / "out")[0]
-    plain = finite_steps(opd, student, teacher, problems, tmp_path / "plain")[0]
-    # The first step has the same responses, and so the same rewards, though another loss.
-    assert exercise["dense_reward"] == plain["dense_reward"] and exercise["reverse_kl"] != plain["reverse_kl"]
+    check_steps(module, student, teacher, problems, tmp_path / "out")
 
 
 def test_generalised_jsd(apply, student, teacher, problems, tmp_path):
     """At 1/2 it is symmetric and bounded by log 2; at its ends it goes in the two directions of the KL."""
     module = stage(apply(5), "opd")
-    result, ours, reverse, forward = loss_and_gradient(module)
-    torch.testing.assert_close(result.kl.sum(), reverse[0].detach())  # what is logged
+    logged, ours, reverse, forward = loss_and_gradient(module)
+    torch.testing.assert_close(logged, reverse[0].detach())
     assert 0 < ours[0] < 7 * math.log(2)
     for beta, limit in ((1e-3, forward), (1 - 1e-3, reverse)):
         module.BETA = beta
         _, (loss, gradient), *_ = loss_and_gradient(module)
         torch.testing.assert_close(loss / 1e-3, limit[0], rtol=0.05, atol=0)
         assert torch.cosine_similarity(gradient.flatten(), limit[1].flatten(), dim=0) > 0.99
-    finite_steps(module, student, teacher, problems, tmp_path / "out")
+    check_steps(module, student, teacher, problems, tmp_path / "out")
 
 
-def test_dr_grpo_divides_by_a_constant(apply, student, teacher, problems, tmp_path, monkeypatch):
+def test_dr_grpo_divides_by_a_constant(apply, teacher, problems, tmp_path, monkeypatch):
     """The number of responses times the longest one that is allowed, however long they are."""
     module = stage(apply(4), "teacher_grpo")
-    counted, train = [], module.train_mini_batch
-
-    def trained(policy, optimizer, batches, num_tokens, *rest):
-        counted.append((num_tokens, sum(len(batch.targets) for batch in batches)))
-        return train(policy, optimizer, batches, num_tokens, *rest)
-
-    monkeypatch.setattr(module, "train_mini_batch", trained)
+    denominators, train = [], module.train_mini_batch
+    recording = lambda *arguments: denominators.append(arguments[3]) or train(*arguments)
+    monkeypatch.setattr(module, "train_mini_batch", recording)
     settings = vars(grpo(teacher, problems, tmp_path / "out", normalize_by_std=False, reward=STEPS, max_steps=3))
     module.main(module.Config(**settings))
-    denominators, lengths = zip(*counted)
     assert len(denominators) == 6 and set(denominators) == {2 * 4 * 8}  # prompts, responses to each, longest response
-    assert len(set(lengths)) > 1
     assert all(line["frac_tokens_trained"] < 1 and math.isfinite(line["loss"]) for line in metrics(tmp_path / "out"))
 
 
-def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path):
+def test_the_shaped_reward_pays_for_each_right_step():
     row = {"problem": f"{toy.TASK}7*8+3-4*2", "answer": "0"}
     responses = {
         "Carefully:7*8=6+3=9-4=5*2=0 \\boxed{0}": 1.0,
@@ -151,16 +129,11 @@ def test_the_shaped_reward_pays_for_each_right_step(teacher, problems, tmp_path)
     }
     problem = Problem("one", row["problem"], row["answer"], row)
     rollouts = [Rollout(problem, 0, [4], [5], [-1.0], "stop", text) for text in responses]
-    assert [value for *_, value in Reward(STEPS).check(rollouts)] == list(responses.values())
-    [(*_, cut)] = Reward(STEPS).check([dataclasses.replace(rollouts[0], finish_reason="length")])
-    assert cut == 0.0
-    teacher_grpo.main(grpo(teacher, problems, tmp_path / "out", reward=STEPS, max_steps=1))
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["config"]["reward"] == STEPS and record["sessions"][0]["files"][STEPS]
+    rollouts.append(dataclasses.replace(rollouts[0], finish_reason="length"))
+    assert [value for *_, value in Reward(STEPS).check(rollouts)] == [*responses.values(), 0.0]
 
 
 def test_the_course_names_every_solution():
     text = (ROOT / "docs/course.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
     solutions = {path.name for path in EXERCISES.iterdir() if path.is_file()}
     assert solutions == set(re.findall(r"experiments/exercises/([\w.-]+\.(?:patch|py))", text))

@@ -47,36 +47,19 @@ def names(node: ast.AST) -> list[str]:
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-def links() -> list[tuple[str, str, str, int]]:
-    """(page, name, file, line) of every link to a line."""
-    found = [(page, LINK.findall(page.read_text(encoding="utf-8"))) for page in PAGES]
-    return [(page.name, name, file, int(line)) for page, matches in found for name, _, file, line in matches]
+def corrected(page: Path) -> str:
+    """The page with the right line numbers in all links."""
+    right = lambda m: f"[`{m[1]}`]({m[2]}{m[3]}#L{definition(m[3], m[1])[0]})"
+    return LINK.sub(right, page.read_text(encoding="utf-8"))
 
 
-def correct() -> None:
-    """Puts the right line numbers into all links."""
+def test_links_lead_where_they_say():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        right = lambda m: f"[`{m[1]}`]({m[2]}{m[3]}#L{definition(m[3], m[1])[0]})"
-        page.write_text(LINK.sub(right, text), encoding="utf-8")
-
-
-def test_links_to_lines_are_where_the_name_is_defined():
-    found = [(page, name, file, line, definition(file, name)[0]) for page, name, file, line in links()]
-    wrong = [
-        f"{page}: {name} is at {file}#L{right}, not at L{line}"
-        for page, name, file, line, right in found
-        if line != right
-    ]
-    assert not wrong, "\n".join([*wrong, "`python tests/test_paper.py` corrects them"])
-    assert len(found) > 40 and {page for page, *_ in found} >= {"README.md", "paper.md"}
-
-
-def test_links_to_files_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if not target.startswith("https://"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert text == corrected(page), "`python tests/test_paper.py` corrects the line numbers"
+        assert LINK.search(text) or page.name not in ("README.md", "paper.md")
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_settings_that_pages_name_exist():
@@ -108,26 +91,20 @@ def test_docstrings_say_which_object_of_the_paper_they_are(row):
 
 def test_the_table_of_the_first_screen_has_the_recorded_figures():
     """Of the toy and the real model those in results.json, of the paper those that the tables put beside ours."""
-    from experiments.tables import PAPER
+    from experiments import tables
 
-    entries, real_entries = (
-        json.loads((ROOT / f"results/{task}/results.json").read_text(encoding="utf-8"))["entries"]
-        for task in ("toy", "real")
-    )
-    rows = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
-    names = {
-        "bridge from the raw": "full/raw/bridge",
-        "direct GRPO": "full/direct",
-        "bridge from the RL'd": "full/rl/bridge",
+    entries = {
+        half: json.loads((ROOT / f"results/{task}/results.json").read_text(encoding="utf-8"))["entries"]
+        for half, task in (("full", "toy"), ("1H", "real"))
     }
-    rows = {names[name]: cells[1:] for cells in rows for name in names if len(cells) == 4 and name in cells[0]}
-    assert list(rows) == list(names.values())
-    for checkpoint, (toy, real, paper) in rows.items():
-        mean, error = entries[checkpoint]["test"]
-        assert toy.strip("* ") == f"{100 * mean:.1f} ± {100 * error:.1f}", checkpoint
-        mean, error = real_entries[checkpoint.replace("full/", "1H/")]["test"]
-        assert real.strip("* ") == f"{100 * mean:.1f} ± {100 * error:.1f}", checkpoint
-        assert paper.strip("* ").replace(" ± ", "±") == PAPER[checkpoint][0].split(" / ")[0], checkpoint
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    names = {"bridge from the raw": "raw/bridge", "direct GRPO": "direct", "bridge from the RL'd": "rl/bridge"}
+    for name, row in names.items():
+        [cells] = [cells[1:] for cells in rows if len(cells) == 4 and name in cells[0]]
+        ours = (entries[half][f"{half}/{row}"]["test"] for half in entries)
+        expected = [f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in ours]
+        expected.append(tables.PAPER[f"full/{row}"][0].split(" / ")[0].replace("±", " ± "))
+        assert [cell.strip("* ") for cell in cells] == expected, name
 
 
 def gradient(loss_of, logits: torch.Tensor) -> torch.Tensor:
@@ -173,4 +150,5 @@ def test_gradients_are_what_the_docstrings_of_the_losses_say():
 
 
 if __name__ == "__main__":
-    correct()
+    for page in PAGES:
+        page.write_text(corrected(page), encoding="utf-8")

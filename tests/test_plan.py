@@ -16,14 +16,9 @@ from tests.tools.rehearsal import rehearse, write_models
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
-@pytest.fixture(autouse=True)
-def no_flags_of_an_outer_make(monkeypatch):
-    """`make -s test`, for one, would silence the commands below."""
-    monkeypatch.delenv("MAKEFLAGS", raising=False)
-
-
-def run(*command: str, cwd=ROOT, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+def run(*command: str, cwd=ROOT, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "MAKEFLAGS": "", **environment}  # those of `make -s test` would silence the commands
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=env)
 
 
 def plan(target: str, cwd=ROOT, **variables) -> str:
@@ -38,43 +33,36 @@ def plan(target: str, cwd=ROOT, **variables) -> str:
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_models()
-    return tmp_path
 
 
-PLANS = {  # name -> (make's target, its variables, the number of stages and evaluations in its plan)
-    "8B": ("tables", {}, 31),
-    "14B": ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, 31),
-    "Llama on two nodes": ("tables", {"PAIR": "llama", "FIRST_NODE": "node1"}, 7),
-    "8B on two nodes": ("R7", {"NODES": 2, "FIRST_NODE": "node1"}, 4),
-    "one GPU": ("R8", {"GPUS": 1}, 3),
-}
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_every_command_of_a_plan_would_be_accepted(name, place):
-    target, variables, count = PLANS[name]
+@pytest.mark.parametrize(
+    "target, variables, count",  # the number of stages and evaluations
+    [
+        ("tables", {}, 31),
+        ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, 31),
+        ("tables", {"PAIR": "llama", "FIRST_NODE": "node1"}, 7),
+        ("R7", {"NODES": 2, "FIRST_NODE": "node1"}, 4),
+        ("R8", {"GPUS": 1}, 3),
+    ],
+)
+def test_every_command_of_a_plan_would_be_accepted(target, variables, count, place):
     assert rehearse(plan(target, SCALE="paper", **variables)) == count
     assert [path.name for path in Path("runs").glob("*/*")] == [f"seed{variables.get('SEED', 0)}"]
 
 
-def replace(old: str, new: str):
-    return lambda text: re.sub(old, new, text)
-
-
 @pytest.mark.parametrize(
-    "change, sentence",
+    "old, new, sentence",
     [
-        (replace(".* teacher_grpo.py .*\n", ""), "--teacher '.*/1H/rl/teacher' is not a checkpoint directory"),
-        (replace("--half 2H", "--half 1H"), "--half 1H: .* already trained on 10 of the 10 problems"),
-        (replace("--seed 0", "--seed 0 --tensor-parallel 3"), "--tensor-parallel 3 must divide .* processes .8."),
-        (replace("--seed 0", "--seed 0 --max-response-tokens 41000"), "'Qwen/Qwen3-8B' has 40960 positions"),
-        (replace("Qwen/Qwen3-1.7B", "Qwen3-1.7B"), "--model 'Qwen3-1.7B' is not a checkpoint directory"),
+        (".* teacher_grpo.py .*\n", "", "--teacher '.*/1H/rl/teacher' is not a checkpoint directory"),
+        ("--half 2H", "--half 1H", "--half 1H: .* already trained on 10 of the 10 problems"),
+        ("--seed 0", "--seed 0 --tensor-parallel 3", "--tensor-parallel 3 must divide .* processes .8."),
+        ("--seed 0", "--seed 0 --max-response-tokens 41000", "'Qwen/Qwen3-8B' has 40960 positions"),
     ],
 )
-def test_the_rehearsal_finds_what_would_be_refused(change, sentence, place):
+def test_the_rehearsal_finds_what_would_be_refused(old, new, sentence, place):
     """Otherwise the tests above would pass whatever the Makefile says."""
     with pytest.raises(InputError, match=sentence):
-        rehearse(change(plan("R5-half", SCALE="paper")))
+        rehearse(re.sub(old, new, plan("R5-half", SCALE="paper")))
 
 
 LAUNCHER = """
@@ -87,15 +75,14 @@ exit $status
 
 
 def test_a_finished_checkpoint_outlives_a_stage_that_fails_in_its_last_moment(tmp_path):
-    """Make would otherwise delete its run.json, and with it what the checkpoint was trained on; then it is used again."""
+    """Make would otherwise delete its run.json, and with it what the checkpoint was trained on."""
     (tmp_path / "launcher").write_text(LAUNCHER)
     command = ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/installed", "R7", "SCALE=paper", "RUN=sh launcher"]
     everything = ["teacher", "warmup", "bridge", "bridge-replay"]
     for number, failing in enumerate(everything, 1):
-        environment = {**os.environ, "FAIL": f"--out runs/qwen3-8b/seed0/1H/rl/{failing} "}
-        done = run(*command, cwd=tmp_path, env=environment)
+        done = run(*command, cwd=tmp_path, FAIL=f"--out runs/qwen3-8b/seed0/1H/rl/{failing} ")
         assert done.returncode != 0 and len(list(tmp_path.rglob("run.json"))) == number
-    assert run(*command, "-q", cwd=tmp_path, env=environment).returncode == 0
+    assert run(*command, "-q", cwd=tmp_path).returncode == 0
     outs = re.findall(r"--out \S+/(\S+)", (tmp_path / "commands").read_text())
     assert outs == everything  # each of them once
 
@@ -134,22 +121,19 @@ def test_a_broken_environment_is_said_to_be_so_and_replaced(tmp_path):
     installed = (venv / "installed").read_text()
     assert installed.startswith(f"{sys.version_info[0]}.{sys.version_info[1]}-requirements")
 
-    (venv / "installed").unlink()  # as after an interruption: what is there is kept and completed
-    (venv / "marker").touch()
-    done = make()
-    assert done.returncode == 0 and "emptying" not in done.stdout and (venv / "marker").exists()
-
-    for damage in ("no Python", "another Python"):
+    def again(marked: bool) -> str:
+        """What a second installation says, which keeps what was there or not."""
         (venv / "marker").touch()
-        if damage == "no Python":
-            (venv / "bin" / "python").unlink()
-            (venv / "bin" / "python").symlink_to(tmp_path / "nowhere")
-        else:
-            (venv / "installed").write_text("3.10-requirements.txt\n")
         done = make()
         assert done.returncode == 0, done.stderr
-        assert (
-            "after emptying it because the present installation is broken or was made for other requirements"
-            in done.stdout
-        )
-        assert not (venv / "marker").exists() and (venv / "installed").read_text() == installed
+        assert (venv / "marker").exists() == marked and (venv / "installed").read_text() == installed
+        return done.stdout
+
+    (venv / "installed").unlink()  # as after an interruption
+    assert "emptying" not in again(marked=True)
+    (venv / "bin" / "python").unlink()
+    (venv / "bin" / "python").symlink_to(tmp_path / "nowhere")
+    broken = "after emptying it because the present installation is broken or was made for other requirements"
+    assert broken in again(marked=False)
+    (venv / "installed").write_text("3.10-requirements.txt\n")
+    assert broken in again(marked=False)

@@ -3,10 +3,8 @@
 And rewards of the user's own, through the real scripts.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
 import traceback
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import lib.lineage
 import lib.rollouts
 import opd
 import teacher_grpo
-from common import InputError, Problem, Rollout, check_settings
+from common import InputError, Problem, Rollout
 from lib.rewards import Reward, grade
 from lib.verifier import Verifier
 
@@ -37,36 +35,36 @@ RESPONSES = {  # text, whether it ended, whether it is to be paid for: the answe
 }
 
 
+@pytest.fixture
+def learnt_from(monkeypatch) -> list[list[Rollout]]:
+    """The rollouts of each of GRPO's steps."""
+    seen, update = [], teacher_grpo.update
+    recording = lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest)
+    monkeypatch.setattr(teacher_grpo, "update", recording)
+    return seen
+
+
 @pytest.mark.parametrize("require_finished, normalize", [(True, True), (False, False)])
-def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, require_finished, normalize):
+def test_what_is_rewarded(student, problems, tmp_path, monkeypatch, learnt_from, require_finished, normalize):
     """Through Stage 1 itself, on groups of these responses. Every prompt holds its own answer in a box.
 
     The answer to the last problem of the batch is another one, so that none of its responses is paid for.
     """
 
-    def sample(engine, chosen, prompts, n, *rest, **options):
-        assert n == len(RESPONSES)
+    def sample(engine, chosen, prompts, *rest, **options):
         return [
             Rollout(Problem(p.id, "Is it \\boxed{4}?", "4" if p is not chosen[-1] else "17"), i, prompts[p.id], [5, 1],
                     [-1.0, -1.0], "stop" if finished else "length", text)
             for p in chosen for i, (text, finished, _) in enumerate(RESPONSES.values())
         ]  # fmt: skip
 
-    advantages = []
-    update = teacher_grpo.update
-
-    def seen(policy, reference, optimizer, rollouts, *rest):
-        advantages.append(torch.tensor([rollout.advantage for rollout in rollouts]).view(-1, len(RESPONSES)))
-        return update(policy, reference, optimizer, rollouts, *rest)
-
     monkeypatch.setattr(teacher_grpo, "sample_rollouts", sample)
-    monkeypatch.setattr(teacher_grpo, "update", seen)
     settings = dict(require_finished=require_finished, normalize_by_std=normalize, max_steps=1)
     teacher_grpo.main(grpo(student, problems, tmp_path / "out", rollouts_per_prompt=len(RESPONSES), **settings))
     paid = [right or (not require_finished and "cut" in name) for name, (_, _, right) in RESPONSES.items()]
     [line] = metrics(tmp_path / "out")
     share = sum(paid) / len(paid)
-    *groups, unpaid = advantages[0]
+    *groups, unpaid = torch.tensor([rollout.advantage for rollout in learnt_from[0]]).view(-1, len(RESPONSES))
     assert len(groups) == 3 and not unpaid.any()
     assert line["reward"] == pytest.approx(share * 3 / 4) and line["frac_reward_zero_std"] == 1 / 4
     assert line["truncated"] == pytest.approx(1 / len(RESPONSES))
@@ -111,21 +109,18 @@ def mine(problems, tmp_path):
     return str(tmp_path / "mine.jsonl"), f"{tmp_path}/rewards.py:few_ones"
 
 
-def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, monkeypatch):
+def test_grpo_trains_on_a_reward_of_ones_own(teacher, mine, tmp_path, learnt_from):
     """Unchanged, for cut responses, too, whatever --require-finished says."""
     data, reward = mine
-    seen, update = [], teacher_grpo.update
-    recording = lambda p, ref, opt, rollouts, *rest: seen.append(rollouts) or update(p, ref, opt, rollouts, *rest)
-    monkeypatch.setattr(teacher_grpo, "update", recording)
     settings = dict(reward=reward, prompts_per_step=6, rollouts_per_prompt=8, require_finished=True)
     teacher_grpo.main(grpo(teacher, data, tmp_path / "out", **settings))
     rewards = [line["reward"] for line in metrics(tmp_path / "out")]
-    for line, rollouts in zip(rewards, seen, strict=True):
+    for line, rollouts in zip(rewards, learnt_from, strict=True):
         values = [few_ones(rollout.text) for rollout in rollouts]
         assert [rollout.reward for rollout in rollouts] == values and line == pytest.approx(sum(values) / len(values))
         assert [rollout.correct for rollout in rollouts] == [value >= 1 for value in values]
         assert {rollout.how for rollout in rollouts} == {"reward"}
-    assert any(rollout.finish_reason == "length" for rollout in seen[0])
+    assert any(rollout.finish_reason == "length" for rollout in learnt_from[0])
     lineage = lib.lineage.read_lineage(str(tmp_path / "out"))
     assert lineage["config"]["reward"] == reward
     assert lineage["sessions"][0]["files"][reward] == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
@@ -138,24 +133,12 @@ def graded(path: Path, source: str, rollouts: list[Rollout]) -> list[Rollout]:
     return rollouts
 
 
-def test_a_cut_response_earns_nothing_from_the_verifier_and_its_value_from_ones_own_reward(tmp_path):
-    """If a cut response earned 0 where wrong ones earn -1, the policy would learn to be cut."""
-    both = [rollout("\\boxed{4}"), rollout("\\boxed{4}", "length"), rollout("no", "length")]
-    with Verifier() as verifier:
-        grade(both, verifier)
-    assert teacher_grpo.rewards_of(both, require_finished=True).tolist() == [1, 0, 0]
-    assert teacher_grpo.rewards_of(both, require_finished=False).tolist() == [1, 1, 0]
-    source = "def score(row, response):\n    return 1 if row['answer'] in response else -1\n"
-    graded(tmp_path / "signs.py", source, both)
-    for require_finished in (True, False):
-        assert teacher_grpo.rewards_of(both, require_finished).tolist() == [1, 1, -1]
-
-
 def test_a_reward_may_ask_for_the_verdict_the_length_and_how_the_response_ended(tmp_path, monkeypatch):
     rollouts = [rollout("\\boxed{4.0}", tokens=5), rollout("4", "length", tokens=7), rollout("\\boxed{5}")]
     source = "def score(row, response, finish_reason, correct, *, tokens):\n    return correct - tokens * (finish_reason == 'length')\n"
     graded(tmp_path / "three.py", source, rollouts)
-    assert [r.reward for r in rollouts] == [1, -7, 0]
+    for require_finished in (True, False):
+        assert teacher_grpo.rewards_of(rollouts, require_finished).tolist() == [1, -7, 0]
     assert [(r.correct, r.how) for r in rollouts] == [(True, "fast"), (False, "no_answer"), (False, "fast")]
     # Without the question there is no verifier. What is right is then what earns 1, and names mean nothing in the first two places.
     monkeypatch.setattr("lib.rewards.Verifier", None)
@@ -172,9 +155,6 @@ def test_a_reward_that_fails_shows_its_own_traceback(tmp_path):
     assert f"--reward {tmp_path}/fails.py:score failed on a response to problem x" in printed
     with pytest.raises(ValueError, match="must be a finite number"):
         graded(tmp_path / "nan.py", "def score(row, response):\n    return float('nan')\n", [rollout("")])
-    for wrong in (f"{tmp_path}/no.py:score", f"{tmp_path}/nan.py", "score"):
-        with pytest.raises(InputError, match="does not name an existing file as FILE.py:function"):
-            Reward(wrong)
 
 
 def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypatch, capsys):
@@ -213,12 +193,3 @@ def test_every_script_grades_with_it(student, teacher, mine, tmp_path, monkeypat
     (tmp_path / "rewards.py").write_text("def few_ones(row, response, tokens):\n    return -0.01 * tokens\n")
     tokens = [len(rollout.response_ids) for rollout in seen[-1]]
     assert result()["avg"] == pytest.approx(-0.01 * sum(tokens) / len(tokens)) and len(seen) == sampled
-
-
-def test_a_coefficient_that_a_fork_adds_may_be_0():
-    fork = dataclasses.make_dataclass("Fork", [("length_penalty", float, 0.0), ("samples", int, 3)], bases=(teacher_grpo.Config,), kw_only=True)  # fmt: skip
-    settings = dict(model="", data="", out="")
-    check_settings(fork(**settings, kl_coef=0, weight_decay=0.0, seed=0, lr_warmup_steps=0))
-    for wrong in (dict(lr=0.0), dict(temperature=0), dict(samples=0), dict(length_penalty=-1.0), dict(clip_ratio=0.0), dict(length_penalty=math.nan)):  # fmt: skip
-        with pytest.raises(InputError, match=next(iter(wrong)).replace("_", "-")):
-            check_settings(fork(**settings, **wrong))

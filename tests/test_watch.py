@@ -6,17 +6,14 @@ import re
 
 import pytest
 import torch
-from helpers import RUNS, grade_with, grpo, made_up_grades
+from helpers import RUNS, grade_with, grpo, made_up_grades, metrics
 
 import teacher_grpo
 from common import Problem, Rollout
-from lib.watch import find_warnings, one_sample, printable, sample_lines, shorten
+from lib.files import json_lines
+from lib.watch import find_warnings, one_sample, sample_lines
 
 # Responses
-
-
-def lines_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stage", ["teacher", "warmup", "bridge"])
@@ -29,9 +26,10 @@ def test_every_stage_keeps_a_few_responses_of_each_step(
             rollout.how = ("timeout", "error", "no_answer", "fast")[number % 4]
 
     grade_with(monkeypatch, grades)
-    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=3, save_every=2)
-    script.main(dataclasses.replace(config, **({"require_finished": False} if stage == "teacher" else {})))
-    kept = lines_of(tmp_path / "out" / "samples.jsonl")
+    more = {"require_finished": False} if stage == "teacher" else {}
+    script, config = RUNS[stage](student, teacher, problems, tmp_path / "out", max_steps=3, save_every=2, **more)
+    script.main(config)
+    kept = json_lines(tmp_path / "out" / "samples.jsonl")
     for step in range(3):
         found = [line for line in kept if line["step"] == step]
         assert 2 <= len(found) <= 4 and len({(line["id"], line["sample"]) for line in found}) == len(found)
@@ -40,47 +38,38 @@ def test_every_stage_keeps_a_few_responses_of_each_step(
         assert any(best["id"] == worst["id"] and best["advantage"] > 0 > worst["advantage"] for best, worst in pairs)
     shown = capsys.readouterr().out
     assert "step 0: " in shown and "step 2: " in shown and "step 1: " not in shown
-    shares = {(line.get("no_answer"), line.get("verifier_failed")) for line in lines_of(tmp_path / "out/metrics.jsonl")}
+    shares = {(line.get("no_answer"), line.get("verifier_failed")) for line in metrics(tmp_path / "out")}
     assert shares == {{"teacher": (1 / 4, 2 / 4), "bridge": (1 / 6, 4 / 6), "warmup": (None, None)}[stage]}
 
 
 def test_the_reward_that_is_shown_is_the_one_that_the_loss_used(student, problems, tmp_path, monkeypatch):
     """Also where a fork has another `rewards_of`."""
-    expected = {}
-
-    def rewards_of(rollouts, require_finished):
-        expected.update({(r.problem.id, r.sample): -0.1 * len(set(r.response_ids)) for r in rollouts})
-        return torch.tensor(list(expected.values()))
-
+    rewards_of = lambda rollouts, require_finished: torch.tensor([-0.1 * len(r.response_ids) for r in rollouts])
     monkeypatch.setattr(teacher_grpo, "rewards_of", rewards_of)
     teacher_grpo.main(grpo(student, problems, tmp_path / "out", max_steps=1))
-    shown = lines_of(tmp_path / "out" / "samples.jsonl")
-    assert len(shown) == 4
-    for line in shown:
-        assert line["reward"] == pytest.approx(expected[line["id"], line["sample"]], abs=1e-9)
+    shown = json_lines(tmp_path / "out" / "samples.jsonl")
+    assert [line["reward"] for line in shown] == pytest.approx([-0.1 * line["tokens"] for line in shown]) and len(
+        shown
+    ) == 4
 
 
 def rollout(problem: str, sample: int, correct: bool, **changes) -> Rollout:
-    rollout = Rollout(Problem(problem, f"prompt of {problem}", "7"), sample, [1], [2, 3], [0.0, 0.0], "stop", "text", correct)  # fmt: skip
-    return dataclasses.replace(rollout, **changes)
+    given = Problem(problem, f"prompt of {problem}", "7"), sample, [1], [2, 3], [0.0, 0.0], "stop", "text", correct
+    return dataclasses.replace(Rollout(*given), **changes)
 
 
 def test_best_and_worst_of_prompts_with_spread_come_first():
-    rollouts = [rollout("a", i, False) for i in range(3)] + [rollout("b", i, i == 2) for i in range(3)]
-    chosen = [(line["id"], line["sample"], line["reward"]) for line in sample_lines(5, rollouts)]
-    assert chosen == [("b", 2, 1.0), ("b", 1, 0.0), ("a", 0, 0.0), ("a", 2, 0.0)]
-    rollouts = [rollout("a", 0, True, reward=0.2), rollout("a", 1, False, reward=0.7), rollout("c", 0, True)]
-    chosen = [(line["id"], line["sample"], line["reward"]) for line in sample_lines(5, rollouts)]
-    assert chosen == [("a", 1, 0.7), ("a", 0, 0.2), ("c", 0, 1.0)]
+    chosen = lambda *rollouts: [(line["id"], line["sample"], line["reward"]) for line in sample_lines(5, rollouts)]
+    found = chosen(*(rollout("a", i, False) for i in range(3)), *(rollout("b", i, i == 2) for i in range(3)))
+    assert found == [("b", 2, 1.0), ("b", 1, 0.0), ("a", 0, 0.0), ("a", 2, 0.0)]
+    found = chosen(rollout("a", 0, True, reward=0.2), rollout("a", 1, False, reward=0.7), rollout("c", 0, True))
+    assert found == [("a", 1, 0.7), ("a", 0, 0.2), ("c", 0, 1.0)]
 
 
 def test_why_says_what_the_grader_found_and_not_what_was_paid():
-    rollouts = [
-        rollout("a", 0, True, how="fast", reward=-0.5),
-        rollout("b", 0, False, how="math_verify", reward=2.0),
-        rollout("c", 0, False, how="no_answer"),
-        rollout("d", 0, True, how="fast", finish_reason="length", reward=0.0),
-    ]
+    ended, cut = dict(how="fast", reward=-0.5), dict(how="fast", finish_reason="length", reward=0.0)
+    rollouts = [rollout("a", 0, True, **ended), rollout("b", 0, False, how="math_verify", reward=2.0),
+                rollout("c", 0, False, how="no_answer"), rollout("d", 0, True, **cut)]  # fmt: skip
     found = {line["why"]: line["reward"] for line in sample_lines(0, rollouts)}
     assert found == {"right": -0.5, "wrong": 2.0, "no answer": 0.0, "cut": 0.0}
 
@@ -88,11 +77,12 @@ def test_why_says_what_the_grader_found_and_not_what_was_paid():
 def test_a_long_response_is_kept_at_both_ends_and_nothing_steers_the_terminal():
     [line] = sample_lines(0, [rollout("a", 0, True, text="begin" + "x" * 50_000 + "end")])
     assert line["response"].startswith("beginx") and line["response"].endswith("xend")
-    assert len(line["response"]) < 10_100 and shorten("abcdefghi", 9) == "abcdefghi"
-    text = "\x1b[2J\x1b]0;title\x07 \u202eevil \r\x9b1m \ud800 fine, naïve 数\n\\boxed{1}"
-    assert printable(text) == "\\x1b[2J\\x1b]0;title\\x07 \\u202eevil \\r\\x9b1m \\ud800 fine, naïve 数\n\\boxed{1}"
+    assert len(line["response"]) < 10_100
+    text = "\x1b[2J\x1b]0;title\x07 \u202eevil \x9b1m \ud800 fine, naïve 数 \\boxed{1}"
     [line] = sample_lines(0, [rollout("a\x1b[1m", 0, True, text=text)])
-    assert not {"\x1b", "\u202e", "\x9b"} & set(one_sample(line, 400))
+    shown = one_sample(line, 400)
+    assert not {"\x1b", "\u202e", "\x9b", "\x07"} & set(shown)
+    assert "\\x1b[2J\\x1b]0;title\\x07 \\u202eevil \\x9b1m \\ud800 fine, naïve 数 \\boxed{1}" in shown
 
 
 # Warnings
@@ -138,18 +128,10 @@ def test_a_kl_to_the_teacher_that_rises_is_a_warning_and_one_that_starts_high_is
 
 def test_a_warning_is_printed_once_in_a_run_and_is_in_its_record(student, problems, tmp_path, capsys, monkeypatch):
     """A random model is never right. The run dies after the warning and goes on from a state that was saved then."""
-    config = grpo(student, problems, tmp_path / "out", epochs=5, save_every=1, resume=True)
-    update = teacher_grpo.update
-    seen = []
-
-    def die(*arguments):
-        seen.append(1)
-        if len(seen) == 14:
-            raise KeyboardInterrupt
-        return update(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(teacher_grpo, "update", die)
+    config = grpo(student, problems, tmp_path / "out", epochs=5, resume=True)
+    update, steps = teacher_grpo.update, iter([True] * 13)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(teacher_grpo, "update", lambda *arguments: next(steps) and update(*arguments))
         teacher_grpo.main(config)
     first = re.findall("warning: (.*)", capsys.readouterr().out)
     teacher_grpo.main(config)

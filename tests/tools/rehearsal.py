@@ -1,13 +1,14 @@
 """Carries out a plan that `make -n` prints, with every check of every stage, up to where weights would be loaded.
 
-The checkpoints have the configs of the real models, a tokenizer whose tokens are bytes, and no weights. The data sets are
-stand-ins of a few rows in the format of the real ones. Where a stage would load its first weights it is stopped, and a
-checkpoint without weights is put in the place of its result for the stages that follow, with the record that the stage
-would have written.
+The checkpoints have the configs of the real models, the toy's tokenizer and no weights, and the data sets are stand-ins
+of a few rows. Where a stage would load its first weights it is stopped, and a checkpoint without weights is
+put in the place of its result for the stages that follow, with the record that the stage would have written.
 """
 
 import importlib
 import json
+import math
+import re
 import shlex
 import shutil
 from contextlib import ExitStack, contextmanager
@@ -19,8 +20,7 @@ import datasets
 import torch
 import tyro
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
 import evaluate
 import fkl_warmup
@@ -30,6 +30,7 @@ import lib.lineage
 import opd
 import student_grpo
 import teacher_grpo
+from experiments import toy
 
 SHAPE = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 
@@ -52,24 +53,13 @@ MODELS = {
     "meta-llama/Llama-3.1-8B-Instruct": llama(4096, 14336, 32, 32),
     "meta-llama/Llama-3.3-70B-Instruct": llama(8192, 28672, 80, 64),
 }
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def write_models() -> None:
     """Checkpoints without weights under the models' names on the hub, in the present directory."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = TEMPLATE
     for name, config in MODELS.items():
         config.save_pretrained(name)
-        GenerationConfig(eos_token_id=[257]).save_pretrained(name)
-        fast.save_pretrained(name)
+        toy.make_tokenizer().save_pretrained(name)
         save_file({"stub": torch.zeros(1)}, f"{name}/model.safetensors")
 
 
@@ -78,26 +68,14 @@ def stand_in(repository: str, configuration: str | None, split: str) -> list[dic
     if f"{repository}{configuration and '@' + configuration or ''}:{split}" not in lib.data.HUB_SETS.values():
         raise ConnectionError(repository)
     questions = [f"What is {number} plus {len(repository)}?" for number in range(20)]
-    if "DAPO" in repository:
-        chats = [
-            [{"role": "user", "content": f"{lib.data.DAPO_PREFIX}{text}{lib.data.DAPO_SUFFIX}"}] for text in questions
-        ]
-        return [{"prompt": chat, "reward_model": {"ground_truth": "1"}} for chat in chats]
-    return [{"problem": question, "answer": "1"} for question in questions[:3]]
+    if "DAPO" not in repository:
+        return [{"problem": question, "answer": "1"} for question in questions[:3]]
+    texts = [f"{lib.data.DAPO_PREFIX}{question}{lib.data.DAPO_SUFFIX}" for question in questions]
+    return [{"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": "1"}} for text in texts]
 
 
 class Reached(Exception):
     """A stage has come to where weights would be loaded."""
-
-
-def stop(*arguments, **options):
-    raise Reached
-
-
-def ranks_of(words: list[str]) -> int:
-    """The number of processes that a command starts."""
-    options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
-    return int(options.get("nproc_per_node", 1)) * int(options.get("nnodes", 1))
 
 
 @contextmanager
@@ -109,7 +87,7 @@ def without_weights(ranks: int, trained_on: list):
         trained_on.extend(problem.id for problem in found[0])
         return found
 
-    found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True))
+    found, stop = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True)), mock.Mock(side_effect=Reached)
     with ExitStack() as stack:
         for owner, name, replacement in (
             (datasets, "load_dataset", stand_in), (lib.engines, "chosen_engine", lambda engine: "vllm"),
@@ -126,8 +104,7 @@ def leave_checkpoint(cfg, trained_on: list[str]) -> None:
     """What follows finds a checkpoint as this stage would have written it, without weights."""
     parents = {role: getattr(cfg, role) for role in ("model", "teacher") if hasattr(cfg, role)}
     line = {"step": 0, "reward" if hasattr(cfg, "kl_coef") else "reverse_kl": 0.5}
-    written = {"trained_on": trained_on, "steps": 1, "first": line, "last": line}
-    record = {**lib.lineage.new_record(cfg, parents), **written}
+    record = lib.lineage.new_record(cfg, parents) | {"trained_on": trained_on, "steps": 1, "first": line, "last": line}
     shutil.copytree(cfg.model, cfg.out)
     save_file({"stub": torch.zeros(1)}, f"{cfg.out}/model.safetensors", metadata={"of": cfg.out})
     Path(cfg.out, "run.json").write_text(json.dumps(record))
@@ -148,7 +125,8 @@ def rehearse(plan: str) -> int:
             module = importlib.import_module(words[script].removesuffix(".py"))
             cfg = tyro.cli(module.Config, args=words[script + 1 :])
             trained_on: list[str] = []
-            with without_weights(ranks_of(words[:script]), trained_on):
+            ranks = math.prod(map(int, re.findall(r"--(?:nproc_per_node|nnodes)=(\d+)", command)))
+            with without_weights(ranks, trained_on):
                 try:
                     module.main(cfg)
                 except Reached:
