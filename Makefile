@@ -251,7 +251,7 @@ ifeq ($(SCALE),real)
 AS_MANY_UPDATES := 1H/direct/step-000026
 $(S)/$(AS_MANY_UPDATES)/run.json: $(S)/1H/direct/run.json ;
 ROWS := 1H/rl/teacher 1H/rl/warmup 1H/rl/bridge 1H/direct $(AS_MANY_UPDATES) 1H/raw/bridge 1H/rl/opd_only 1H/rl/sft_only
-DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge 1H/rl/bridge-2H
+DEMO := 1H/direct 1H/raw/bridge 1H/rl/teacher 1H/rl/bridge
 endif
 
 # Evaluations on the problems of $(POOL). Settings are chosen on validation problems, results are reported on test problems.
@@ -285,7 +285,7 @@ demo: $(REPORT)/demo/results.json
 	@$(if $(DENSITY),$(PY) -m experiments.density --student $(STUDENT) --teacher $(S)/1H/rl/teacher --raw-teacher $(TEACHER) \
 		--bridge $(S)/1H/rl/bridge --data $(TESTS) --out $(<D) $(DENSITY))
 
-# The demo's chain with a pretrained language model, plus the bridge from the raw teacher.
+# The demo's chain with a pretrained language model: without Stage 3, and with the bridge from the raw teacher.
 demo-real:
 	@$(MAKE) --no-print-directory demo SCALE=real
 
@@ -307,7 +307,7 @@ gpu-check:
 gpu-wheels: setup
 	$(VENV)/bin/pip download --quiet --dest runs/gpu-wheels --constraint requirements-cpu.txt --only-binary :all: \
 		--python-version 3.12 --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
-		tyro math-verify latex2sympy2_extended pytest hypothesis tqdm
+		tyro math-verify latex2sympy2_extended pytest tqdm
 
 clean:
 	rm -rf $(RUNS)
