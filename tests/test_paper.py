@@ -92,7 +92,7 @@ def test_docstrings_say_which_object_of_the_paper_they_are(row):
 FIRST_SCREEN = {  # row -> checkpoint on the toy, and on the pretrained model
     "raw student": ("student", "student"),
     "direct GRPO of the student": ("full/direct", "1H/direct/step-000026"),
-    "the same, for the CPU time": ("full/direct_long", "1H/direct"),
+    "the same, with about the CPU time": ("full/direct_long", "1H/direct"),
     "bridge from the raw": ("full/raw/bridge", "1H/raw/bridge"),
     "bridge from the RL'd": ("full/rl/bridge", "1H/rl/bridge"),
     "raw teacher": ("teacher", "teacher"),
