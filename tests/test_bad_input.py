@@ -121,6 +121,7 @@ CASES = {
     "no such reward": ("fkl_warmup", "--reward {tmp}/r.py:score", None, "--reward '{tmp}/r.py:score'.*check the path"),
     # numbers
     "a rate that is not a number": ("opd", "--lr nan", None, "--lr nan"),
+    "a negative rate": ("opd", "--lr -1", None, "--lr -1.0 is too small"),
     "temperature zero": ("opd", "--temperature 0", None, "--temperature 0.0 is too small"),
     "group of one": ("teacher_grpo", "--rollouts-per-prompt 1", None, "--rollouts-per-prompt 1 leaves nothing to compare"),
     "end text in no token": ("opd", "--stop xyz", None, "--stop 'xyz' .* no .*token.*such as '\\\\n'"),

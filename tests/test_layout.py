@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import common
+import lib.packing
 
 ROOT = Path(__file__).parent.parent
 PAGE = ("teacher_grpo", "fkl_warmup", "opd", "student_grpo", "evaluate", "common", "kernels")
@@ -159,3 +161,7 @@ def test_help_explains_every_setting(name):
     for field in dataclasses.fields(config):
         assert re.search(rf"--(\[no-\])?{field.name.replace('_', '-')} ", printed)
         assert comments[field.name] in printed, field.name
+
+
+def test_transformers_does_not_import_our_kernels_for_the_hub_package_of_that_name():
+    assert transformers.utils.import_utils.is_kernels_available.__module__ == lib.packing.__name__
