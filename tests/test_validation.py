@@ -21,18 +21,13 @@ import teacher_grpo
 from common import InputError
 
 
-@pytest.fixture
-def graded(monkeypatch):
-    """Made-up verdicts in all stages, in their validation and in the evaluation."""
-    for module in (teacher_grpo, fkl_warmup, opd, evaluate, lib.scores):
-        monkeypatch.setattr(module, "grade", made_up_grades)
-
-
 @pytest.mark.parametrize("stage", ["teacher", "bridge"])
 def test_a_validation_scores_as_the_evaluation_does_and_changes_nothing(
-    stage, student, teacher, problems, test_problems, tmp_path, monkeypatch, capsys, graded
+    stage, student, teacher, problems, test_problems, tmp_path, monkeypatch, capsys
 ):
     """The scores after two steps are those of the checkpoint that was written then, the last ones those of OUT."""
+    for module in (teacher_grpo, opd, evaluate, lib.scores):
+        monkeypatch.setattr(module, "grade", made_up_grades)
     plain, validated = tmp_path / "plain", tmp_path / "validated"
     for out, more in {
         plain: {}, validated: dict(validate=(test_problems,), export_every=2, validate_every=2, validate_k=3)
