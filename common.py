@@ -264,8 +264,8 @@ class Span:
 class Batch:
     """Rollouts packed one after another without padding, for one forward and backward pass.
 
-    Responses to one prompt may share it: the prompt is packed once, and each response after it is a span that has the
-    prompt as its prefix. The prompt x1 x2 and its responses a1 a2 a3 and b1 b2 b3 take six positions:
+    Responses to one prompt may share it (by default on a CPU): the prompt is packed once, and each response after it is a
+    span that has the prompt as its prefix. The prompt x1 x2 and its responses a1 a2 a3 and b1 b2 b3 take six positions:
 
         position       0     1      2     3     4     5
         input_ids      x1    x2     a1    a2    b1    b2
@@ -292,7 +292,7 @@ class Batch:
 
 
 def count_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Number of response tokens on all ranks, by which the summed loss of an optimizer step is divided."""
+    """Number of response tokens, by which an optimizer step's summed loss is divided; `rollouts` are those of all ranks."""
     return sum(len(rollout.response_ids) for rollout in rollouts)
 
 

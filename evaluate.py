@@ -222,13 +222,13 @@ def prepare(cfg: Config) -> list[Checkpoint]:
             f"--labels {list(labels)} must give each of the {len(cfg.models)} --models its own name, and the names "
             "must differ in letters or digits, because they become directory names"
         )
+    check_engine(cfg)
     sets = data.load_sets(cfg.data, "--data", cfg.reward)
     checkpoints = []
     for model, label, directory in zip(cfg.models, labels, directories):
         tokenizer = data.load_tokenizer(model, "--models")
         data.stop_tokens(tokenizer, cfg.stop)
         check_checkpoint(model, data.vocab_size(tokenizer), packs=False)
-        check_engine(cfg, model)
         tokenized = tokenize_sets(sets, tokenizer, cfg, model)
         lineage = common.on_rank_0(lambda: read_lineage(model))
         checkpoints.append(Checkpoint(model, label, Path(cfg.out) / directory, lineage, tokenizer, tokenized))

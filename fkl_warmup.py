@@ -194,7 +194,7 @@ def training_order(cache: RolloutCache, problems: list[Problem], cfg: Config) ->
 
 def main(cfg: Config) -> None:
     role = "rollouts" if learns_from_texts(cfg) else "teacher"  # the source of the responses
-    problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher, sampled=cfg.teacher)
+    problems, tokenizer, prompts, validation_sets = prepare(cfg, cfg.teacher)
 
     with Run(cfg, parents={"model": cfg.model, role: getattr(cfg, role)}) as run, make_grader(cfg) as grader:
         torch.manual_seed(cfg.seed)

@@ -124,7 +124,8 @@ def sampled_kl_loss(student: Policy, teacher: Policy, batch: Batch, vocab_size: 
 def token_statistics(result: TokenKL, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
     """The logged statistics of one micro-batch, before the step's update: sums over its tokens, and maxima.
 
-    Log-probabilities, KL and entropy are in nats, at temperature 1. Outliers are logged as a fraction of tokens.
+    Log-probabilities, KL and entropy are in nats, at temperature 1. Outliers are logged as a fraction of tokens. All
+    tokens must have been sampled by the student: mixed with another model's, most of these statistics mean nothing.
     The dense reward is log pi_T(y_t) - log pi_theta(y_t) of the sampled tokens. At sampling temperature 1 its mean is
     only a noisy -KL, but its spread and outliers show how well condition C2 holds.
     """
@@ -185,9 +186,14 @@ def main(cfg: Config) -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer)
         engine = make_engine(cfg, cfg.model, tokenizer, policy)
-        try_longest(
-            cfg, prompts, optimizer, lambda batch: exact_kl_loss(policy, teacher, batch, vocab_size).loss, teacher
-        )
+
+        def kl_loss(batch: Batch) -> TokenKL:
+            """The loss of a micro-batch, summed over its tokens, and what to log."""
+            if cfg.estimator == "exact":
+                return exact_kl_loss(policy, teacher, batch, vocab_size)
+            return sampled_kl_loss(policy, teacher, batch, vocab_size, cfg.importance_cap)
+
+        try_longest(cfg, prompts, optimizer, lambda batch: kl_loss(batch).loss, teacher)
         validation = Validation(cfg, validation_sets, engine, grader, run)
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
         batches = data.problem_batches(problems, cfg.prompts_per_step, cfg.epochs, "opd", cfg.seed, cfg.max_steps)
@@ -211,10 +217,7 @@ def main(cfg: Config) -> None:
             loss_sum, statistics = 0.0, []  # of this rank; optimizer_step only asks whether the sum is finite
             with run.phase("update"):
                 for batch in make_batches(rollouts, cfg.micro_batch_tokens, common.this_device()):
-                    if cfg.estimator == "exact":
-                        result = exact_kl_loss(policy, teacher, batch, vocab_size)
-                    else:
-                        result = sampled_kl_loss(policy, teacher, batch, vocab_size, cfg.importance_cap)
+                    result = kl_loss(batch)
                     (result.loss / num_tokens).backward()
                     loss_sum += result.loss.item()
                     statistics.append(token_statistics(result, batch))

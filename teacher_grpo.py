@@ -92,7 +92,8 @@ def rewards_of(rollouts: list[Rollout], require_finished: bool) -> Tensor:
 def group_advantages(rewards: Tensor, normalize_by_std: bool = True) -> Tensor:
     """Rewards (P, G) relative to their group's mean, in units of its standard deviation (DeepSeekMath, Section 4.1).
 
-    If the rewards of a group are all equal, its advantages are exactly 0, and only the KL term acts on its tokens.
+    If the rewards of a group are all equal, its advantages are exactly 0, and only the KL term acts on its tokens. The
+    division gives any spread full weight: a slight length penalty in a group of right answers yields advantages of 1.
     """
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if normalize_by_std:

@@ -80,7 +80,7 @@ def check_lengths(cfg, model: str, prompts: Iterable[Sequence[int]]) -> None:
         )
 
 
-def check_engine(cfg, model: str) -> None:
+def check_engine(cfg) -> None:
     """Raises InputError, before anything is loaded, if the engine that a Config asks for is not usable here."""
     if chosen_engine(cfg.engine) == "torch":
         if cfg.tensor_parallel != 1:

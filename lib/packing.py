@@ -65,7 +65,8 @@ def deal(rollouts: Sequence[Rollout], shares: int, share_prompts: bool) -> list[
     """Deals the rollouts' indices to shares with about equal numbers of positions; a share is a list of groups.
 
     A group is what shares a prompt: with `share_prompts` all of a share's responses to it, otherwise one response. The
-    longest remaining rollout (for a single share: group) goes to the share with the fewest positions so far.
+    longest remaining rollout (for a single share: group) goes to the share with the fewest positions so far, where a
+    prompt counts once per rollout even if it will be shared.
     """
     groups = by_prompt(rollouts, range(len(rollouts)))
     pieces = groups if share_prompts and shares == 1 else [[index] for group in groups for index in group]
@@ -89,7 +90,7 @@ def split_micro_batches(
     room = 0
     for group in groups:
         if room < positions(rollouts, group) <= max_tokens:
-            room = 0
+            room = 0  # begins a new micro-batch
         cut: list[int] = []
         for index in group:
             more = positions(rollouts, [*cut, index]) - (positions(rollouts, cut) if cut else 0)

@@ -32,8 +32,9 @@ def sample_rollouts(
 
     A response's seed is made from `seed_key`, its problem and its number, so responses depend neither on the batch they
     are computed in nor on the number of ranks (on a GPU, up to rounding, which depends on the batch). The number is the
-    index in the group; a problem that appears twice in `problems` gets new numbers, hence new seeds. Responses are dealt
-    to the ranks one by one, so that even a few problems keep all ranks busy. Every rank gets all rollouts.
+    index in the group; a problem that appears twice in `problems` gets new numbers, hence new seeds. The work is split
+    between ranks by responses, not by problems, so that even a few problems keep all ranks busy. Every rank gets all
+    rollouts.
     """
 
     def sample(requests: Sequence[tuple[Problem, int]]) -> list[Rollout]:

@@ -46,15 +46,16 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def prepare(
-    cfg, teacher: str | None = None, sampled: str | None = None
+    cfg, teacher: str | None = None
 ) -> tuple[list[Problem], PreTrainedTokenizerBase, dict[str, list[int]], TokenizedSets]:
     """Checks a stage's Config, and loads its training problems, the tokenizer, the prompts' token ids by problem id, and
     the sets of --validate.
 
     Most invalid input is rejected here with an InputError, before any weight is read. `teacher` is the checkpoint that
-    the model learns from; `sampled` is the checkpoint that generates the responses (by default the model).
+    the model learns from.
     """
     common.check_settings(cfg)
+    check_engine(cfg)
     tokenizer = data.load_tokenizer(cfg.model)
     data.stop_tokens(tokenizer, cfg.stop)  # raises InputError for a string that cannot end a response
     validation = data.load_sets(cfg.validate, "--validate", cfg.reward)
@@ -66,8 +67,6 @@ def prepare(
         check_checkpoint(model, data.vocab_size(tokenizer))
         check_lengths(cfg, model, prompts.values())
     validation_sets = tokenize_sets(validation, tokenizer, cfg, cfg.model)
-    for model in dict.fromkeys([sampled or cfg.model, *([cfg.model] if cfg.validate else [])]):
-        check_engine(cfg, model)
     return [problem for problem in problems if problem.id in prompts], tokenizer, prompts, validation_sets
 
 
