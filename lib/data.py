@@ -274,7 +274,7 @@ def load_training_problems(cfg, validation: Iterable[Problem]) -> list[Problem]:
     """
     problems = half_of(load_problems(cfg.data, reward=cfg.reward), cfg.half)
     held_out = [(problem.prompt, problem.id) for problem in validation]
-    for source in [source for source in cfg.exclude if source not in cfg.validate]:
+    for source in cfg.exclude:
         found = []
         for row in read_rows(source, "--exclude"):
             with suppress(ValueError):  # raised for a row without a prompt

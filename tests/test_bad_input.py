@@ -87,7 +87,9 @@ def in_use(name):
     def prepare(place):
         (place.tmp / name).mkdir()
         place.lock = (place.tmp / name / "lock").open("w")
-        fcntl.flock(place.lock, fcntl.LOCK_SH)  # only who asks for an exclusive lock is refused
+        fcntl.flock(
+            place.lock, fcntl.LOCK_SH
+        )  # a shared lock: it refuses a stage only if the stage asks for an exclusive one
 
     return prepare
 

@@ -174,6 +174,10 @@ def test_evaluation_problems_are_not_trained_on(tmp_path, capsys):
     kept = load_training_problems(config(train, exclude=(test,), validate=(validate,)), load_problems(validate))
     assert [p.prompt for p in kept] == [f"problem {n}" for n in (1, 2, 4, 6, 9)]
     assert f"{train}: 5 of 10 problems dropped because they are in {test}, {validate}" in capsys.readouterr().out
+    both = write_rows(tmp_path / "both.jsonl", {"prompt": "problem 1"}, {"prompt": "problem 2", "answer": "1"})
+    kept = load_training_problems(config(train, exclude=(both,), validate=(both,)), load_problems(both))
+    assert len(kept) == 8  # without an answer problem 1 is not validated on, but it is excluded
+    assert f"2 of 10 problems dropped because they are in {both}\n" in capsys.readouterr().out
     other = write_problems(tmp_path / "other.jsonl", 3)
     assert len(load_training_problems(config(train, exclude=(other,)), [])) == 10
     assert f"0 of 10 problems dropped because they are in {other}" in capsys.readouterr().out

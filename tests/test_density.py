@@ -94,6 +94,8 @@ def test_it_runs_on_checkpoints(student, teacher, problems, tmp_path, monkeypatc
 
     monkeypatch.setattr(density, "sample", sample)
     density.main(cfg)
-    assert "0 ± 0 % with the raw one" in capsys.readouterr().out  # whose rewards are all 0, so the lowest is the first
+    assert (
+        "0 ± 0 % with the raw one" in capsys.readouterr().out
+    )  # the raw teacher's rewards are all 0 here, and the first token counts as lowest
     [[(_, _, _, mistakes), *_]], said = drawn.pop()
     assert mistakes and said.startswith("Wrong steps are underlined. The RL'd teacher's lowest reward is at one of")

@@ -51,7 +51,7 @@ def test_logprobs_equal_a_plain_forward(name, temperature, shared):
         for completion in group:
             expected = model_logprobs(model, prompt, completion.token_ids, temperature)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
-    # Rows do leave the batch at different times.
+    # The responses have different lengths, so the test covers rows that leave the batch early.
     assert temperature < 1 or len({len(completion.token_ids) for group in groups for completion in group}) > 3
 
 

@@ -36,7 +36,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "target, variables, count",  # the number of stages and evaluations
+    "target, variables, count",  # count: of the stages and evaluations in the plan
     [
         ("tables", {}, 31),
         ("tables", {"PAIR": "qwen3-14b", "SEED": 1}, 31),

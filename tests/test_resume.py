@@ -290,7 +290,7 @@ def test_three_skipped_steps_in_a_row_end_the_run_and_leave_the_batch(teacher, p
     with monkeypatch.context() as patch:
         break_losses(patch, {1, 2, 3})
         interrupt(teacher_grpo.main, config, 3)
-    break_losses(monkeypatch, {0})  # the first step of the resumed run, which is step 3
+    break_losses(monkeypatch, {0})  # 0 counts from the resume: the resumed run's first step, step 3 in all
     with pytest.raises(
         InputError, match=f"in 3 steps in a row, the last of which is step 3; .*{partial}/skipped-000003"
     ):

@@ -67,7 +67,7 @@ def sampled_token(h, w, th, tw):
     return -(advantage * found).sum()
 
 
-METHODS = {  # losses of (student's hidden states, weight, teacher's hidden states, weight)
+METHODS = {  # name -> loss, a function of the student's hidden states and weight and the teacher's
     "KL, ours, reverse": exact(K.fused_linear_kl),
     "KL, ours, forward": exact(K.fused_linear_kl, "forward"),
     "KL, formulas": exact(K.fused_linear_kl_reference),

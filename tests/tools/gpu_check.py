@@ -26,7 +26,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-UNUSED = {"datasets", "hypothesis", "pytest-xdist", "ruff"}  # packages of requirements-cpu.txt that no part imports
+UNUSED = {
+    "datasets",
+    "hypothesis",
+    "pytest-xdist",
+    "ruff",
+}  # packages of requirements-cpu.txt that no part of this check imports
 
 
 def version(package: str) -> str:
